@@ -1,0 +1,361 @@
+"""The configuration of a run, as frozen dataclasses that gin can set field by field.
+
+Nothing here imports JAX or TensorFlow, so that a bad configuration is refused before any device work. Each class checks
+the values of its own fields in ``validate()``; ``Config.validate()`` calls them all and checks what spans two classes.
+
+A field is *identity* unless it is declared with ``free()``: a run may be resumed with another value of a free field
+(step count, logging, mesh), while a change of an identity field would silently be another experiment and is refused.
+"""
+
+import dataclasses
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A configuration value that cannot work. The message says what was given, what is expected and what to set."""
+
+
+def free(default: Any) -> Any:
+  """Declares a field that may differ when a run is resumed."""
+  return dataclasses.field(default=default, metadata={'free': True})
+
+
+def choice(owner: object, field: str, allowed: tuple[str, ...]) -> None:
+  """Raises ConfigError unless the field holds one of the allowed names."""
+  value = getattr(owner, field)
+  if value not in allowed:
+    raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected one of {", ".join(map(repr, allowed))}.')
+
+
+def in_range(owner: object, field: str, low: float, high: float = float('inf')) -> None:
+  """Raises ConfigError unless low <= value <= high."""
+  value = getattr(owner, field)
+  if not low <= value <= high:
+    expected = f'at least {low}' if high == float('inf') else f'between {low} and {high}'
+    raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected a number {expected}.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """Hyperparameters of an encoder-decoder Transformer (CPM-2, T5 1.1, mT5; Raffel et al. 2020, Zhang et al. 2021).
+
+  The defaults are CPM-2's choices: RMSNorm before every sub-layer, gated tanh-GELU, untied output head, unscaled
+  attention scores and logits, one relative position table per stack and no bias vector anywhere.
+  """
+
+  vocab_size: int = 26_240
+  d_model: int = 128
+  d_ff: int = 320
+  num_heads: int = 4
+  head_dim: int = 32
+  num_encoder_layers: int = 2
+  num_decoder_layers: int = 2
+  mlp_activation: str = 'gated_gelu'  # 'gated_gelu', 'gated_silu', 'relu' or 'gelu'
+  tie_embeddings: bool = False  # True: the head is the embedding table and the decoder output is divided by sqrt(d_model)
+  num_buckets: int = 32
+  max_distance: int = 128
+  norm_epsilon: float = 1e-6
+  dropout_rate: float = 0.0
+  initializer: str = 'cpm2'  # 'cpm2': normal with init_std, output projections with init_std / sqrt(2 L); 't5': by fan-in
+  init_std: float = 0.001  # read by the 'cpm2' initializer only
+  dtype: str = free('auto')  # of the computation: 'auto' is bfloat16 on accelerators and float32 on CPU
+  param_dtype: str = 'float32'
+  remat: str = free('none')  # what the backward pass recomputes: 'none', 'dots' (all but matrix products) or 'full'
+  layer_loop: str = free('auto')  # 'scan', 'unroll', or 'auto': unrolled on CPU, where it is faster, scanned elsewhere
+
+  def validate(self) -> None:
+    for field in ('vocab_size', 'd_model', 'd_ff', 'num_heads', 'head_dim', 'num_encoder_layers', 'num_decoder_layers'):
+      in_range(self, field, 1)
+    in_range(self, 'num_buckets', 4)
+    if self.num_buckets % 4:
+      raise ConfigError(
+          f'ModelConfig.num_buckets = {self.num_buckets}: expected a multiple of 4, because the encoder splits the '
+          'buckets by direction and each half again into exact and logarithmic distances.')
+    if self.max_distance <= self.num_buckets // 2:
+      raise ConfigError(
+          f'ModelConfig.max_distance = {self.max_distance}: expected more than num_buckets / 2 = {self.num_buckets // 2}, '
+          'the distances that have a bucket each.')
+    in_range(self, 'norm_epsilon', 0.0)
+    in_range(self, 'dropout_rate', 0.0, 0.99)
+    in_range(self, 'init_std', 0.0)
+    choice(self, 'mlp_activation', ('gated_gelu', 'gated_silu', 'relu', 'gelu'))
+    choice(self, 'initializer', ('cpm2', 't5'))
+    choice(self, 'dtype', ('auto', 'float32', 'bfloat16', 'float64'))
+    choice(self, 'param_dtype', ('float32', 'bfloat16', 'float64'))
+    choice(self, 'remat', ('none', 'dots', 'full'))
+    choice(self, 'layer_loop', ('auto', 'scan', 'unroll'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """How many devices each mesh axis has; -1 means all devices that the others leave."""
+
+  data: int = free(-1)
+  model: int = free(1)
+  expert: int = free(1)
+
+  def validate(self) -> None:
+    sizes = (self.data, self.model, self.expert)
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+      raise ConfigError(
+          f'MeshConfig data={self.data}, model={self.model}, expert={self.expert}: expected positive sizes, at most one of '
+          'them -1 (all remaining devices).')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+  """The data of a run: a registered SeqIO task or mixture, and how its text becomes rows of a batch."""
+
+  name: str = 'quickstart'  # `t5x_cpm tasks` lists them
+  vocabulary: str = ''  # 'cpm2:FILE', 'cpm1:FILE', 'sentencepiece:FILE'; '' is the task's own
+  objective: str = 'isolated'  # 'isolated', 'cpm2', 't5', or 'pairs' for tasks that have inputs and targets of their own
+  encoder_length: int = 512
+  decoder_length: int = 128
+  noise_density: float = 0.15
+  mean_span_length: float = 3.0
+  cache_dir: str = free('')  # '' is $T5X_CPM_CACHE, or ~/.cache/t5x_cpm
+  cache_processes: int = free(0)  # 0: one per core
+
+  def validate(self) -> None:
+    choice(self, 'objective', ('isolated', 'cpm2', 't5', 'pairs'))
+    in_range(self, 'encoder_length', 4)
+    in_range(self, 'decoder_length', 4)
+    in_range(self, 'noise_density', 0.01, 0.9)
+    in_range(self, 'mean_span_length', 1.0)
+    in_range(self, 'cache_processes', 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalTaskConfig:
+  """The task named 'local': the user's own text files, from gin alone.
+
+  `files` is a glob, or a dict of name -> glob for a mixture (rates by the same names). Files end in .txt (one document a
+  line, or separated by blank lines), .jsonl (one JSON object a line), or either with .gz.
+  """
+
+  files: str | dict[str, str] = ''
+  rates: dict[str, float] = dataclasses.field(default_factory=dict)
+  validation_files: str | dict[str, str] = ''  # '': a fraction of the documents of `files`
+  validation_fraction: float = 0.01
+  text_document: str = 'line'  # in .txt: 'line', 'paragraph' (blank line between documents) or 'file'
+  text_field: str = 'text'  # in .jsonl, for the pre-training objectives
+  inputs_field: str = 'inputs'  # in .jsonl, for objective 'pairs'
+  targets_field: str = 'targets'
+  skip_malformed: bool = False  # True: a malformed line is counted and left out; False: it is an error
+
+  def validate(self) -> None:
+    choice(self, 'text_document', ('line', 'paragraph', 'file'))
+    in_range(self, 'validation_fraction', 0.0, 0.5)
+    for field in ('files', 'validation_files'):
+      value = getattr(self, field)
+      if isinstance(value, dict) and not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
+        raise ConfigError(f'LocalTaskConfig.{field} = {value!r}: expected a glob, or a dict of name -> glob.')
+    if self.rates:
+      names = set(self.files) if isinstance(self.files, dict) else set()
+      if set(self.rates) != names:
+        raise ConfigError(
+            f'LocalTaskConfig.rates names {sorted(self.rates)}, but LocalTaskConfig.files names {sorted(names)}: give one '
+            'rate for each name.')
+      for name, rate in self.rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
+          raise ConfigError(f'LocalTaskConfig.rates[{name!r}] = {rate!r}: expected a positive number.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """Optimizer, learning-rate schedule and regularisation of the update."""
+
+  name: str = 'adamw'  # 'adamw', 'adafactor' or 'sgd'
+  learning_rate: float = 0.001
+  schedule: str = 'noam'  # 'noam', 'inverse_square_root', 'cosine', 'linear' or 'constant'
+  warmup_steps: int = 100
+  decay_steps: int = 0  # of 'cosine' and 'linear', counted from step 0; 0 is TrainConfig.steps
+  final_scale: float = 0.0  # 'cosine' and 'linear' end at learning_rate * final_scale
+  beta1: float = 0.9
+  beta2: float = 0.999
+  epsilon: float = 1e-8
+  weight_decay: float = 0.01  # decoupled; never on norms and relative position tables
+  momentum: float = 0.0  # of 'sgd'
+  adafactor_decay_exponent: float = 0.8
+  adafactor_clip_threshold: float = 1.0
+  adafactor_parameter_scale: bool = True  # multiply the update by the RMS of the parameter, as T5 does
+  clip_norm: float = 1.0  # of the global gradient; 0 is off
+  z_loss: float = 0.0  # weight of log(Z)^2, T5 uses 1e-4
+
+  def validate(self) -> None:
+    choice(self, 'name', ('adamw', 'adafactor', 'sgd'))
+    choice(self, 'schedule', ('noam', 'inverse_square_root', 'cosine', 'linear', 'constant'))
+    for field in ('learning_rate', 'warmup_steps', 'decay_steps', 'weight_decay', 'clip_norm', 'z_loss', 'epsilon'):
+      in_range(self, field, 0)
+    for field in ('beta1', 'beta2', 'momentum', 'final_scale'):
+      in_range(self, field, 0.0, 1.0)
+    in_range(self, 'adafactor_decay_exponent', 0.01, 1.0)
+    in_range(self, 'adafactor_clip_threshold', 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """Length of a run, batch and seed."""
+
+  steps: int = free(1000)
+  batch_size: int = 32  # rows (packed sequences) per step, over all devices
+  microbatches: int = free(1)  # gradient accumulation: how many parts a batch is computed in
+  seed: int = 0
+  eval_every: int = free(0)  # steps between evaluations inside the loop; 0 is only at the end
+  eval_batches: int = free(0)  # at most so many batches of the validation split; 0 is all of it
+  init_from: str = ''  # a model_dir whose parameters this run starts from
+  deterministic: bool = free(False)  # ask XLA for deterministic kernels on GPU (slower)
+  check_finite: bool = free(True)  # stop on a loss or gradient that is not finite and name the first bad tensor
+
+  def validate(self) -> None:
+    in_range(self, 'steps', 0)
+    in_range(self, 'batch_size', 1)
+    in_range(self, 'microbatches', 1)
+    in_range(self, 'eval_every', 0)
+    in_range(self, 'eval_batches', 0)
+    in_range(self, 'seed', 0, 2**31 - 1)
+    if self.batch_size % self.microbatches:
+      raise ConfigError(
+          f'TrainConfig.microbatches = {self.microbatches} does not divide TrainConfig.batch_size = {self.batch_size}.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When checkpoints are written and which are kept."""
+
+  every: int = free(1000)  # steps; also at the end and on SIGTERM / SIGINT
+  keep: int = free(3)  # newest checkpoints that stay; 0 is all
+  keep_best: int = free(0)  # in addition, the best so many by `best_metric`
+  best_metric: str = free('eval/loss')
+  best_mode: str = free('min')  # 'min' or 'max'
+
+  def validate(self) -> None:
+    in_range(self, 'every', 1)
+    in_range(self, 'keep', 0)
+    in_range(self, 'keep_best', 0)
+    choice(self, 'best_mode', ('min', 'max'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+  """What a run reports. metrics.jsonl is always written."""
+
+  every: int = free(10)  # steps
+  tensorboard: bool = free(True)
+  wandb_project: str = free('')  # '' is off; needs the wandb package
+  profile_start: int = free(-1)  # first step of a profiler window; -1 is none
+  profile_steps: int = free(5)
+  peak_flops: float = free(0.0)  # of one device, for MFU; 0 is looked up, and measured on CPU
+
+  def validate(self) -> None:
+    in_range(self, 'every', 1)
+    in_range(self, 'profile_start', -1)
+    in_range(self, 'profile_steps', 1)
+    in_range(self, 'peak_flops', 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+  """How tokens are chosen in `infer` and `eval`."""
+
+  rule: str = free('greedy')  # 'greedy', 'sample' or 'beam'
+  max_new_tokens: int = free(128)
+  temperature: float = free(1.0)
+  top_k: int = free(0)  # 0 is off
+  top_p: float = free(1.0)
+  seed: int = free(0)
+  beam_size: int = free(4)
+  length_penalty: float = free(1.0)  # hypotheses are ranked by sum of log-probabilities / length ** length_penalty
+  early_stopping: bool = free(False)  # beam: stop as soon as beam_size hypotheses are finished
+
+  def validate(self) -> None:
+    choice(self, 'rule', ('greedy', 'sample', 'beam'))
+    in_range(self, 'max_new_tokens', 1)
+    in_range(self, 'temperature', 1e-6)
+    in_range(self, 'top_k', 0)
+    in_range(self, 'top_p', 1e-6, 1.0)
+    in_range(self, 'beam_size', 1)
+    in_range(self, 'seed', 0, 2**31 - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferConfig:
+  """File in, file out."""
+
+  batch_size: int = free(8)
+  input_length: int = free(512)  # longest input in tokens; a longer one is refused unless `truncate`
+  truncate: bool = free(False)
+  text_field: str = free('text')  # of .jsonl input
+  skip_malformed: bool = free(False)
+
+  def validate(self) -> None:
+    in_range(self, 'batch_size', 1)
+    in_range(self, 'input_length', 4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """Evaluation of checkpoints on tasks."""
+
+  split: str = free('validation')
+  checkpoints: str = free('last')  # 'last', 'all', or a step
+  batch_size: int = free(32)
+  max_examples: int = free(0)  # 0 is all
+
+  def validate(self) -> None:
+    in_range(self, 'batch_size', 1)
+    in_range(self, 'max_examples', 0)
+    if self.checkpoints not in ('last', 'all') and not self.checkpoints.isdigit():
+      raise ConfigError(f"EvalConfig.checkpoints = {self.checkpoints!r}: expected 'last', 'all' or a step number.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Everything a run is made of. Gin names a class and a field: `TrainConfig.steps = 200`."""
+
+  model: ModelConfig = ModelConfig()
+  mesh: MeshConfig = MeshConfig()
+  task: TaskConfig = TaskConfig()
+  local_task: LocalTaskConfig = LocalTaskConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  metrics: MetricsConfig = MetricsConfig()
+  decode: DecodeConfig = DecodeConfig()
+  infer: InferConfig = InferConfig()
+  eval: EvalConfig = EvalConfig()
+
+  def validate(self) -> None:
+    """Raises ConfigError for the first value that cannot work."""
+    for part in dataclasses.fields(self):
+      getattr(self, part.name).validate()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A plain nested dict of a dataclass, fit for JSON."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(tree: dict[str, Any], cls: type = Config) -> Any:
+  """The inverse of `to_dict`. Unknown fields are an error: the file comes from a newer version of t5x_cpm."""
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  unknown = sorted(set(tree) - set(fields))
+  if unknown:
+    raise ConfigError(f'{cls.__name__} has no field {", ".join(unknown)}: the configuration was written by another version.')
+  values = {}
+  for name, value in tree.items():
+    nested = fields[name].type
+    values[name] = from_dict(value, nested) if dataclasses.is_dataclass(nested) and isinstance(nested, type) else value
+  return cls(**values)
+
+
+def identity_differences(saved: Config, given: Config) -> list[str]:
+  """Lines 'ModelConfig.d_model: 128 in the checkpoint, 256 now' for every identity field that differs."""
+  lines = []
+  for part in dataclasses.fields(Config):
+    old, new = getattr(saved, part.name), getattr(given, part.name)
+    for field in dataclasses.fields(old):
+      a, b = getattr(old, field.name), getattr(new, field.name)
+      if not field.metadata.get('free') and a != b:
+        lines.append(f'{type(old).__name__}.{field.name}: {a!r} in the checkpoint, {b!r} now')
+  return lines
