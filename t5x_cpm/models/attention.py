@@ -1,0 +1,100 @@
+"""Multi-head attention: over a whole sequence, over an encoder's output, and one step at a time over a cache.
+
+Kernels are two-dimensional, [embed, heads * head_dim]. Scores are not divided by sqrt(head_dim) (T5 and CPM-2 fold that
+into the initialisation). Softmax runs in at least float32.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_cpm.config import ModelConfig
+from t5x_cpm.mesh import shard
+from t5x_cpm.models.layers import at_least_float32, dense, dropout, normal
+
+# Added to the score of a key that must not be seen. Finite, so that a row in which nothing may be seen (padding) gives
+# finite values that nothing reads.
+MASKED = -1e9
+
+Cache = dict[str, Any]
+
+
+def segment_mask(query_segments_BT: jax.Array, key_segments_BS: jax.Array, *, causal: bool = False) -> jax.Array:
+  """[B, 1, T, S] bool: a token sees the tokens of its own segment; segment 0 is padding and sees nothing."""
+  mask = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+  mask &= key_segments_BS[:, None, :] != 0
+  if causal:
+    T, S = mask.shape[1:]
+    mask &= jnp.tril(jnp.ones((T, S), bool))
+  return mask[:, None]
+
+
+def additive_mask(mask: jax.Array, dtype: Any) -> jax.Array:
+  """0 where a key may be seen and MASKED elsewhere."""
+  return jnp.where(mask, 0.0, MASKED).astype(dtype)
+
+
+class Attention(nnx.Module):
+  """Query, key, value and output projections without bias vectors."""
+
+  def __init__(self, config: ModelConfig, num_layers: int, rngs: nnx.Rngs):
+    self.num_heads, self.dropout_rate = config.num_heads, config.dropout_rate
+    d, hk = config.d_model, config.num_heads * config.head_dim
+    if config.initializer == 'cpm2':
+      query_std = std = config.init_std
+      output_std = config.init_std / math.sqrt(2 * num_layers)
+    else:  # T5 leaves scores unscaled and folds 1/sqrt(head_dim) into the initial query kernel
+      std = d**-0.5
+      query_std, output_std = std * config.head_dim**-0.5, hk**-0.5
+    self.query = normal(rngs, (d, hk), query_std, ('embed', 'heads'), config)
+    self.key = normal(rngs, (d, hk), std, ('embed', 'heads'), config)
+    self.value = normal(rngs, (d, hk), std, ('embed', 'heads'), config)
+    self.output = normal(rngs, (hk, d), output_std, ('heads', 'embed'), config)
+
+  def _heads(self, x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
+    y = dense(x_BTD, kernel)
+    return y.reshape(*y.shape[:-1], self.num_heads, -1)
+
+  def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, S, D] -> keys and values [B, S, H, K]."""
+    return self._heads(x_BSD, self.key[...]), self._heads(x_BSD, self.value[...])
+
+  def __call__(self, x_BTD: jax.Array, keys_and_values: tuple[jax.Array, jax.Array], bias: jax.Array | None,
+               mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Attends from x to the given keys and values.
+
+    Args:
+      x_BTD: what asks.
+      keys_and_values: [B, S, H, K] each.
+      bias: of relative positions, broadcastable to [B, H, T, S]; None in cross-attention.
+      mask: additive, likewise.
+      key: for the dropout of the probabilities.
+
+    Returns:
+      [B, T, D].
+    """
+    k_BSHK, v_BSHK = keys_and_values
+    q_BTHK = self._heads(x_BTD, self.query[...])
+    q_BTHK = shard(q_BTHK, 'batch', 'length', 'heads', None)
+    wide = at_least_float32(x_BTD.dtype)
+    scores_BHTS = jnp.einsum('BTHK,BSHK->BHTS', q_BTHK, k_BSHK, preferred_element_type=wide)
+    scores_BHTS += mask if bias is None else bias + mask
+    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(x_BTD.dtype)
+    weights_BHTS = dropout(weights_BHTS, self.dropout_rate, key)
+    y_BTHK = jnp.einsum('BHTS,BSHK->BTHK', weights_BHTS, v_BSHK)
+    B, T = x_BTD.shape[:2]
+    return dense(y_BTHK.reshape(B, T, -1), self.output[...])
+
+
+def write(cache_BSHK: jax.Array, new_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:
+  """The cache with each row's new entries at that row's positions."""
+  rows = jnp.arange(cache_BSHK.shape[0])[:, None]
+  return cache_BSHK.at[rows, positions_BT].set(new_BTHK.astype(cache_BSHK.dtype), mode='drop', unique_indices=True)
+
+
+def take(cache: Cache, rows: jax.Array) -> Cache:
+  """The cache of the given rows of the batch, in that order, for beam search. Axis 1 of every leaf is the batch."""
+  return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=1), cache)
