@@ -6,6 +6,8 @@ import pathlib
 import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Tiny models are compiled far more than they are run: without LLVM's optimisations the suite takes half the time.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 

@@ -1,0 +1,210 @@
+"""python -m t5x_cpm MODE: flags -> gin -> one function."""
+
+import dataclasses
+import errno
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from t5x_cpm.config import Config, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """A command-line flag. `value` is what help shows after '=', '' for a switch."""
+
+  value: str
+  text: str
+  modes: tuple[str, ...] = ()  # those that take it; () is all
+  repeat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+  """What stands on a command line: flags by name, and `--gin.` overrides without their prefix."""
+
+  mode: str
+  flags: dict[str, list[str]]
+  overrides: list[str]
+
+  def get(self, name: str) -> str:
+    """The last value of a flag, '' where it is not given."""
+    return self.flags.get(name, [''])[-1]
+
+
+MODES = {
+    'train': 'pre-train or fine-tune; the same command again continues where it stopped',
+    'eval': 'evaluate checkpoints on tasks: metrics, predictions and a table',
+    'infer': 'answer a file of inputs, or a prompt; a blank is written <span>',
+    'cache': 'turn the text of a task into tokens, once',
+    'tasks': 'list the tasks and mixtures that TaskConfig.name and --tasks may name',
+}
+FLAGS = {
+    'gin_file': Flag('FILE', 'gin file, of the current folder or of the package; later ones win', repeat=True),
+    'model_dir': Flag('DIR', 'folder of the run', ('train', 'eval', 'infer')),
+    'init_from': Flag('DIR', 'start from the parameters of another run; its ModelConfig is the default', ('train', 'cache')),
+    'profile_steps': Flag('START:COUNT', 'write a profile of these steps for TensorBoard', ('train',)),
+    'tasks': Flag('NAME,...', 'tasks to evaluate', ('eval',)),
+    'input': Flag('FILE', '.txt (one input a line) or .jsonl; without it the prompt is interactive', ('infer',)),
+    'output': Flag('FILE', '.jsonl to write; without it answers are printed', ('infer',)),
+    'step': Flag('N', 'checkpoint to read; the last one by default', ('eval', 'infer')),
+    'import': Flag('MODULE', 'import a module of your own first, for its tasks', repeat=True),
+    'dry_run': Flag('', 'print the resolved configuration, sizes and learning rates, and stop'),
+    'help': Flag('', 'print this text'),
+}
+# Errors of the machine, not of the program: the message is enough.
+PLAIN_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+  """Splits a command line. Raises ConfigError for what it does not know, with the nearest name."""
+  from t5x_cpm.gin_utils import did_you_mean
+
+  words, flags, overrides = [], {}, []
+  rest = list(argv)
+  while rest:
+    word = rest.pop(0)
+    if not word.startswith('-') or word == '-':
+      words.append(word)
+      continue
+    name, equals, value = word.lstrip('-').partition('=')
+    if name.startswith('gin.'):
+      if not equals:
+        raise ConfigError(f'{word}: expected --gin.CLASS.FIELD=VALUE or --gin.MACRO=VALUE.')
+      overrides.append(f'{name[4:]}={value}')
+      continue
+    name = 'help' if name == 'h' else name
+    if name not in FLAGS:
+      hint = f' Did you mean --gin.{word.lstrip("-")}?' if '.' in name else did_you_mean(f'--{name}', [f'--{f}' for f in FLAGS])
+      raise ConfigError(f'unknown flag --{name}.{hint} `t5x_cpm --help` lists the flags.')
+    if not FLAGS[name].value:
+      if equals:
+        raise ConfigError(f'--{name} is a switch and takes no value.')
+    elif not equals:
+      if not rest or rest[0].startswith('--'):
+        raise ConfigError(f'--{name} needs a value: --{name}={FLAGS[name].value}.')
+      value = rest.pop(0)
+    if name in flags and not FLAGS[name].repeat and flags[name] != [value]:
+      raise ConfigError(f'--{name} is given twice: {flags[name][0]!r} and {value!r}.')
+    flags.setdefault(name, []).append(value)
+
+  mode = words[0] if words else ''
+  if 'help' in flags or not (words or flags or overrides):
+    return Arguments(mode, {'help': ['']}, [])
+  if mode not in MODES:
+    raise ConfigError(f'{f"unknown mode {mode!r}" if mode else "no mode"}: expected one of {", ".join(MODES)}.{did_you_mean(mode, MODES)}')
+  if len(words) > 1:
+    raise ConfigError(f'{words[1]!r} is left over after mode {mode!r}; flags begin with --.')
+  for name in flags:
+    if FLAGS[name].modes and mode not in FLAGS[name].modes:
+      raise ConfigError(f'--{name} is a flag of {" and ".join(FLAGS[name].modes)}, not of {mode}.')
+  return Arguments(mode, flags, overrides)
+
+
+def print_help() -> None:
+  """Modes, flags, tasks, models and runs. Imports neither JAX nor TensorFlow."""
+  from t5x_cpm import gin_utils
+
+  print('usage: python -m t5x_cpm MODE [--flag=value ...] [--gin.CLASS.FIELD=VALUE ...]\n\nmodes')
+  for name, text in MODES.items():
+    print(f'  {name:<8}{text}')
+  print('\nflags')
+  for name, flag in FLAGS.items():
+    left = f'--{name}' + (f'={flag.value}' if flag.value else '')
+    print(f'  {left:<28}{flag.text}' + (f' ({", ".join(flag.modes)})' if flag.modes else '') + (' (repeat)' if flag.repeat else ''))
+  print(f'  {"--gin.CLASS.FIELD=VALUE":<28}bind a field, as in --gin.TrainConfig.steps=200 (repeat)')
+  for folder in ('models', 'runs'):
+    print(f'\n{folder} (--gin_file=gin/{folder}/NAME.gin)')
+    for name in gin_utils.shipped_files(folder):
+      print(f'  {name:<15}{gin_utils.summary(folder, name)}')
+  print('\ntasks (--gin.TaskConfig.name=NAME)')
+  print_tasks()
+
+
+def print_tasks() -> None:
+  """The registered tasks with a line about each."""
+  from t5x_cpm import tasks
+
+  for name, text in tasks.listing().items():
+    print(f'  {name:<24}{text}')
+
+
+def import_modules(names: Sequence[str]) -> None:
+  """Imports the user's own modules, which register tasks."""
+  sys.path.insert(0, os.getcwd())  # a console script, unlike `python -m`, does not look there
+  for name in names:
+    try:
+      importlib.import_module(name)
+    except ModuleNotFoundError as error:
+      if error.name is None or not (name + '.').startswith(error.name + '.'):
+        raise  # the module was found and fails in an import of its own
+      raise ConfigError(f'--import={name}: there is no module {error.name} in {os.getcwd()} or among the installed ones.') from None
+
+
+def make_config(arguments: Arguments) -> Config:
+  """The configuration of a command: of the run that is read, where there is one, changed by gin files and flags."""
+  from t5x_cpm import config as config_lib
+  from t5x_cpm import gin_utils
+
+  overrides = list(arguments.overrides)
+  if profile := arguments.get('profile_steps'):
+    start, _, count = profile.partition(':')
+    if not (start.isdigit() and count.isdigit()):
+      raise ConfigError(f'--profile_steps={profile}: expected START:COUNT, as in --profile_steps=100:5.')
+    overrides += [f'MetricsConfig.profile_start={start}', f'MetricsConfig.profile_steps={count}']
+  base = None
+  if arguments.mode in ('eval', 'infer'):
+    from t5x_cpm.training import checkpoint
+    if not arguments.get('model_dir'):
+      raise ConfigError(f'{arguments.mode} needs --model_dir=DIR, the folder of a run.')
+    base = checkpoint.read_run(arguments.get('model_dir')).config
+    if step := arguments.get('step'):
+      overrides.append(f'EvalConfig.checkpoints={step}')
+  elif source := arguments.get('init_from'):
+    from t5x_cpm.training import checkpoint
+    base = Config(model=checkpoint.read_run(source).config.model)
+    if arguments.mode == 'train':
+      overrides.append(f'TrainConfig.init_from={source!r}')
+
+  scope = {'train': 'train', 'cache': 'train', 'eval': 'eval', 'infer': 'eval'}.get(arguments.mode, '')
+  config = gin_utils.load(arguments.flags.get('gin_file', []), overrides, scope=scope, base=base)
+  if base and arguments.mode in ('eval', 'infer'):
+    changed = [line for line in config_lib.identity_differences(base, config) if line.startswith('ModelConfig.')]
+    if changed:
+      raise ConfigError(f'the model of {arguments.get("model_dir")} cannot be changed:\n  ' + '\n  '.join(changed))
+  return config
+
+
+def dry_run(config: Config) -> None:
+  """Prints what a run would be. Touches no accelerator, and data only where it is cached already."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  from t5x_cpm import gin_utils
+  from t5x_cpm.training import train
+
+  print(gin_utils.dump(config))
+  facts = train.describe(config)
+  print(f'parameters      {facts["parameters"]:,}')
+  print(f'tokens per step at most {facts["slots per step"]:,} ({config.train.batch_size} rows of '
+        f'{config.task.encoder_length} + {config.task.decoder_length})')
+  print(f'epochs          {epochs(config)}')
+  rates = ', '.join(f'{rate:.3g} at step {step:,}' for step, rate in facts['learning rate'].items())
+  print(f'learning rate   {rates}')
+
+
+def epochs(config: Config) -> str:
+  """How often the run would read its data, where a cache tells how much there is."""
+  raise NotImplementedError
+
+
+def require(arguments: Arguments, *names: str) -> None:
+  for name in names:
+    if not arguments.get(name):
+      raise ConfigError(f'{arguments.mode} needs --{name}={FLAGS[name].value}.')
+
+
+def train(arguments: Arguments, config: Config) -> None:
+  from t5x_cpm.training import train as train_lib
+  require(arguments, 'model_dir')
+  train_lib.run(config, arguments.get('model_dir'))

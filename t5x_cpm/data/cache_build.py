@@ -1,0 +1,289 @@
+"""How a cache is made: shards of the task in worker processes, then one file of each kind.
+
+A unit of work is one shard of one split. Its files get their names when they are complete, its .json last, so that a build
+that was killed goes on with the units that are missing. How many units there are depends on the source alone: a cache has
+the same content whatever the number of processes.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import selectors
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from t5x_cpm import config as config_lib
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data import cache
+from t5x_cpm.data import vocabulary as vocabulary_lib
+
+BATCH = 256  # documents that pass from TensorFlow at once
+MOST_SHARDS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """One shard of one split."""
+
+  split: str
+  shard: int
+  shards: int
+
+  @property
+  def name(self) -> str:
+    return f'{self.split}-{self.shard:05d}-of-{self.shards:05d}'
+
+
+def build_task(config: Config, task: Any, path: pathlib.Path, *, progress: bool) -> None:
+  """Writes the cache of one SeqIO task to `path`, whose lock is held.
+
+  Args:
+    config: of the run.
+    task: a seqio.Task, as `tasks.get(config)` gives it.
+    path: folder of the cache.
+    progress: show it on stderr.
+  """
+  from t5x_cpm import tasks
+  features = _features(task, config)
+  vocabulary = tasks.vocabulary(config, task)
+  splits = [split for split in cache.SPLITS if split in task.splits]
+  if not splits:
+    raise ConfigError(f'task {config.task.name!r} has the splits {sorted(task.splits)}: expected train or validation.')
+  units = []
+  for split in splits:
+    shards = min(len(task.source.list_shards(split)), MOST_SHARDS)
+    units += [Unit(split, shard, shards) for shard in range(shards)]
+  patterns = list(getattr(task.source, 'patterns', []))
+  files = cache.file_states([*getattr(task.source, 'files', []), *filter(os.path.isfile, vocabulary.files)])
+  plan = {'units': [unit.name for unit in units], 'files': files, 'vocabulary': vocabulary.fingerprint}
+  _continue_or_start(path, plan)
+  missing = [unit for unit in units if not (path / f'{unit.name}.json').is_file()]
+  watch = _Progress(len(units), len(missing), config.task.name) if progress else None
+  processes = min(config.task.cache_processes or os.cpu_count() or 1, len(missing))
+  if processes > 1 and tasks.in_any_process(config):
+    _run_workers(config, path, missing, processes, watch)
+  else:
+    for unit in missing:
+      run_unit(task, unit, path, features, vocabulary, watch.add if watch else lambda documents: None)
+      if watch:
+        watch.finish_unit()
+  if watch:
+    watch.close()
+  _join(config.task.name, path, units, features, vocabulary, {'patterns': patterns, 'files': files})
+
+
+def _features(task: Any, config: Config) -> list[str]:
+  names = [name for name in ('inputs', 'targets') if name in task.output_features]
+  for name in names:
+    feature = task.output_features[name]
+    if feature.rank != 1 or not feature.dtype.is_integer:
+      raise ConfigError(f'task {config.task.name!r}: feature {name!r} has rank {feature.rank} and type '
+                        f'{feature.dtype.name}, expected a sequence of integers.')
+  if 'targets' not in names:
+    raise ConfigError(f'task {config.task.name!r} has the features {sorted(task.output_features)}: expected targets, or '
+                      'inputs and targets.')
+  return names
+
+
+def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
+  old = path / 'plan.json'
+  if old.is_file() and json.loads(old.read_text()) == plan:
+    finished = sum((path / f'{name}.json').is_file() for name in plan['units'])
+    print(f'Continuing the cache {path}: {finished} of {len(plan["units"])} shards are there.', file=sys.stderr)
+    return
+  if path.exists():
+    print(f'Starting the cache {path} again: its sources changed while it was unfinished.', file=sys.stderr)
+    shutil.rmtree(path)
+  path.mkdir(parents=True)
+  cache.write_json(old, plan)
+
+
+def run_unit(task: Any, unit: Unit, path: pathlib.Path, features: list[str], vocabulary: vocabulary_lib.Vocabulary,
+             report) -> None:
+  """Runs one shard through the task and writes its tokens; `report(documents)` is called as they come."""
+  import seqio
+  from t5x_cpm.tasks import sources
+  shard_info = seqio.ShardInfo(unit.shard, unit.shards) if unit.shards > 1 else None
+  counts: collections.Counter = collections.Counter()
+  digest = hashlib.blake2b(digest_size=16)
+  names = [f'{feature}.{kind}' for feature in features for kind in ('tokens', 'lengths')]
+  temporary = {name: path / f'{unit.name}.{name}.tmp{os.getpid()}' for name in names}
+  with sources.errors() as skipped:
+    dataset = task.get_dataset(None, unit.split, shuffle=False, seed=0, shard_info=shard_info, trim_output_features=False)
+    dataset = dataset.map(lambda example: {feature: example[feature] for feature in features})
+    out = {name: open(file, 'wb') for name, file in temporary.items()}  # noqa: SIM115
+    try:
+      for batch in dataset.ragged_batch(BATCH):
+        sides = [_clean(batch[feature], vocabulary, task.name) for feature in features]
+        keep = sides[-1][1] > 0
+        for feature, (flat, lengths) in zip(features, sides):
+          flat = flat[np.repeat(keep, lengths)].astype(cache.token_dtype(vocabulary))
+          for kind, array in (('tokens', flat), ('lengths', lengths[keep].astype(np.uint32))):
+            array.tofile(out[f'{feature}.{kind}'])
+            digest.update(array)
+          counts[feature] += len(flat)
+        counts['documents'] += int(keep.sum())
+        counts['empty'] += int((~keep).sum())
+        report(len(keep))
+    finally:
+      for file in out.values():
+        file.close()
+  for name, file in temporary.items():
+    os.replace(file, path / f'{unit.name}.{name}')
+  cache.write_json(path / f'{unit.name}.json', {**counts, 'skipped': dict(skipped), 'digest': digest.hexdigest()})
+
+
+def _clean(ragged: Any, vocabulary: vocabulary_lib.Vocabulary, task: str) -> tuple[np.ndarray, np.ndarray]:
+  """Flat tokens and lengths of a batch. An end of document is dropped: the objective adds its own."""
+  flat, lengths = ragged.flat_values.numpy(), ragged.row_lengths().numpy()
+  if len(flat) and not 0 <= flat.min() <= flat.max() < vocabulary.size:
+    raise ConfigError(f'task {task!r} gives the ids {flat.min()} to {flat.max()}, but its vocabulary {vocabulary.spec!r} has '
+                      f'{vocabulary.size}: set TaskConfig.vocabulary to the one that the task uses.')
+  last = np.cumsum(lengths) - 1
+  ends = (lengths > 0) & (flat[last] == vocabulary.eos_id) if len(flat) else np.zeros(len(lengths), bool)
+  return np.delete(flat, last[ends]), lengths - ends
+
+
+def _run_workers(config: Config, path: pathlib.Path, units: list[Unit], processes: int, watch: '_Progress | None') -> None:
+  """Spreads the units over processes that each run this module, and reads what they report."""
+  from t5x_cpm import tasks
+  environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), 'CUDA_VISIBLE_DEVICES': '',
+                 'TF_CPP_MIN_LOG_LEVEL': '3'}
+  job = json.dumps({'config': config_lib.to_dict(config), 'path': str(path.resolve()), 'imports': tasks.imported()})
+  waiting = collections.deque(units)
+  selector = selectors.DefaultSelector()
+  running = []
+
+  def assign(process) -> None:
+    if waiting:
+      process.stdin.write(json.dumps(dataclasses.asdict(waiting.popleft())) + '\n')
+      process.stdin.flush()
+    else:
+      process.stdin.close()
+
+  try:
+    for _ in range(processes):
+      read_end, write_end = os.pipe()
+      process = subprocess.Popen([sys.executable, '-m', __name__, str(write_end)], stdin=subprocess.PIPE, env=environment,
+                                 stdout=subprocess.DEVNULL, pass_fds=(write_end,), text=True)
+      os.close(write_end)
+      running.append(process)
+      selector.register(os.fdopen(read_end), selectors.EVENT_READ, process)
+      assert process.stdin
+      process.stdin.write(job + '\n')
+      assign(process)
+    unfinished = len(units)
+    while unfinished:
+      for key, _ in selector.select():
+        line = key.fileobj.readline()  # type: ignore[union-attr]
+        if not line:
+          raise RuntimeError('a cache worker ended without a message; was it killed for memory? Set '
+                             'TaskConfig.cache_processes to a smaller number.')
+        message = json.loads(line)
+        if 'error' in message:
+          raise {'DataError': cache.DataError, 'ConfigError': ConfigError}.get(message['kind'], RuntimeError)(message['error'])
+        if watch:
+          watch.add(message['documents'])
+        if message['finished']:
+          unfinished -= 1
+          if watch:
+            watch.finish_unit()
+          assign(key.data)
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+
+
+def _work(results) -> None:
+  """Runs the units that come as lines on stdin, until there are no more or the parent is gone."""
+  job = json.loads(sys.stdin.readline())
+  config = config_lib.from_dict(job['config'])
+  parent = os.getppid()
+
+  def send(**message) -> None:
+    if os.getppid() != parent:
+      sys.exit(1)
+    results.write(json.dumps(message) + '\n')
+    results.flush()
+
+  try:
+    from t5x_cpm import tasks
+    tasks.import_modules(job['imports'])
+    task = tasks.get(config)
+    vocabulary = tasks.vocabulary(config, task)
+    for line in sys.stdin:
+      run_unit(task, Unit(**json.loads(line)), pathlib.Path(job['path']), _features(task, config), vocabulary,
+               lambda documents: send(documents=documents, finished=False))
+      send(documents=0, finished=True)
+  except (ValueError, OSError) as error:
+    send(error=str(error), kind=type(error).__name__)
+
+
+def _join(name: str, path: pathlib.Path, units: list[Unit], features: list[str],
+          vocabulary: vocabulary_lib.Vocabulary, source: dict) -> None:
+  """Appends the shards to one file of each kind, then makes the folder a cache, then drops the shards."""
+  parts = {unit: json.loads((path / f'{unit.name}.json').read_text()) for unit in units}
+  splits: dict[str, dict] = {}
+  for split in dict.fromkeys(unit.split for unit in units):
+    mine = [unit for unit in units if unit.split == split]
+    for file in (f'{feature}.{kind}' for feature in features for kind in ('tokens', 'lengths')):
+      with open(path / f'{split}.{file}.tmp', 'wb') as whole:
+        for unit in mine:
+          with open(path / f'{unit.name}.{file}', 'rb') as part:
+            shutil.copyfileobj(part, whole, 1 << 22)
+      os.replace(path / f'{split}.{file}.tmp', path / f'{split}.{file}')
+    skipped: collections.Counter = collections.Counter()
+    for unit in mine:
+      skipped.update({'empty': parts[unit].get('empty', 0), **parts[unit]['skipped']})
+    splits[split] = {'documents': sum(parts[unit].get('documents', 0) for unit in mine),
+                     'tokens': {feature: sum(parts[unit].get(feature, 0) for unit in mine) for feature in features},
+                     'skipped': {reason: count for reason, count in skipped.items() if count}}
+  checksum = hashlib.blake2b(json.dumps([(unit.name, parts[unit]['digest']) for unit in units]).encode(), digest_size=16)
+  cache.finish(path, name, vocabulary, splits, features, checksum.hexdigest(), source)
+  for unit in units:
+    for file in path.glob(f'{unit.name}.*'):
+      file.unlink()
+  (path / 'plan.json').unlink()
+
+
+class _Progress:
+  """One line on stderr: documents per second and the time left."""
+
+  def __init__(self, units: int, missing: int, name: str):
+    self.name, self.units, self.left, self.missing = name, units, missing, missing
+    self.documents = 0
+    self.begin = self.shown = time.monotonic()
+    self.every = 0.5 if sys.stderr.isatty() else 30.0
+
+  def add(self, documents: int) -> None:
+    self.documents += documents
+    if time.monotonic() - self.shown > self.every:
+      self.show('\r' if sys.stderr.isatty() else '\n')
+
+  def finish_unit(self) -> None:
+    self.left -= 1
+
+  def show(self, end: str) -> None:
+    self.shown = time.monotonic()
+    elapsed = self.shown - self.begin
+    done = self.missing - self.left
+    left = f', {elapsed / done * self.left:.0f} s left' if done and self.left else ''
+    print(f'cache {self.name}: {self.documents:,} documents, {self.documents / max(elapsed, 1e-3):,.0f}/s, shard '
+          f'{self.units - self.left} of {self.units}{left}   ', end=end, file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    self.show('\n')
+
+
+if __name__ == '__main__':
+  with os.fdopen(int(sys.argv[1]), 'w') as pipe:
+    _work(pipe)

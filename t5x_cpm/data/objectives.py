@@ -1,0 +1,233 @@
+"""Span corruption in NumPy, over a whole batch of pieces at once.
+
+A batch of pieces is *flat*: one array with the tokens of all of them and one with their lengths. Letters in names: P
+pieces, N tokens of all pieces, K noise spans of all pieces. No function here keeps a random state: every draw is a hash
+of (key of the piece, position), so that a piece is corrupted in the same way in whatever batch it occurs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+MAX_PIECE = 1 << 24  # positions have 24 bits in the sort keys of `draw_spans`
+_CHUNK = 1 << 15  # pieces sorted together: two segments each, 16 bits
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+  """The finaliser of splitmix64 (Steele et al. 2014): a bijection of uint64 that looks random."""
+  with np.errstate(over='ignore'):
+    x = (x ^ (x >> _S30)) * _MIX[0]
+    x = (x ^ (x >> _S27)) * _MIX[1]
+    return x ^ (x >> _S31)
+
+
+def combine(*parts) -> np.ndarray:
+  """Hashes integers or integer arrays of one shape into uint64 keys; the order of the parts matters."""
+  key = np.uint64(0)
+  with np.errstate(over='ignore'):
+    for part in parts:
+      key = mix((key + _GOLDEN) ^ mix(np.asarray(part).astype(np.uint64) + _GOLDEN))
+  return np.asarray(key)
+
+
+def exclusive_cumsum(x: np.ndarray) -> np.ndarray:
+  """[0, x0, x0 + x1, ...], as long as x."""
+  out = np.zeros(len(x), np.int64)
+  np.cumsum(x[:-1], out=out[1:])
+  return out
+
+
+def ramp(counts: np.ndarray) -> np.ndarray:
+  """[0 .. c0-1, 0 .. c1-1, ...]."""
+  counts = np.asarray(counts, np.int64)
+  return np.arange(counts.sum()) - np.repeat(exclusive_cumsum(counts), counts)
+
+
+class Spans(NamedTuple):
+  """Noise spans of P pieces, in order. `count` is [P], the others [K]."""
+
+  count: np.ndarray  # spans of each piece
+  start: np.ndarray  # first noise token of the span, from the start of its piece
+  length: np.ndarray  # its tokens
+  before: np.ndarray  # noise tokens of the piece before it
+
+
+def noise_counts(lengths: np.ndarray, density: float, mean: float) -> tuple[np.ndarray, np.ndarray]:
+  """How many tokens of a piece are noise, and in how many spans: functions of its length alone.
+
+  The rule of T5 (`random_spans_noise_mask`, Raffel et al. 2020), which CPM-2's preprocessing repeats: round(length *
+  density) tokens, at least one and never all; round(tokens / mean) spans, at least one. Halves round to even, in float64
+  as in CPM-2 and in T5's `random_spans_helper`. A span is never empty, nor what lies between two spans.
+
+  Args:
+    lengths: tokens of each piece, at least 2.
+    density: share of noise.
+    mean: wanted mean length of a span.
+
+  Returns:
+    Noise tokens and spans, of the shape of `lengths`.
+  """
+  lengths = np.asarray(lengths, np.int64)
+  noise = np.clip(np.rint(lengths * density).astype(np.int64), 1, lengths - 1)
+  spans = np.maximum(np.rint(noise / mean).astype(np.int64), 1)
+  return noise, np.minimum(spans, np.minimum(noise, lengths - noise))
+
+
+def draw_spans(keys_P: np.ndarray, lengths_P: np.ndarray, noise_P: np.ndarray, spans_P: np.ndarray) -> Spans:
+  """Draws the noise mask of every piece: all segmentations of its noise and of the rest are equally likely.
+
+  A piece starts with tokens that stay and ends with noise, as in T5.
+
+  Args:
+    keys_P: uint64, what the mask of the piece is a function of.
+    lengths_P: tokens of each piece, below MAX_PIECE.
+    noise_P: tokens of noise, from `noise_counts`.
+    spans_P: spans, from `noise_counts`.
+  """
+  parts = [_draw(keys_P[i:i + _CHUNK], lengths_P[i:i + _CHUNK], noise_P[i:i + _CHUNK], spans_P[i:i + _CHUNK])
+           for i in range(0, len(keys_P), _CHUNK)]
+  return parts[0] if len(parts) == 1 else Spans(*(np.concatenate(column) for column in zip(*parts)))
+
+
+def _draw(keys_P, lengths_P, noise_P, spans_P) -> Spans:
+  # Segments 0..P-1 are the tokens that stay, P..2P-1 the noise. A segment of m tokens falls into k parts by k-1 of its
+  # m-1 inner borders: those with the smallest hashes. One sort of (segment, hash, border) ranks all of them.
+  items = np.concatenate([lengths_P - noise_P, noise_P]).astype(np.int64)
+  parts = np.concatenate([spans_P, spans_P]).astype(np.int64)
+  borders = np.where(parts > 1, items - 1, 0)
+  rank = ramp(borders)
+  keys = np.concatenate([mix(keys_P), mix(~keys_P)])
+  segment = np.repeat(np.arange(len(items), dtype=np.uint64) << np.uint64(48), borders)
+  position = rank.astype(np.uint64)
+  with np.errstate(over='ignore'):
+    code = mix(np.repeat(keys, borders) + position * _GOLDEN) >> np.uint64(40)
+  code = segment | (code << np.uint64(24)) | position
+  code.sort()
+  chosen = code[rank < np.repeat(parts - 1, borders)]  # segments keep their places, so that the rank after sorting is `rank`
+  chosen = (chosen & np.uint64(0xFFFF << 48)) | (chosen & np.uint64(0xFFFFFF))
+  chosen.sort()
+  starts = np.zeros(parts.sum(), np.int64)
+  inner = np.ones(len(starts), bool)
+  inner[exclusive_cumsum(parts)] = False
+  starts[inner] = (chosen & np.uint64(0xFFFFFF)).astype(np.int64) + 1
+  ends = np.append(starts[1:], 0)
+  ends[np.cumsum(parts) - 1] = items
+  K = len(starts) // 2
+  kept, noise = slice(0, K), slice(K, None)
+  return Spans(np.asarray(spans_P, np.int64), ends[kept] + starts[noise], (ends - starts)[noise], starts[noise])
+
+
+def noise_mask(lengths_P: np.ndarray, spans: Spans) -> np.ndarray:
+  """bool [N]: which tokens are noise."""
+  starts = np.repeat(exclusive_cumsum(lengths_P), spans.count) + spans.start
+  change = np.zeros(int(lengths_P.sum()) + 1, np.int8)
+  change[starts] = 1
+  change[starts + spans.length] = -1
+  return np.cumsum(change[:-1], dtype=np.int8).view(bool)
+
+
+class Segments(NamedTuple):
+  """Finished pieces, flat: what each contributes to the two sides of a row."""
+
+  encoder_lengths: np.ndarray  # [P]
+  encoder_tokens: np.ndarray
+  decoder_lengths: np.ndarray  # [P]
+  decoder_inputs: np.ndarray
+  decoder_targets: np.ndarray
+
+
+def span_targets(noise_tokens: np.ndarray, noise_P: np.ndarray, spans: Spans, sentinels: np.ndarray,
+                 end: int | None) -> tuple[np.ndarray, np.ndarray]:
+  """Each piece's targets: before each span its sentinel, then the closing token.
+
+  Args:
+    noise_tokens: noise of all pieces in order.
+    noise_P: noise tokens of each piece.
+    spans: the spans; `start` is not read.
+    sentinels: ids in order of use; a piece of k spans takes the first k.
+    end: the closing token, or None for the next sentinel.
+
+  Returns:
+    Lengths [P] and the flat targets.
+  """
+  lengths_P = noise_P + spans.count + 1
+  offsets_P = exclusive_cumsum(lengths_P)
+  number = ramp(spans.count)
+  targets = np.empty(int(lengths_P.sum()), np.int32)
+  is_noise = np.ones(len(targets), bool)
+  at_sentinel = np.repeat(offsets_P, spans.count) + spans.before + number
+  at_end = offsets_P + lengths_P - 1
+  is_noise[at_sentinel] = False
+  is_noise[at_end] = False
+  targets[is_noise] = noise_tokens
+  targets[at_sentinel] = sentinels[number]
+  targets[at_end] = sentinels[spans.count] if end is None else end
+  return lengths_P, targets
+
+
+def shift_right(targets: np.ndarray, lengths_P: np.ndarray, start: int) -> np.ndarray:
+  """Decoder inputs: every piece begins with `start` and loses its last token."""
+  inputs = np.empty_like(targets)
+  inputs[1:] = targets[:-1]
+  inputs[exclusive_cumsum(lengths_P)] = start
+  return inputs
+
+
+def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: np.ndarray, sentinels: np.ndarray, *,
+            start: int, eos: int | None = None) -> Segments:
+  """Replaces every noise span by a sentinel and collects the noise as the targets.
+
+  Without `eos` this is CPM-2's form: inputs end with the last sentinel, targets with one more sentinel. With `eos` it is
+  T5's: both sides end with `eos`.
+
+  Args:
+    tokens_N: int32, pieces one after another.
+    lengths_P: their lengths.
+    spans: from `draw_spans`.
+    noise_P: noise tokens of each piece.
+    sentinels: ids in order of use.
+    start: first token of each piece's decoder inputs.
+    eos: T5's end of sequence.
+  """
+  is_noise = noise_mask(lengths_P, spans)
+  first = np.repeat(exclusive_cumsum(lengths_P), spans.count) + spans.start
+  keep = ~is_noise
+  keep[first] = True
+  replaced = tokens_N.astype(np.int32)
+  replaced[first] = sentinels[ramp(spans.count)]
+  encoder, encoder_lengths = replaced[keep], lengths_P - noise_P + spans.count
+  if eos is not None:
+    encoder, encoder_lengths = append(encoder, encoder_lengths, eos)
+  lengths, targets = span_targets(tokens_N[is_noise], noise_P, spans, sentinels, eos)
+  return Segments(encoder_lengths, encoder, lengths, shift_right(targets, lengths, start), targets)
+
+
+def append(tokens: np.ndarray, lengths_P: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+  """Adds one token to the end of every piece."""
+  longer = lengths_P + 1
+  out = np.empty(len(tokens) + len(lengths_P), np.int32)
+  last = np.cumsum(longer) - 1
+  old = np.ones(len(out), bool)
+  old[last] = False
+  out[old] = tokens
+  out[last] = token
+  return out, longer
+
+
+def corrupted_lengths(lengths: np.ndarray, density: float, mean: float, t5: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Encoder and decoder slots that pieces of these lengths take once corrupted."""
+  noise, spans = noise_counts(lengths, density, mean)
+  return lengths - noise + spans + int(t5), noise + spans + 1
+
+
+def longest_piece(encoder_length: int, decoder_length: int, density: float, mean: float, sentinels: int, t5: bool) -> int:
+  """Tokens of the longest piece whose two sides fit, and whose sentinels exist; below 2 if there is none."""
+  limit = 2 + int((encoder_length + decoder_length) * 1.01)  # the two sides together hold every token of the piece
+  lengths = np.arange(2, min(limit, MAX_PIECE))
+  encoder, decoder = corrupted_lengths(lengths, density, mean, t5)
+  spans = noise_counts(lengths, density, mean)[1] + (0 if t5 else 1)
+  fits = (encoder <= encoder_length) & (decoder <= decoder_length) & (spans <= sentinels)
+  return int(lengths[0] + np.argmin(fits)) - 1 if not fits.all() else int(lengths[-1])

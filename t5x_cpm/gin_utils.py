@@ -1,0 +1,334 @@
+"""Gin files and `--gin.` flags -> a Config. Only gin-config's parser is used: nothing is registered and no state is kept.
+
+A file may bind a field of a configuration class (`TrainConfig.steps = 100`), define a macro (`STEPS = 100`, used as
+`%STEPS`), include other files (one level), and limit a binding to reading or training (`eval/DecodeConfig.rule = 'beam'`,
+`train/...`). On the command line a bare word is a string: `--gin.TaskConfig.name=local`.
+
+What wins: a flag over a file, then a scoped binding over one without scope, then the later one. Macros are resolved after
+everything has been read, so the order of files does not matter for them.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+import re
+import tokenize
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gin import config_parser
+
+from t5x_cpm.config import Config, ConfigError
+
+PACKAGE = pathlib.Path(__file__).parent / 'gin_files'
+SCOPES = ('train', 'eval')
+_KEY = re.compile(r'(?:(\w+)/)?([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?')
+_PARTS = {cls.__name__: part for part, cls in typing.get_type_hints(Config).items()}  # class name -> field of Config
+_TYPES = {cls.__name__: typing.get_type_hints(cls) for cls in typing.get_type_hints(Config).values()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Macro:
+  name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+  name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Binding:
+  """`scope/cls.field = value`, or a macro when `field` is ''. `text` is the value as typed in a flag, None in a file."""
+
+  scope: str
+  cls: str
+  field: str
+  value: Any
+  where: str
+  text: str | None = None
+
+  @property
+  def rank(self) -> tuple[bool, bool]:
+    return self.text is not None, bool(self.scope)
+
+
+class _Delegate(config_parser.ParserDelegate):
+  """Turns macros and references into plain markers."""
+
+  def macro(self, macro_name: str) -> _Macro:
+    return _Macro(macro_name)
+
+  def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
+    return _Reference(scoped_configurable_name)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """' Did you mean A or B?' for the known names closest to `name`, '' when none is close."""
+  lowered = {candidate.lower(): candidate for candidate in known}
+  near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
+  return f' Did you mean {" or ".join(near)}?' if near else ''
+
+
+def find(path: str) -> Any:
+  """The file of a gin path: as given (also gs://...), else in the package, where a leading 'gin/' is optional.
+
+  Raises:
+    ConfigError: no such file; the message has the places searched and the files with a similar name.
+  """
+  if '://' in path:
+    from etils import epath
+    places: list[Any] = [epath.Path(path)]
+  else:
+    places = [pathlib.Path(path)]
+    if not places[0].is_absolute():
+      places.append(PACKAGE / (path[4:] if path.startswith('gin/') else path))
+  for place in places:
+    if place.is_file():
+      return place
+  known = {f'gin/{folder}/{name}.gin': name for folder in ('runs', 'models') for name in shipped_files(folder)}
+  known |= {str(file): file.stem for file in pathlib.Path(path).parent.glob('*.gin')}
+  matches = difflib.get_close_matches(path.rsplit('/', 1)[-1].removesuffix('.gin'), known.values(), n=3)
+  near = [full for full, name in known.items() if name in matches]
+  hint = f' Did you mean {" or ".join(near)}?' if near else ''
+  searched = ' and '.join(str(place.absolute()) if isinstance(place, pathlib.Path) else str(place) for place in places)
+  raise ConfigError(f'gin file {path!r} not found; searched {searched}.{hint}')
+
+
+def shipped_files(folder: str) -> list[str]:
+  """Names of the gin files of the package in 'models' or 'runs', without '.gin'."""
+  return sorted(file.stem for file in (PACKAGE / folder).glob('*.gin'))
+
+
+def summary(folder: str, name: str) -> str:
+  """The first comment line of a gin file of the package."""
+  first = (PACKAGE / folder / f'{name}.gin').read_text(encoding='utf-8').partition('\n')[0]
+  return first.removeprefix('#').strip()
+
+
+def _refuse(value: Any, where: str) -> None:
+  """Raises ConfigError for an @reference anywhere in a value."""
+  if isinstance(value, _Reference):
+    raise ConfigError(
+        f'{where}: @{value.name} is a gin reference. t5x_cpm takes plain values only; a variant is chosen by its name, '
+        "as in OptimizerConfig.name = 'adafactor'.")
+  for item in _items(value):
+    _refuse(item, where)
+
+
+def _items(value: Any) -> list[Any]:
+  if isinstance(value, dict):
+    return [*value.keys(), *value.values()]
+  return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def _read_file(path: str, included: bool = False) -> list[_Binding]:
+  """The bindings of a file, those of its includes at the place where they stand."""
+  file = find(path)
+  bindings: list[_Binding] = []
+
+  def at(line: int | None) -> str:
+    return f'{path}:{line}' if line else path
+
+  try:
+    for statement in config_parser.ConfigParser(file.read_text(encoding='utf-8'), _Delegate()):
+      where = at(statement.location.line_num)
+      if isinstance(statement, config_parser.IncludeStatement):
+        if included:
+          raise ConfigError(f'{where}: an included file cannot include another; do it in the file that includes this one.')
+        try:
+          bindings += _read_file(statement.filename, included=True)
+        except ConfigError as error:
+          raise ConfigError(f'{where}: {error}') from None
+      elif isinstance(statement, config_parser.ImportStatement):
+        raise ConfigError(f'{where}: gin files cannot import; use the flag --import={statement.module}.')
+      elif isinstance(statement, config_parser.BindingStatement):
+        bindings.append(_Binding(statement.scope, statement.selector, statement.arg_name, statement.value, where))
+        _refuse(statement.value, where)
+  except SyntaxError as error:  # the parser puts a (file, line, column, text) beside its message
+    detail = error.args[1] if len(error.args) > 1 else (None, None, None, '')
+    reason = str(error.args[0]).splitlines()[0]
+    if word := re.search(r"Failed to parse token '(.*)'", str(error.args[0])):
+      reason = f"{word[1]} is not a value; a string needs quotes and a macro a percent sign: '{word[1]}', %{word[1]}."
+    raise ConfigError(f'{at(detail[1])}: cannot parse {str(detail[3] or "").strip()!r}: {reason}') from None
+  except tokenize.TokenError as error:
+    raise ConfigError(f'{at(error.args[1][0])}: cannot parse: {error.args[0]}; a bracket or a quote is not closed.') from None
+  except UnicodeDecodeError as error:
+    raise ConfigError(f'{path}: not UTF-8 text ({error}).') from None
+  return bindings
+
+
+def _parse_flag(text: str) -> _Binding:
+  """'TrainConfig.steps=3' as a binding; what is not a literal or a macro is a string."""
+  where = f'--gin.{text}'
+  key, equals, value_text = text.partition('=')
+  match = _KEY.fullmatch(key.strip())
+  if not equals or not match:
+    raise ConfigError(f'{where}: expected --gin.CLASS.FIELD=VALUE or --gin.MACRO=VALUE.')
+  scope, cls, field = (group or '' for group in match.groups())
+  value_text = value_text.strip()
+  value: Any = value_text
+  try:
+    parser = config_parser.ConfigParser(value_text, _Delegate())
+    parsed = parser.parse_value()
+    if parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
+      value = parsed
+  except (SyntaxError, tokenize.TokenError):
+    if value_text[:1] in ('{', "'", '"'):  # a glob may begin with '[', but nothing plain begins like these
+      raise ConfigError(f'{where}: cannot parse the value: a bracket or a quote is missing.') from None
+  _refuse(value, where)
+  return _Binding(scope, cls, field, value, where, value_text)
+
+
+def _check_names(binding: _Binding) -> None:
+  """Raises ConfigError for a scope, class or field that does not exist."""
+  if binding.scope and binding.scope not in SCOPES:
+    raise ConfigError(f'{binding.where}: unknown scope {binding.scope!r}: expected one of {", ".join(SCOPES)}.')
+  if not binding.field:
+    if binding.cls in _PARTS:
+      raise ConfigError(f'{binding.where}: {binding.cls} is a class; bind one of its fields: {", ".join(_TYPES[binding.cls])}.')
+    return
+  if binding.cls not in _PARTS:
+    owners = [cls for cls, fields in _TYPES.items() if binding.field in fields]
+    hint = did_you_mean(binding.cls, _PARTS) or (f' {binding.field} is a field of {" and ".join(owners)}.' if owners else '')
+    raise ConfigError(f'{binding.where}: unknown class {binding.cls}.{hint} Known: {", ".join(_PARTS)}.')
+  fields = _TYPES[binding.cls]
+  if binding.field not in fields:
+    owners = [f'{cls}.{binding.field}' for cls in _PARTS if binding.field in _TYPES[cls]]
+    hint = f' Did you mean {" or ".join(owners)}?' if owners else did_you_mean(binding.field, fields)
+    raise ConfigError(f'{binding.where}: {binding.cls} has no field {binding.field}.{hint} Its fields: {", ".join(fields)}.')
+
+
+def _check_type(value: Any, kind: Any) -> Any:
+  """The value as an instance of an annotation (an int becomes a float where one is wanted). Raises TypeError."""
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if kind is Any:
+    return value
+  if origin in (typing.Union, types.UnionType):
+    for member in arguments:
+      try:
+        return _check_type(value, member)
+      except TypeError:
+        continue
+  elif origin is dict and isinstance(value, dict):
+    return {_check_type(k, arguments[0]): _check_type(v, arguments[1]) for k, v in value.items()}
+  elif origin is list and isinstance(value, list):
+    return [_check_type(item, arguments[0]) for item in value]
+  elif origin is tuple and isinstance(value, (list, tuple)):
+    if arguments[1:] == (Ellipsis,):
+      arguments = arguments[:1] * len(value)
+    if len(arguments) == len(value):
+      return tuple(_check_type(item, member) for item, member in zip(value, arguments))
+  elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    return value
+  raise TypeError
+
+
+def _typed(binding: _Binding, value: Any, text: str | None) -> Any:
+  """The value of a binding, checked against its field. A flag's text stands in where a string is wanted."""
+  kind = _TYPES[binding.cls][binding.field]
+  for candidate in (value,) if text is None or isinstance(value, dict) else (value, text):
+    try:
+      return _check_type(candidate, kind)
+    except TypeError:
+      continue
+  expected = 'True or False' if kind is bool else kind.__name__ if type(kind) is type else str(kind)
+  given = type(value).__name__
+  raise ConfigError(f'{binding.where}: {binding.cls}.{binding.field} = {value!r} is of type {given}; expected {expected}.')
+
+
+class _Macros:
+  """The macros of a run. `resolve` replaces them in a value."""
+
+  def __init__(self, definitions: dict[str, _Binding], bindings: Sequence[_Binding]):
+    self.definitions = definitions
+    used: dict[str, str] = {}
+    for binding in bindings:
+      for name in self._names(binding.value):
+        used.setdefault(name, binding.where)
+    for name, where in used.items():
+      if name not in definitions:
+        raise ConfigError(
+            f'{where}: macro %{name} is used but not defined.{did_you_mean(name, definitions)} '
+            f'Define it: {name} = VALUE in a file, or --gin.{name}=VALUE.')
+    for name, binding in definitions.items():
+      if name not in used:
+        fields = [f'{cls}.{field}' for cls in _PARTS for field in _TYPES[cls] if field == name.lower()]
+        hint = did_you_mean(name, used) or (f' Did you mean {" or ".join(fields)}?' if fields else '')
+        raise ConfigError(f'{binding.where}: macro {name} is defined but never used as %{name}.{hint}')
+
+  def _names(self, value: Any) -> list[str]:
+    return [value.name] if isinstance(value, _Macro) else [name for item in _items(value) for name in self._names(item)]
+
+  def resolve(self, value: Any, text: str | None, seen: tuple[str, ...] = ()) -> tuple[Any, str | None]:
+    """The value without macros, and its text if it comes from a flag."""
+    if isinstance(value, _Macro):
+      definition = self.definitions[value.name]
+      if value.name in seen:
+        raise ConfigError(f'{definition.where}: macro %{value.name} refers to itself.')
+      return self.resolve(definition.value, definition.text, (*seen, value.name))
+
+    def inner(item: Any) -> Any:
+      return self.resolve(item, None, seen)[0]
+
+    if isinstance(value, dict):
+      return {inner(k): inner(v) for k, v in value.items()}, text
+    if isinstance(value, (list, tuple)):
+      return type(value)(inner(item) for item in value), text
+    return value, text
+
+
+def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = '', base: Config | None = None) -> Config:
+  """The configuration that gin files and flags describe, checked field by field and by Config.validate().
+
+  Args:
+    files: gin paths, searched in the current folder and then in the package.
+    overrides: flags without their '--gin.', as 'TrainConfig.steps=3' or 'STEPS=3'.
+    scope: 'train', 'eval' or ''. Bindings of another scope are checked but not applied.
+    base: what is changed; the defaults if None.
+
+  Raises:
+    ConfigError: with the file and line, or the flag, at fault.
+  """
+  bindings = [binding for path in files for binding in _read_file(path)]
+  bindings += [_parse_flag(text) for text in overrides]
+  for binding in bindings:
+    _check_names(binding)
+  bindings.sort(key=lambda binding: binding.rank)  # stable: within a rank the later one wins
+
+  definitions: dict[str, _Binding] = {}
+  for applies in (False, True):  # a macro of another scope is known, but gives way to one that applies here
+    definitions |= {b.cls: b for b in bindings if not b.field and (b.scope in ('', scope)) == applies}
+  macros = _Macros(definitions, bindings)
+
+  values: dict[str, dict[str, Any]] = {}
+  where: dict[tuple[str, str], str] = {}
+  for binding in bindings:
+    if binding.field:
+      value = _typed(binding, *macros.resolve(binding.value, binding.text))
+      if binding.scope in ('', scope):
+        values.setdefault(binding.cls, {})[binding.field] = value
+        where[binding.cls, binding.field] = binding.where
+
+  config = base or Config()
+  parts = {_PARTS[cls]: dataclasses.replace(getattr(config, _PARTS[cls]), **fields) for cls, fields in values.items()}
+  config = dataclasses.replace(config, **parts)
+  try:
+    config.validate()
+  except ConfigError as error:
+    sources = [where[key] for key in re.findall(r'(\w+)\.(\w+)', str(error)) if key in where]
+    raise ConfigError(f'{error} (set in {sources[0]})' if sources else str(error)) from None
+  return config
+
+
+def dump(config: Config) -> str:
+  """Gin text that binds every field; `load` of it gives the same Config."""
+  blocks = []
+  for cls, part in _PARTS.items():
+    values = getattr(config, part)
+    blocks.append(''.join(f'{cls}.{field} = {getattr(values, field)!r}\n' for field in _TYPES[cls]))
+  return '\n'.join(blocks)

@@ -1,0 +1,116 @@
+"""A run's directory: what lies where in it, whose it is, and which of its checkpoints are complete.
+
+A model_dir holds
+
+  config.json          the configuration of the latest start, format and code version, and `info`
+  checkpoints/<step>/  state/: the arrays; meta/: what config.json holds, as of that checkpoint, and its metrics
+  vocabulary/, metrics.jsonl, tensorboard/, profile/
+
+A checkpoint is complete when Orbax has renamed its directory and left its commit mark in it. What is not complete is never
+read. Nothing here imports JAX or Orbax.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+import t5x_cpm
+from t5x_cpm.config import Config, ConfigError, from_dict, identity_differences, to_dict
+
+FORMAT_VERSION = 1
+COMMIT_MARK = 'commit_success.txt'  # Orbax writes it last
+
+
+class CheckpointError(ConfigError):
+  """A checkpoint or model_dir that cannot be used or written. The message says which, why, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+  """What a model_dir says about its run."""
+
+  config: Config
+  step: int
+  info: dict[str, Any]
+  steps: list[int]  # of all complete checkpoints
+  metrics: dict[str, float]
+
+
+def resolve(model_dir: Any) -> epath.Path:
+  """An absolute path: Orbax accepts no relative ones, and a run may change its working directory."""
+  path = epath.Path(model_dir)
+  return path if '://' in str(path) else path.expanduser().resolve()
+
+
+def _scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
+  """The steps of complete checkpoints, ascending, and the directories of half-written ones."""
+  root = model_dir / 'checkpoints'
+  complete, partial = [], []
+  for path in root.iterdir() if root.exists() else ():
+    if '.orbax-checkpoint-tmp' in path.name:
+      partial.append(path)
+    elif path.name.isdigit():
+      if (path / COMMIT_MARK).exists() and (path / 'meta' / 'metadata').exists():
+        complete.append(int(path.name))
+      else:
+        partial.append(path)
+  return sorted(complete), sorted(partial)
+
+
+def _choose(model_dir: epath.Path, step: int | None) -> int:
+  """The given step, or the last; raises CheckpointError where there is no such checkpoint."""
+  steps, _ = _scan(model_dir)
+  if not steps:
+    reason = 'it does not exist' if not model_dir.exists() else 'its run stopped before the first one was complete' if (
+        model_dir / 'config.json').exists() else 'it is not the model_dir of a run'
+    raise CheckpointError(f'No checkpoint in {model_dir}: {reason}.')
+  if step is None:
+    return steps[-1]
+  if step not in steps:
+    raise CheckpointError(f'No checkpoint of step {step} in {model_dir}: it has {", ".join(map(str, steps))}.')
+  return step
+
+
+def _read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
+  meta = json.loads((model_dir / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text())
+  if meta['format_version'] > FORMAT_VERSION:
+    raise CheckpointError(
+        f'Checkpoint {step} in {model_dir} has format version {meta["format_version"]}, written by t5x_cpm '
+        f'{meta["code_version"]}; this is t5x_cpm {t5x_cpm.__version__}, which reads up to {FORMAT_VERSION}. Update t5x_cpm.')
+  return meta
+
+
+def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
+  """The configuration, step and info of a checkpoint (default: the last). Reads no array and imports no Orbax.
+
+  Raises:
+    CheckpointError: there is none, or a newer version wrote it.
+  """
+  model_dir = resolve(model_dir)
+  step = _choose(model_dir, step)
+  meta = _read_meta(model_dir, step)
+  return RunInfo(from_dict(meta['config']), step, meta['info'], _scan(model_dir)[0], meta['metrics'])
+
+
+def info_differences(saved: Any, given: Any, name: str = '') -> list[str]:
+  """Lines 'reader.rates.zh: 1.0 in the checkpoint, 2.0 now' for what differs between two JSON trees."""
+  if isinstance(saved, Mapping) and isinstance(given, Mapping):
+    lines = []
+    for key in sorted(saved.keys() | given.keys()):
+      lines += info_differences(saved.get(key, '(nothing)'), given.get(key, '(nothing)'), f'{name}.{key}' if name else key)
+    return lines
+  return [] if saved == given else [f'{name}: {_short(saved)} in the checkpoint, {_short(given)} now']
+
+
+def _short(value: Any) -> str:
+  text = value if value == '(nothing)' else json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= 100 else text[:97] + '...'
+
+
+def _write_atomically(path: epath.Path, text: str) -> None:
+  temporary = path.parent / f'.{path.name}.tmp'
+  temporary.write_text(text)
+  temporary.replace(path)

@@ -1,0 +1,178 @@
+"""The training step: one pure function of (state, frozen, batch), built from configuration and mesh alone.
+
+Building touches no device and no data: training, ahead-of-time compilation, benchmarks and tests call the same function.
+The state is a plain dict: `step` (int32), `params`, `opt_state`, and `halted` (bool), which a loss or gradient that is not
+finite sets: from then on the state stays as it was before that step, so that the cause can be looked for.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.models import encoder_decoder
+from t5x_cpm.training import losses, optimizer, stability
+
+State = dict[str, Any]
+Batch = dict[str, Any]
+ENCODER_FEATURES = ('encoder_input_tokens', 'encoder_segment_ids', 'encoder_positions')
+DECODER_FEATURES = (
+    'decoder_input_tokens', 'decoder_target_tokens', 'decoder_segment_ids', 'decoder_positions', 'decoder_loss_weights')
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What `build` returns.
+
+  Attributes:
+    model: the model.
+    fn: (state, frozen, batch) -> (state, metrics); jit-compiled, donates the state. `frozen` are parameters that are read
+      but neither donated nor saved; a plain training run has none, {}.
+    evaluate: (params, batch) -> sums over the batch: loss, correct, weight.
+    explain: (state, frozen, batch) -> the name of the first tensor that is not finite among parameters, loss and gradients
+      of a step, which is not taken; None where there is none.
+    init: key -> a fresh state, laid out on the mesh.
+    abstract_state: shapes, dtypes and shardings of the state.
+    abstract_batch: the same of a batch.
+    schedule: step -> learning rate.
+  """
+
+  model: encoder_decoder.Model
+  fn: Callable[..., tuple[State, dict[str, jax.Array]]]
+  evaluate: Callable[..., dict[str, jax.Array]]
+  explain: Callable[..., str | None]
+  init: Callable[[jax.Array], State]
+  abstract_state: State
+  abstract_batch: Batch
+  schedule: Callable[[Any], Any]
+
+
+def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a training batch."""
+  B, S, T = config.train.batch_size, config.task.encoder_length, config.task.decoder_length
+  shapes = {name: jax.ShapeDtypeStruct((B, S), jnp.int32) for name in ENCODER_FEATURES}
+  shapes |= {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in DECODER_FEATURES}
+  shapes['decoder_loss_weights'] = jax.ShapeDtypeStruct((B, T), jnp.float32)
+  return shapes
+
+
+def means(pairs: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+  """Sums divided by their weights."""
+  return {name: total / weight for name, (total, weight) in pairs.items()}
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+  """[B, ...] -> [count, B / count, ...]. Rows are dealt out in turn, so that each device keeps rows of its own."""
+  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
+
+
+def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
+  """Builds the step of a configuration for a mesh.
+
+  Raises:
+    ConfigError: a dimension that the mesh does not divide; a head_dim, batch or schedule that cannot work.
+  """
+  model = encoder_decoder.build(config.model)
+  abstract_params, axes = model.abstract()
+  mesh_lib.check_tree_divides(mesh, abstract_params, axes)
+  rows = config.train.batch_size // config.train.microbatches
+  mesh_lib.check_divides(mesh, (rows,), ('batch',), 'a microbatch')
+  tx = optimizer.make(config.optimizer, config.train.steps, axes, abstract_params)
+  schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
+
+  def loss_sums(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
+    logits, auxiliary, _, _ = model.apply(params, batch, key=key)
+    total, sums = losses.cross_entropy(
+        logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], config.optimizer.z_loss)
+    return total, sums | {name: (value, 1.0) for name, value in auxiliary.items()}
+
+  def gradients(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradients of the mean loss over the weighted targets of the whole batch, and sums for the metrics."""
+    weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1e-9)
+
+    def part(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
+      (_, sums), grads = jax.value_and_grad(
+          lambda p: (lambda total, sums: (total / weight, sums))(*loss_sums(p, batch, key)), has_aux=True)(params)
+      return grads, sums
+
+    count = config.train.microbatches
+    if count == 1:
+      return part(params, batch, key)
+
+    def body(carry: Any, inputs: Any) -> tuple[Any, None]:
+      index, micro = inputs
+      own = None if key is None else jax.random.fold_in(key, index)
+      return jax.tree.map(jnp.add, carry, part(params, micro, own)), None
+
+    micro = _microbatches(batch, count)
+    shapes = jax.eval_shape(part, params, jax.tree.map(lambda x: x[0], micro), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zeros, (jnp.arange(count), micro))[0]
+
+  def dropout_key(step: jax.Array) -> jax.Array | None:
+    return jax.random.fold_in(jax.random.key(config.train.seed), step) if config.model.dropout_rate else None
+
+  def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    del frozen  # nothing of a plain run is frozen
+    grads, sums = gradients(state['params'], batch, dropout_key(state['step']))
+    updates, opt_state = tx.update(grads, state['opt_state'], state['params'])
+    params = optax.apply_updates(state['params'], updates)
+    metrics = means(sums) | {
+        'gradient_norm': optax.tree.norm(grads),
+        'parameter_norm': optax.tree.norm(params),
+        'learning_rate': jnp.asarray(schedule(state['step']), jnp.float32),
+        'encoder_tokens': (batch['encoder_segment_ids'] != 0).sum(),
+        'decoder_tokens': (batch['decoder_segment_ids'] != 0).sum(),
+    }
+    new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    if config.train.check_finite:
+      halted = state['halted'] | ~jnp.isfinite(metrics['loss']) | ~jnp.isfinite(metrics['gradient_norm'])
+      new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), {name: state[name] for name in new}, new)
+    else:
+      halted = state['halted']
+    return new | {'halted': halted}, metrics | {'halted': halted}
+
+  @jax.jit
+  def causes(state: State, batch: Batch) -> tuple[Any, Any]:
+    grads, sums = gradients(state['params'], batch, dropout_key(state['step']))
+    return means(sums)['loss'], grads
+
+  def explain(state: State, frozen: Any, batch: Batch) -> str | None:
+    del frozen
+    loss, grads = causes(state, batch)
+    suspects = ({'parameter': state['params']}, {'loss': loss}, {'gradient': grads})
+    return next(filter(None, map(stability.first_bad_tensor, suspects)), None)
+
+  def init_state(key: jax.Array) -> State:
+    params = model.init(key)
+    return {'step': jnp.int32(0), 'params': params, 'opt_state': tx.init(params), 'halted': jnp.bool(False)}
+
+  abstract = jax.eval_shape(init_state, jax.random.key(0))
+  # Moments are laid out like their parameters; without shardings jit would put all of them on one device.
+  state_axes = {'step': (), 'params': axes, 'opt_state': optimizer.state_axes(tx, abstract_params, axes), 'halted': ()}
+  state_shardings = mesh_lib.shardings(mesh, state_axes)
+  shapes = batch_shapes(config)
+  batch_shardings = mesh_lib.shardings(mesh, {name: ('batch', 'length') for name in shapes})
+
+  def on_mesh(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+  if jax.tree.structure(abstract) != jax.tree.structure(state_shardings):
+    raise ConfigError(f'OptimizerConfig.name = {config.optimizer.name!r}: its state has no layout on the mesh.')
+  return Step(
+      model=model,
+      fn=jax.jit(
+          train_step, donate_argnums=0, in_shardings=(state_shardings, None, batch_shardings),
+          out_shardings=(state_shardings, None)),
+      evaluate=jax.jit(
+          lambda params, batch: loss_sums(params, batch, None)[1], in_shardings=(state_shardings['params'], batch_shardings)),
+      explain=explain,
+      init=jax.jit(init_state, out_shardings=state_shardings),
+      abstract_state=on_mesh(abstract, state_shardings),
+      abstract_batch=on_mesh(shapes, batch_shardings),
+      schedule=schedule)

@@ -1,0 +1,242 @@
+"""Training, from top to bottom: mesh, data, step, restore, loop."""
+
+import contextlib
+import dataclasses
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from t5x_cpm import config as config_lib
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data import reader as reader_lib
+from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm.training import checkpoint, metrics, run_directory
+from t5x_cpm.training import step as step_lib
+
+# A model may have this many rows more than its vocabulary has pieces, so that a table can be padded to divide a mesh.
+VOCABULARY_PADDING = 128
+
+
+class Interrupted:
+  """Notes SIGTERM and SIGINT, so that the loop can stop between two steps with its state saved."""
+
+  def __init__(self) -> None:
+    self.signal: str | None = None
+
+  def _note(self, number: int, frame: Any) -> None:
+    if self.signal is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt  # asked twice: now
+    self.signal = signal.Signals(number).name
+
+  @contextlib.contextmanager
+  def watch(self) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+      yield  # Python delivers signals to the main thread only
+      return
+    previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      yield
+    finally:
+      for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def prefetch(make: Callable[[int], Any], start: int, stop: int, ahead: int = 2) -> Iterator[Iterator[Any]]:
+  """make(start), ..., make(stop - 1), computed in a thread that runs at most `ahead` items before its reader."""
+  items: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+  closed = threading.Event()
+
+  def put(item: Any) -> None:
+    while not closed.is_set():
+      with contextlib.suppress(queue.Full):
+        items.put(item, timeout=0.1)
+        return
+
+  def work() -> None:
+    try:
+      for index in range(start, stop):
+        if closed.is_set():
+          return
+        put(make(index))
+    except BaseException as error:  # the loop raises it where it asks for the batch
+      put(error)
+
+  def read() -> Iterator[Any]:
+    for _ in range(start, stop):
+      item = items.get()
+      if isinstance(item, BaseException):
+        raise item
+      yield item
+
+  thread = threading.Thread(target=work, name='input', daemon=True)
+  thread.start()
+  try:
+    yield read()
+  finally:
+    closed.set()
+    thread.join()
+
+
+def check_vocabulary(config: Config, vocabulary: vocabulary_lib.Vocabulary) -> None:
+  """Raises ConfigError where model and vocabulary cannot belong together."""
+  rows, pieces = config.model.vocab_size, vocabulary.size
+  if not 0 <= rows - pieces < VOCABULARY_PADDING:
+    raise ConfigError(
+        f'ModelConfig.vocab_size = {rows}, but the vocabulary {vocabulary.spec} has {pieces} pieces: set '
+        f'ModelConfig.vocab_size = {pieces} (up to {VOCABULARY_PADDING - 1} more are allowed as padding).')
+
+
+def evaluate(step: step_lib.Step, params: Any, reader: reader_lib.Reader, max_batches: int) -> dict[str, float]:
+  """Mean loss and accuracy over the targets of the validation split; each row counts once."""
+  total: dict[str, tuple[float, float]] = {}
+  for batch in reader.eval_batches(max_batches):
+    sums = jax.device_get(step.evaluate(params, put_batch(step, batch)))
+    for name, (value, weight) in sums.items():
+      a, b = total.get(name, (0.0, 0.0))
+      total[name] = (a + float(value), b + float(weight))
+  if not total:
+    raise ConfigError(
+        'the validation split is empty: raise LocalTaskConfig.validation_fraction or name LocalTaskConfig.validation_files.')
+  return {name: float(value) for name, value in step_lib.means(total).items()}
+
+
+def put_batch(step: step_lib.Step, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """A host batch on the devices of the mesh."""
+  shardings = {name: step.abstract_batch[name].sharding for name in batch}
+  return jax.device_put(batch, shardings)
+
+
+def initial_state(config: Config, step: step_lib.Step, vocabulary: vocabulary_lib.Vocabulary) -> step_lib.State:
+  """A fresh state, with the parameters of another run where TrainConfig.init_from names one."""
+  state = step.init(jax.random.key(config.train.seed))
+  if config.train.init_from:
+    source = run_directory.read_run(config.train.init_from)
+    theirs = source.info.get('vocabulary')
+    if theirs != vocabulary.fingerprint:
+      raise ConfigError(
+          f'TrainConfig.init_from = {config.train.init_from!r}: that run was trained with another vocabulary ({theirs}, this '
+          f'run has {vocabulary.fingerprint}). Set TaskConfig.vocabulary to the one in {config.train.init_from}/vocabulary.')
+    state['params'] = checkpoint.load_params(config.train.init_from, into=step.abstract_state['params'])
+  return state
+
+
+def run(config: Config, model_dir: str) -> dict[str, float]:
+  """Trains until TrainConfig.steps and returns the last evaluation.
+
+  The same call continues a run that was stopped, at the step of its newest complete checkpoint and with the same losses
+  bit for bit. SIGTERM and SIGINT save a checkpoint and return.
+
+  Args:
+    config: the run. A model_dir that holds a run with another identity is refused.
+    model_dir: where checkpoints, metrics and the vocabulary are written; created when absent.
+
+  Raises:
+    ConfigError: the configuration, data or model_dir cannot work; nothing was changed on disk.
+    FloatingPointError: a loss or gradient is not finite; the message names the first bad tensor.
+  """
+  config.validate()
+  started = time.monotonic()
+
+  # Mesh. Before the data, because a mesh that cannot work is found in no time and data may take hours to cache.
+  mesh = mesh_lib.make_mesh(config.mesh)
+  step = step_lib.build(config, mesh)
+
+  # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
+  reader = reader_lib.open_reader(config, 'train')
+  check_vocabulary(config, reader.vocabulary)
+  info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
+
+  # Restore. The manager refuses a model_dir of another run before anything is written to it.
+  manager = checkpoint.Manager(model_dir, config, info=info)
+  reader.vocabulary.save(epath.Path(model_dir) / 'vocabulary')
+  latest = manager.latest_step()
+  if latest is not None and latest >= config.train.steps:
+    print(f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '
+          'Set TrainConfig.steps higher to go on.', flush=True)
+    manager.close()
+    return {}
+  if latest is None:
+    state = initial_state(config, step, reader.vocabulary)
+  else:
+    state = manager.restore(step.abstract_state, latest)
+    print(f'continuing {model_dir} from step {latest}', flush=True)
+  first = latest or 0
+
+  # Loop. Input runs ahead in a thread; metrics are read one step late, when the next step is already dispatched.
+  interrupted = Interrupted()
+  writers = metrics.Writers(model_dir, config, start_step=first, total_steps=config.train.steps)
+  profile = metrics.Profile(model_dir, config.metrics)
+  evaluation: dict[str, float] = {}
+  pending: tuple[int, dict[str, jax.Array], Any] | None = None
+
+  def report() -> None:
+    nonlocal pending
+    if pending is None:
+      return
+    number, values, batch = pending
+    pending = None
+    values = {name: value.item() for name, value in jax.device_get(values).items()}
+    if values.pop('halted'):
+      raise FloatingPointError(
+          f'step {number}: loss {values["loss"]}, gradient norm {values["gradient_norm"]}; the first tensor that is not finite is '
+          f'{step.explain(state, {}, batch)}. The last checkpoint is intact. Try a lower OptimizerConfig.learning_rate or more warmup_steps.')
+    writers.step(number, values)
+
+  def validation(number: int) -> None:
+    nonlocal evaluation
+    evaluation = evaluate(step, state['params'], reader_lib.open_reader(config, 'validation'), config.train.eval_batches)
+    writers.evaluation(number, evaluation)
+
+  def save(number: int) -> None:
+    report()  # a state that is not finite is never saved
+    manager.save(number, state, metrics={f'eval/{name}': value for name, value in evaluation.items()} or None)
+
+  def make(index: int) -> Any:
+    return put_batch(step, reader.batch(index))
+
+  number = first
+  with jax.set_mesh(mesh), interrupted.watch(), writers, contextlib.closing(manager), prefetch(make, first, config.train.steps) as batches:
+    for batch in batches:
+      with profile.step(number):
+        state, values = step.fn(state, {}, batch)
+      report()
+      number += 1
+      pending = (number, values, batch)
+      if number == first + 1:
+        report()
+        writers.note(f'first step after {time.monotonic() - started:.1f} s')
+      last = number == config.train.steps
+      if last or (config.train.eval_every and number % config.train.eval_every == 0):
+        report()
+        validation(number)
+      if last or interrupted.signal or number % config.checkpoint.every == 0:
+        save(number)
+      if interrupted.signal and not last:
+        writers.note(f'{interrupted.signal} at step {number}: saved, stopping')
+        break
+  return evaluation
+
+
+def describe(config: Config) -> dict[str, Any]:
+  """What `--dry_run` prints beside the configuration: parameters, tokens per step, learning rates. Touches no device."""
+  from t5x_cpm.models import encoder_decoder
+  from t5x_cpm.training import optimizer
+
+  schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
+  steps = sorted({0, config.optimizer.warmup_steps, config.train.steps // 2, config.train.steps})
+  slots = config.train.batch_size * (config.task.encoder_length + config.task.decoder_length)
+  return {
+      'parameters': encoder_decoder.build(config.model).num_parameters(),
+      'slots per step': slots,
+      'learning rate': {step: float(schedule(step)) for step in steps},
+      'configuration': config_lib.to_dict(dataclasses.replace(config)),
+  }

@@ -1,0 +1,26 @@
+"""Metrics of generated answers. A SeqIO metric takes (targets, predictions) and returns a dict of numbers."""
+
+import collections
+import unicodedata
+
+
+def normalize(text: str) -> str:
+  """Full-width forms become ASCII; case, white space and punctuation do not count, since Chinese is written without blanks."""
+  text = unicodedata.normalize('NFKC', text).lower()
+  return ''.join(c for c in text if not c.isspace() and unicodedata.category(c)[0] not in 'P')
+
+
+def exact_match(targets: list[str], predictions: list[str]) -> dict[str, float]:
+  """Percentage of answers that equal their target once normalized."""
+  hits = sum(normalize(target) == normalize(prediction) for target, prediction in zip(targets, predictions))
+  return {'exact_match': 100.0 * hits / max(len(targets), 1)}
+
+
+def char_f1(targets: list[str], predictions: list[str]) -> dict[str, float]:
+  """Mean F1 of the characters of answer and target as bags, in percent: CMRC 2018's measure for Chinese without its order."""
+  total = 0.0
+  for target, prediction in zip(targets, predictions):
+    a, b = collections.Counter(normalize(target)), collections.Counter(normalize(prediction))
+    common = (a & b).total()
+    total += 2 * common / (a.total() + b.total()) if a or b else 1.0
+  return {'char_f1': 100.0 * total / max(len(targets), 1)}

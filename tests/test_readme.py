@@ -1,0 +1,47 @@
+"""README.md: blocks marked `run` work, one after the other in an empty folder; every other command says why it is not run."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from t5x_cpm import gin_utils
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'^```(\S*)[ \t]*(.*?)\n(.*?)^```[ \t]*$', README, re.MULTILINE | re.DOTALL)  # language, attributes, text
+
+
+def test_every_command_is_run_or_says_why_not():
+  assert any(attributes == 'run' for _, attributes, _ in BLOCKS)
+  for language, attributes, text in BLOCKS:
+    if language in ('bash', 'sh', 'console', 'shell', 'python', 'py'):
+      assert language in ('bash', 'python'), f'write ```bash or ```python, not ```{language}:\n{text}'
+      assert attributes == 'run' or re.fullmatch(r'reason="[^"]{8,}"', attributes), f'neither `run` nor a reason:\n{text}'
+
+
+def test_names_in_the_text_exist():
+  for path in set(re.findall(r'\b((?:gin|tools|tasks|tests|t5x_cpm)/[\w./]+\.(?:gin|py|sh|txt|md))\b', README)):
+    assert (ROOT / path).is_file(), path
+  for name in gin_utils.shipped_files('models'):
+    assert name in README, f'gin/models/{name}.gin is not in the table of models'
+
+
+@pytest.mark.slow
+def test_blocks_run_in_order(tmp_path):
+  environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'} | {
+      'T5X_CPM': str(ROOT), 'T5X_CPM_CACHE': str(tmp_path / 'cache'), 'JAX_PLATFORMS': 'cpu',
+      'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'}
+  if subprocess.run([sys.executable, '-c', 'import t5x_cpm'], cwd=tmp_path, capture_output=True, env=environment).returncode:
+    environment['PYTHONPATH'] = str(ROOT)  # the package is not installed, only checked out
+  folder = tmp_path / 'reader'
+  folder.mkdir()
+  for language, attributes, text in BLOCKS:
+    if attributes == 'run':
+      command = ['bash', '-euo', 'pipefail', '-c', text] if language == 'bash' else [sys.executable, '-c', text]
+      result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+      print(text, result.stdout, sep='\n')
+      assert result.returncode == 0, f'{text}\n{result.stdout}\n{result.stderr}'

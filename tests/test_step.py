@@ -1,0 +1,134 @@
+"""The training step: accumulation, halting, meshes, dropout."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.config import Config, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
+from t5x_cpm.training import step
+
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=96, d_model=16, d_ff=32, num_heads=2, head_dim=8, num_encoder_layers=2, num_decoder_layers=2, init_std=0.2,
+        layer_loop='scan'),
+    task=TaskConfig(encoder_length=12, decoder_length=8),
+    train=TrainConfig(batch_size=8, steps=10),
+    optimizer=OptimizerConfig(schedule='constant', learning_rate=0.01, warmup_steps=0, z_loss=1e-3))
+
+
+def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
+  """Random tokens; rows differ in how many targets count, so that a mean of means would be wrong."""
+  print(f'seed {seed}')
+  rng = np.random.default_rng(seed)
+  batch = {}
+  for name, spec in step.batch_shapes(config).items():
+    batch[name] = rng.integers(1, config.model.vocab_size, spec.shape).astype(spec.dtype)
+  for name in ('encoder_segment_ids', 'decoder_segment_ids'):
+    batch[name] = np.ones_like(batch[name])
+  lengths = rng.integers(1, config.task.decoder_length + 1, config.train.batch_size)
+  batch['decoder_loss_weights'] = (np.arange(config.task.decoder_length) < lengths[:, None]).astype(np.float32)
+  return batch
+
+
+def run(config: Config, steps: int = 3, mesh: MeshConfig = MeshConfig(data=1)):  # noqa: B008
+  devices = jax.devices()[:mesh.data * mesh.model * mesh.expert]
+  built = step.build(config, mesh_lib.make_mesh(mesh, devices))
+  state = built.init(jax.random.key(0))
+  history = []
+  for index in range(steps):
+    state, metrics = built.fn(state, {}, random_batch(config, index))
+    history.append(float(metrics['loss']))
+  return built, state, history
+
+
+@pytest.mark.parametrize('count', [2, 8])
+def test_accumulated_gradients_equal_one_large_batch(count):
+  _, whole, losses = run(CONFIG)
+  _, parts, accumulated = run(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, microbatches=count)))
+  np.testing.assert_allclose(accumulated, losses, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts['params'], whole['params'])
+
+
+def test_loss_falls_on_a_repeated_batch():
+  built = step.build(CONFIG, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  state, batch = built.init(jax.random.key(0)), random_batch(CONFIG, 0)
+  losses = []
+  for _ in range(30):
+    state, metrics = built.fn(state, {}, batch)
+    losses.append(float(metrics['loss']))
+  assert losses[-1] < 0.5 * losses[0]
+  assert int(state['step']) == 30
+
+
+def test_a_loss_that_is_not_finite_freezes_the_state_and_is_named():
+  built = step.build(CONFIG, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  state = built.init(jax.random.key(0))
+  state['params']['experts']['decoder']['wo'] = state['params']['experts']['decoder']['wo'].at[1, 0, 0].set(jnp.nan)
+  before = jax.device_get(state['params'])
+  batch = random_batch(CONFIG, 0)
+  state, metrics = built.fn(state, {}, batch)
+  state, _ = built.fn(state, {}, random_batch(CONFIG, 1))
+  assert bool(metrics['halted']) and int(state['step']) == 0
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state['params']), before)
+  assert built.explain(state, {}, batch) == 'parameter/experts/decoder/wo [layer 1]'
+
+
+def test_dropout_depends_on_the_step_alone():
+  config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dropout_rate=0.2))
+  assert run(config)[2] == run(config)[2]
+  assert run(config)[2] != run(CONFIG)[2]
+
+
+def test_evaluation_sums_over_targets_that_count():
+  built, state, _ = run(CONFIG, steps=1)
+  batch = random_batch(CONFIG, 5)
+  sums = built.evaluate(state['params'], batch)
+  assert float(sums['loss'][1]) == batch['decoder_loss_weights'].sum()
+
+
+@pytest.mark.parametrize('mesh, field', [
+    (MeshConfig(data=3), 'TrainConfig.batch_size'), (MeshConfig(model=3, data=1), 'ModelConfig')])
+def test_a_dimension_that_the_mesh_does_not_divide_is_named(mesh, field):
+  fake = jax.sharding.AbstractMesh((mesh.data, mesh.model, 1), mesh_lib.AXES)
+  with pytest.raises(ConfigError, match=field):
+    step.build(CONFIG, fake)
+
+
+def test_a_mesh_of_another_size_than_the_devices_is_refused():
+  with pytest.raises(ConfigError, match='number of devices'):
+    mesh_lib.make_mesh(MeshConfig(data=2, model=3, expert=5))
+
+
+EIGHT_DEVICES = """
+import jax, numpy as np, dataclasses, sys
+sys.path.insert(0, 'tests')
+import test_step as t
+from t5x_cpm.config import MeshConfig
+jax.config.update('jax_enable_x64', True)
+config = dataclasses.replace(t.CONFIG, model=dataclasses.replace(t.CONFIG.model, dtype='float64', param_dtype='float64'))
+want = None
+for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 2)):
+  mesh = MeshConfig(data=sizes[0], model=sizes[1], expert=sizes[2])
+  built, state, losses = t.run(config, steps=5, mesh=mesh)
+  params = jax.device_get(state['params'])
+  moments = [l for l in jax.tree.leaves(state['opt_state']) if l.ndim == 3 and l.shape[-1] % mesh.model == 0]
+  if mesh.model > 1:
+    assert all(l.sharding.shard_shape(l.shape) != l.shape for l in moments), 'moments are not split'
+  want = want or (losses, params)
+  np.testing.assert_allclose(losses, want[0], rtol=1e-9)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), params, want[1])
+  print('ok', mesh)
+"""
+
+
+def test_meshes_agree_in_float64():
+  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.'}
+  done = subprocess.run([sys.executable, '-c', EIGHT_DEVICES], env=env, capture_output=True, text=True, check=False)
+  assert done.stdout.count('ok') == 4, done.stderr[-3000:]

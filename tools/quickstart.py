@@ -1,0 +1,106 @@
+"""The main job on data that ships with the project: vocabulary, cache, pre-training (stopped and resumed), answers.
+
+Run by tools/quickstart.sh, which sets up the environment. Every step is a command that a user would type; it is printed
+before it runs.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CORPUS = ROOT / 'tasks' / 'corpus'
+GIN = ('--gin_file=gin/models/cpm2_tiny.gin', '--gin_file=gin/runs/quickstart.gin')
+# Sentences of the validation split with one blank each, which neither model has read.
+BLANKS = CORPUS / 'blanks.txt'
+
+
+def show(command: list[str]) -> list[str]:
+  """Prints a command as a user would type it and returns what to execute."""
+  print('\n$ ' + shlex.join(['python', *command]), flush=True)
+  return [sys.executable, *command]
+
+
+def run(*command: str) -> None:
+  subprocess.run(show(list(command)), cwd=ROOT, check=True)
+
+
+def train_until_stopped(command: list[str], metrics: pathlib.Path, at_step: int) -> None:
+  """Starts a training command and sends it SIGTERM once it has reported a step."""
+  process = subprocess.Popen(show(command), cwd=ROOT)
+  while process.poll() is None:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    if lines and json.loads(lines[-1])['step'] >= at_step:
+      process.send_signal(signal.SIGTERM)
+      break
+    time.sleep(0.2)
+  if process.wait() != 0:
+    raise SystemExit(f'training ended with exit code {process.returncode}')
+
+
+def answers(path: pathlib.Path) -> list[str]:
+  return [json.loads(line)['filled'] for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+def accuracy(model_dir: pathlib.Path) -> float:
+  """Accuracy on masked tokens of the validation split, from the last evaluation in metrics.jsonl."""
+  records = [json.loads(line) for line in (model_dir / 'metrics.jsonl').read_text().splitlines()]
+  return [record['accuracy'] for record in records if record['split'] == 'eval'][-1]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--output', type=pathlib.Path, default=ROOT / 'runs' / 'quickstart', help='where everything is written')
+  parser.add_argument('--steps', type=int, default=0, help='training steps; 0 is what gin/runs/quickstart.gin says')
+  args = parser.parse_args()
+  started = time.monotonic()
+  output = args.output.resolve()
+  trained, untrained = output / 'model', output / 'untrained'
+  if trained.exists():
+    raise SystemExit(f'{trained} exists: remove {output}, or give another --output.')
+  output.mkdir(parents=True, exist_ok=True)
+
+  print('1. A vocabulary from the shipped corpus (the result is the one that ships).')
+  run('tools/train_vocabulary.py', f'--input={CORPUS}/*.txt', f'--output={output}/vocab.txt')
+
+  print('\n2. Every text of the task becomes tokens, once.')
+  run('-m', 't5x_cpm', 'cache', *GIN)
+
+  print('\n3. An untrained model, to compare with.')
+  run('-m', 't5x_cpm', 'train', *GIN, f'--model_dir={untrained}', '--gin.TrainConfig.steps=0')
+
+  print('\n4. Pre-training; stopped on the way by SIGTERM, as a scheduler does, and started again by the same command.')
+  steps = [f'--gin.TrainConfig.steps={args.steps}'] if args.steps else []
+  command = ['-m', 't5x_cpm', 'train', *GIN, f'--model_dir={trained}', *steps]
+  train_until_stopped(command, trained / 'metrics.jsonl', at_step=40)
+  run(*command)
+
+  print('\n5. Evaluation, and blanks in sentences that the model has not read.')
+  run('-m', 't5x_cpm', 'eval', f'--model_dir={trained}', '--tasks=quickstart')
+  for model_dir in (untrained, trained):
+    run('-m', 't5x_cpm', 'infer', f'--model_dir={model_dir}', f'--input={BLANKS}', f'--output={model_dir}/answers.jsonl')
+  print('\n{:<12}{}'.format('', 'accuracy on masked tokens of held-out text'))
+  for name, model_dir in (('untrained', untrained), ('trained', trained)):
+    print(f'{name:<12}{accuracy(model_dir):.1%}')
+  questions = BLANKS.read_text(encoding='utf-8').splitlines()
+  for question, before, after in zip(questions, answers(untrained / 'answers.jsonl'), answers(trained / 'answers.jsonl')):
+    print(f'\n  sentence   {question}\n  untrained  {before}\n  trained    {after}')
+
+  print(f"""
+Done in {time.monotonic() - started:.0f} s.
+  metrics      {trained}/metrics.jsonl (also TensorBoard: {trained}/tensorboard)
+  loss curve   {trained}/loss.png
+  checkpoint   {trained}/checkpoints
+What to do next:
+  python -m t5x_cpm infer --model_dir={trained}        ask it something: a blank is <span>
+  python -m t5x_cpm train --help                       train on your own text: README.md, "Ten minutes on your own text"
+""")
+
+
+if __name__ == '__main__':
+  main()
