@@ -4,9 +4,8 @@ import dataclasses
 import errno
 import importlib
 import os
-import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from t5x_cpm.config import Config, ConfigError
 
@@ -55,7 +54,7 @@ FLAGS = {
     'help': Flag('', 'print this text'),
 }
 # Errors of the machine, not of the program: the message is enough.
-PLAIN_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+OF_THE_MACHINE = ('ENOSPC', 'EDQUOT', 'EROFS', 'EACCES', 'EPERM', 'ENOENT', 'EISDIR', 'ENOTDIR')
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -94,7 +93,8 @@ def parse(argv: Sequence[str]) -> Arguments:
   if 'help' in flags or not (words or flags or overrides):
     return Arguments(mode, {'help': ['']}, [])
   if mode not in MODES:
-    raise ConfigError(f'{f"unknown mode {mode!r}" if mode else "no mode"}: expected one of {", ".join(MODES)}.{did_you_mean(mode, MODES)}')
+    given = f'unknown mode {mode!r}' if mode else 'no mode'
+    raise ConfigError(f'{given}: expected one of {", ".join(MODES)}.{did_you_mean(mode, MODES)}')
   if len(words) > 1:
     raise ConfigError(f'{words[1]!r} is left over after mode {mode!r}; flags begin with --.')
   for name in flags:
@@ -112,9 +112,10 @@ def print_help() -> None:
     print(f'  {name:<8}{text}')
   print('\nflags')
   for name, flag in FLAGS.items():
-    left = f'--{name}' + (f'={flag.value}' if flag.value else '')
-    print(f'  {left:<28}{flag.text}' + (f' ({", ".join(flag.modes)})' if flag.modes else '') + (' (repeat)' if flag.repeat else ''))
-  print(f'  {"--gin.CLASS.FIELD=VALUE":<28}bind a field, as in --gin.TrainConfig.steps=200 (repeat)')
+    left = f'--{name}={flag.value}'.rstrip('=')
+    notes = [*flag.modes, *(['repeat'] if flag.repeat else [])]
+    print(f'  {left:<29}{flag.text}' + (f' ({", ".join(notes)})' if notes else ''))
+  print(f'  {"--gin.CLASS.FIELD=VALUE":<29}bind a field, as in --gin.TrainConfig.steps=200 (repeat)')
   for folder in ('models', 'runs'):
     print(f'\n{folder} (--gin_file=gin/{folder}/NAME.gin)')
     for name in gin_utils.shipped_files(folder):
@@ -133,78 +134,144 @@ def print_tasks() -> None:
 
 def import_modules(names: Sequence[str]) -> None:
   """Imports the user's own modules, which register tasks."""
+  if not names:
+    return
+  from t5x_cpm import tasks
+
   sys.path.insert(0, os.getcwd())  # a console script, unlike `python -m`, does not look there
   for name in names:
     try:
       importlib.import_module(name)
     except ModuleNotFoundError as error:
-      if error.name is None or not (name + '.').startswith(error.name + '.'):
-        raise  # the module was found and fails in an import of its own
-      raise ConfigError(f'--import={name}: there is no module {error.name} in {os.getcwd()} or among the installed ones.') from None
+      if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
+        raise  # the module is there and fails in an import of its own
+      raise ConfigError(f'--import={name}: there is no module {error.name} here ({os.getcwd()}) or installed.') from None
+  tasks.remember_modules(list(names))
 
 
 def make_config(arguments: Arguments) -> Config:
-  """The configuration of a command: of the run that is read, where there is one, changed by gin files and flags."""
+  """The configuration of a command: of the run that it reads, or the defaults, changed by gin files and then by flags."""
   from t5x_cpm import config as config_lib
   from t5x_cpm import gin_utils
+  from t5x_cpm.training import run_directory
 
+  mode, model_dir, source = arguments.mode, arguments.get('model_dir'), arguments.get('init_from')
   overrides = list(arguments.overrides)
   if profile := arguments.get('profile_steps'):
     start, _, count = profile.partition(':')
     if not (start.isdigit() and count.isdigit()):
       raise ConfigError(f'--profile_steps={profile}: expected START:COUNT, as in --profile_steps=100:5.')
     overrides += [f'MetricsConfig.profile_start={start}', f'MetricsConfig.profile_steps={count}']
+  if mode == 'eval' and arguments.get('step'):
+    overrides.append(f'EvalConfig.checkpoints={arguments.get("step")}')
   base = None
-  if arguments.mode in ('eval', 'infer'):
-    from t5x_cpm.training import checkpoint
-    if not arguments.get('model_dir'):
-      raise ConfigError(f'{arguments.mode} needs --model_dir=DIR, the folder of a run.')
-    base = checkpoint.read_run(arguments.get('model_dir')).config
-    if step := arguments.get('step'):
-      overrides.append(f'EvalConfig.checkpoints={step}')
-  elif source := arguments.get('init_from'):
-    from t5x_cpm.training import checkpoint
-    base = Config(model=checkpoint.read_run(source).config.model)
-    if arguments.mode == 'train':
-      overrides.append(f'TrainConfig.init_from={source!r}')
+  if mode in ('eval', 'infer'):
+    base = run_directory.read_run(model_dir, step_of(arguments)).config
+  elif source:
+    base = Config(model=run_directory.read_run(source).config.model)
+    overrides.append(f'TrainConfig.init_from={source!r}')
 
-  scope = {'train': 'train', 'cache': 'train', 'eval': 'eval', 'infer': 'eval'}.get(arguments.mode, '')
+  scope = {'train': 'train', 'cache': 'train', 'eval': 'eval', 'infer': 'eval'}.get(mode, '')
   config = gin_utils.load(arguments.flags.get('gin_file', []), overrides, scope=scope, base=base)
-  if base and arguments.mode in ('eval', 'infer'):
+  if base and mode in ('eval', 'infer'):
     changed = [line for line in config_lib.identity_differences(base, config) if line.startswith('ModelConfig.')]
     if changed:
-      raise ConfigError(f'the model of {arguments.get("model_dir")} cannot be changed:\n  ' + '\n  '.join(changed))
+      raise ConfigError(f'the model of {model_dir} cannot be changed:\n  ' + '\n  '.join(changed))
   return config
 
 
+def step_of(arguments: Arguments) -> int | None:
+  """--step as a number. None: the last checkpoint; for `eval` also 'all'."""
+  step = arguments.get('step')
+  if not step or (step == 'all' and arguments.mode == 'eval'):
+    return None
+  if not step.isdigit():
+    raise ConfigError(f'--step={step}: expected the number of a checkpoint{" or all" if arguments.mode == "eval" else ""}.')
+  return int(step)
+
+
 def dry_run(config: Config) -> None:
-  """Prints what a run would be. Touches no accelerator, and data only where it is cached already."""
+  """Prints what a run would be. Touches no accelerator, and of the data only a cache that is there already."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_cpm import gin_utils
+  from t5x_cpm.data import cache, reader
   from t5x_cpm.training import train
 
   print(gin_utils.dump(config))
   facts = train.describe(config)
-  print(f'parameters      {facts["parameters"]:,}')
-  print(f'tokens per step at most {facts["slots per step"]:,} ({config.train.batch_size} rows of '
-        f'{config.task.encoder_length} + {config.task.decoder_length})')
-  print(f'epochs          {epochs(config)}')
+  print(f'parameters        {facts["parameters"]:,}')
+  print(f'tokens per step   {facts["slots per step"]:,} with padding: {config.train.batch_size} rows of '
+        f'{config.task.encoder_length} + {config.task.decoder_length}')
+  if cache.is_ready(cache.directory(config)):
+    data = reader.open_reader(config, 'train')
+    train.check_vocabulary(config, data.vocabulary)
+    epochs = config.train.steps * config.train.batch_size / data.rows_per_epoch
+    print(f'epochs            {epochs:.3g}: {config.train.steps:,} steps, {data.rows_per_epoch:,.0f} rows an epoch')
+  else:
+    print('epochs            unknown, the task is not cached; `t5x_cpm cache` with the same gin files and flags does it')
   rates = ', '.join(f'{rate:.3g} at step {step:,}' for step, rate in facts['learning rate'].items())
-  print(f'learning rate   {rates}')
+  print(f'learning rate     {rates}')
 
 
-def epochs(config: Config) -> str:
-  """How often the run would read its data, where a cache tells how much there is."""
-  raise NotImplementedError
-
-
-def require(arguments: Arguments, *names: str) -> None:
-  for name in names:
+def run(arguments: Arguments) -> None:
+  """Checks what a mode needs and calls its function."""
+  mode, model_dir = arguments.mode, arguments.get('model_dir')
+  import_modules(arguments.flags.get('import', []))
+  needed = {'train': ['model_dir'], 'eval': ['model_dir', 'tasks'], 'infer': ['model_dir']}.get(mode, [])
+  if 'dry_run' in arguments.flags:
+    needed = [] if mode == 'train' else needed[:1]
+  for name in needed:
     if not arguments.get(name):
-      raise ConfigError(f'{arguments.mode} needs --{name}={FLAGS[name].value}.')
+      raise ConfigError(f'{mode} needs --{name}={FLAGS[name].value}.')
+  if mode == 'tasks' and 'dry_run' not in arguments.flags:
+    print_tasks()
+    return
+  config = make_config(arguments)
+  if 'dry_run' in arguments.flags:
+    dry_run(config)
+  elif mode == 'train':
+    from t5x_cpm.training import train
+    train.run(config, model_dir)
+  elif mode == 'cache':
+    from t5x_cpm.data import cache
+    print(cache.build(config))
+  elif mode == 'eval':
+    from t5x_cpm.inference import evaluate
+    evaluate.run(config, model_dir, arguments.get('tasks').split(','))
+  else:
+    from t5x_cpm.inference import generate
+    generate.run(config, model_dir, arguments.get('input'), arguments.get('output'), step=step_of(arguments))
 
 
-def train(arguments: Arguments, config: Config) -> None:
-  from t5x_cpm.training import train as train_lib
-  require(arguments, 'model_dir')
-  train_lib.run(config, arguments.get('model_dir'))
+def is_users(error: Exception) -> bool:
+  """Whether the message of an error is all that a user needs: one that t5x_cpm raised for bad input, or a disk that refuses."""
+  if isinstance(error, OSError):
+    return errno.errorcode.get(error.errno or 0) in OF_THE_MACHINE
+  return isinstance(error, ValueError) and type(error).__module__.split('.')[0] == 't5x_cpm'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The program. Returns its exit code: 2 for bad input and 1 for a run that diverged, both told without a traceback."""
+  try:
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    if 'help' in arguments.flags:
+      print_help()
+    else:
+      run(arguments)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
+  except KeyboardInterrupt:
+    return 130
+  except FloatingPointError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  except Exception as error:
+    if not is_users(error):
+      raise
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

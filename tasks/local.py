@@ -60,5 +60,6 @@ def find(pattern: str, field: str, pairs: bool) -> list[str]:
     if not path.endswith(SUFFIXES):
       raise ConfigError(f'LocalTaskConfig.{field}: {path} ends in none of {", ".join(SUFFIXES)}.')
     if pairs and '.jsonl' not in os.path.basename(path):
-      raise ConfigError(f"LocalTaskConfig.{field}: {path}: TaskConfig.objective = 'pairs' reads .jsonl with inputs and targets.")
+      raise ConfigError(f"LocalTaskConfig.{field}: {path}: TaskConfig.objective = 'pairs' reads .jsonl files, with inputs and "
+                        'targets.')
   return files

@@ -1,13 +1,20 @@
 """Metrics of generated answers. A SeqIO metric takes (targets, predictions) and returns a dict of numbers."""
 
 import collections
+import re
 import unicodedata
+
+_PUNCTUATION = re.compile(r'(?![-./]\d)(?!(?<=\d)%)[^\w]')
 
 
 def normalize(text: str) -> str:
-  """Full-width forms become ASCII; case, white space and punctuation do not count, since Chinese is written without blanks."""
+  """Full-width forms become ASCII; case, white space and punctuation do not count, except marks of a number as in -3.5 or 20%.
+
+  White space does not count because Chinese is written without it.
+  """
   text = unicodedata.normalize('NFKC', text).lower()
-  return ''.join(c for c in text if not c.isspace() and unicodedata.category(c)[0] not in 'P')
+  text = _PUNCTUATION.sub(lambda match: match[0] if unicodedata.category(match[0])[0] not in 'PZC' else '', text)
+  return text.replace('_', '')
 
 
 def exact_match(targets: list[str], predictions: list[str]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from t5x_cpm.tasks.table import MixtureRow, Row
 
+# Layout marks that a builder leaves in its text: (pattern, replacement).
+CLEAN = {'wiki40b': (('\n?_START_(ARTICLE|SECTION|PARAGRAPH)_\n', '\n'), ('_NEWLINE_', '\n'), ('^\\n+', ''))}
 _MC4 = {'train': 'zh', 'validation': 'zh-validation'}
 
 ROWS = (

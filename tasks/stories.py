@@ -3,14 +3,18 @@
 `story(index, language)` is a pure function: the same arguments give the same story on every machine, so that a story
 needs no file, and a split is a range of indices, for example training 0..99,999 and validation 1,000,000..1,000,999.
 A story adds, subtracts or multiplies two small numbers; its text ends with the result, which follows from the text before
-it, and so do the names and the things that it repeats. Seven stories in ten keep every number at or below 20, the others
-go to 99: a tiny model learns the former within minutes, the latter leave something to learn for a larger one.
+it, and so do the names and the things that it repeats. Seven stories in ten keep every number at or below 20, so that even
+a tiny model sees each sum often; the others go to 99.
 
-    >>> story(STORY_INDEX, 'en')
-    STORY_OUT
+    >>> story(3, 'en').text
+    'On Monday morning, Ben made 14 waffles for a party. Anna and the other guests ate 6 of them. The guests left 8 waffles.'
+    >>> story(3, 'en').question  # doctest: +ELLIPSIS
+    '...Anna and the other guests ate 6 of them. How many waffles did the guests leave?'
+    >>> story(3, 'zh')[2:]
+    ('2只兔子', (10, 8), 'subtract')
 
-There are more than ten million stories in each language. Two indices may still give the same story, more often among the
-short ones: about 1 index in 1,000 repeats an earlier one in a range of 100,000.
+There are tens of millions of stories in each language. Two indices may still give the same story: about 1 index in 1,000
+repeats another one among the first 100,000, and 8 in 1,000 among the first million.
 """
 
 import operator
@@ -134,8 +138,8 @@ TEMPLATES = {
      'How many {items} did {p} plant?', '{p} planted {C} in all.'),
     ('multiply', 'dollar', '{when}, {p} went to a shop near {town}. One {good} cost {B}, and {p} bought {a} {goods}.',
      'How many dollars did {p} pay?', '{p} paid {C}.'),
-    ('multiply', 'mile', '{p} and {q} were on holiday. {when}, they started {outdoors}. They walked {B} every day for {a} days.',
-     'How many miles did they walk?', 'They walked {C}.'),
+    ('multiply', 'mile', '{p} and {q} had a holiday. {when}, they started {outdoors}. They walked {B} every day for {a} days.',
+     'How many miles did they walk?', 'In all, they walked {C}.'),
   )],
   'zh': [Template(*row) for row in (
     ('add', 'thing', '{when}，{p}有{A}，{q}又给了{p}{b}{m}。', '{p}现在一共有多少{items}？', '{p}现在一共有{C}。'),

@@ -238,9 +238,9 @@ def test_loop_ends_with_the_last_unfinished_row():
     steps.append(tokens.shape)
     return toy.step(cache, tokens, positions)
 
-  prefix_BP, stop_BE = jnp.full((2, 1), START), jnp.broadcast_to(jnp.asarray([2, 3, 4]), (2, 3))
+  prefix_BP, stop_BE = jnp.full((2, 1), START), jnp.tile(jnp.arange(2, 7), (2, 1))
   rule = decode.Greedy(max_new_tokens=60)
-  states = list(decode.python_loop(counting, toy.cache([0, 1]), rule, prefix_BP, stop_BE))
+  states = list(decode.python_loop(counting, toy.cache([0, 3]), rule, prefix_BP, stop_BE))
   longest = int(rule.result(states[-1]).length.max())
   assert longest < 60 and len(steps) == len(states) == longest
   # What is streamed, token by token, is the result.

@@ -110,6 +110,7 @@ def run_unit(task: Any, unit: Unit, path: pathlib.Path, features: list[str], voc
              report) -> None:
   """Runs one shard through the task and writes its tokens; `report(documents)` is called as they come."""
   import seqio
+
   from t5x_cpm.tasks import sources
   shard_info = seqio.ShardInfo(unit.shard, unit.shards) if unit.shards > 1 else None
   counts: collections.Counter = collections.Counter()

@@ -5,6 +5,7 @@ the two streams of CPM-2's objective, whose masks never change. Both pass over t
 grow with it, and both appear under their final names only when complete.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -214,8 +215,8 @@ def cpm2_streams(directory: pathlib.Path, split: str, tokens: np.ndarray, length
                  mean: float, eod: int, sentinels: int) -> dict:
   """The streams of CPM-2's objective (facts of the released preprocessing are in `reader.Windows`).
 
-  Files: `context` (tokens that stay, a 0 at each span), `noise` (tokens of all spans), `spans` ([K + 1, 2]: where the span
-  stands in `context`, where it starts in `noise`; the last line holds both totals).
+  Files: `context` (tokens that stay, a 0 at each span), `noise` (tokens of all spans), `places` ([K] where each span stands in
+  `context`), `starts` ([K + 1] where it starts in `noise`, and the length of `noise`).
 
   Args:
     directory: the folder of the index.
@@ -240,7 +241,9 @@ def cpm2_streams(directory: pathlib.Path, split: str, tokens: np.ndarray, length
     border = np.searchsorted(np.cumsum(lengths[kept]), np.arange(0, int(lengths[kept].sum()), TOKENS))
     border = np.append(border, len(kept))
     total = np.zeros(2, np.int64)
-    with open(f'{prefix}.context', 'wb') as context, open(f'{prefix}.noise', 'wb') as noise, open(f'{prefix}.spans', 'wb') as f:
+    with contextlib.ExitStack() as stack:
+      context, noise, places, begins = (stack.enter_context(open(f'{prefix}.{part}', 'wb'))
+                                        for part in ('context', 'noise', 'places', 'starts'))
       for begin, end in zip(border, border[1:]):
         some = kept[begin:end]
         if not len(some):
@@ -258,10 +261,11 @@ def cpm2_streams(directory: pathlib.Path, split: str, tokens: np.ndarray, length
         out = np.where(is_noise, 0, flat)[stays].astype(tokens.dtype)
         out.tofile(context)
         flat[is_noise].astype(tokens.dtype).tofile(noise)
-        np.stack([place + total[0], noise_before + total[1]], axis=1).tofile(f)
+        (place + total[0]).tofile(places)
+        (noise_before + total[1]).tofile(begins)
         total += len(out), int(is_noise.sum())
-      total.tofile(f)
-    place = np.memmap(f'{prefix}.spans', np.int64, 'r').reshape(-1, 2)[:-1, 0]
+      total[1:].tofile(begins)
+    place = np.fromfile(f'{prefix}.places', np.int64)
     # A window needs one sentinel for each span and one to close, and windows run over the end of the stream.
     ring = np.concatenate([place, place[:sentinels] + total[0]])
     tight = int((ring[sentinels - 1:] - ring[:len(ring) - sentinels + 1]).min()) + 1 if len(ring) >= sentinels else 0

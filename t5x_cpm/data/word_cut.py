@@ -1,60 +1,34 @@
 """The word cut of jieba 0.42.1 (accurate mode, Hidden Markov Model on, default dictionary) at the speed of rjieba.
 
 Every CPM tokenizer starts with ``jieba.cut``. rjieba is the same algorithm with the same dictionary in Rust, but its
-version 0.2 differs from jieba in two places, which `cut` and `parts` put right:
+version 0.2 differs from jieba in three places, which this module puts right:
 
 * rjieba counts CJK extension blocks (U+3400-4DBF, U+9FD6-9FFF, U+F900-FAFF, U+20000 and up) as part of a run that it
   segments; jieba stops at U+9FD5 and makes each such character a word. `cut` splits the text at them first.
 * rjieba keeps 'WES-5.4.5' or 'a_1' whole, jieba cuts them by the expression below. `parts` cuts such a word again. It
   is separate so that a caller that keeps a table of words pays for it once per distinct word.
-
-Where rjieba cannot be installed, jieba itself serves, with the same words at a twentieth of the speed.
+* Two paths through the Hidden Markov Model can have the same probability, as in '哈哈哈哈哈', and rounding then decides
+  differently. That needs two repetitions among the characters that the dictionary leaves to the model: two paths of
+  equal probability give every character the same states in another order, and a single pair of equal characters cannot
+  exchange its states. `cut` finds such runs and takes the model of the jieba package for them.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 _CHUNK = 1 << 17  # characters cut at a time, so that the words of a very long document are not all in memory
 
 # Characters that jieba never joins with a neighbour, while rjieba may. The surrogates have no UTF-8 form for rjieba.
-_ALONE = re.compile('([㐀-䶿\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f])')
+_ALONE = re.compile('([\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f])')
 _SURROGATE = re.compile('[\ud800-\udfff]')
-# What ends a block of jieba's outer splitting. '\r' is left out because '\r\n' is one word.
-_BLOCK_END = re.compile('[^\u4e00-\u9fd5a-zA-Z0-9+#&._%\\-\r]')
+# jieba cuts each run of these characters by itself. '\r' does not end a chunk because '\r\n' is one word.
+_RUN = '\u4e00-\u9fd5a-zA-Z0-9+#&._%\\-'
+_IN_RUN = re.compile(f'[{_RUN}]+')
+_CHUNK_END = re.compile(f'[^{_RUN}\r]')
+_HAN = re.compile('[\u4e00-\u9fd5]{3,}')
 
-_CONNECTED = re.compile(r'[a-zA-Z0-9][-._]')
+_CONNECTED = re.compile('[a-zA-Z0-9][-._]')
 _NUMBER_OR_NAME = re.compile(r'([a-zA-Z0-9]+(?:\.\d+)?%?)')
-
-_cut: Callable[[str], list[str]] | None = None
-
-
-def _load() -> Callable[[str], list[str]]:
-  """Loads the dictionary (0.15 s with rjieba, 0.7 s with jieba) at the first cut, not at import."""
-  global _cut
-  try:
-    import rjieba
-    _cut = rjieba.cut
-  except ImportError:
-    try:
-      import logging
-
-      import jieba
-    except ImportError as error:
-      raise ImportError('CPM vocabularies cut text into words with jieba: install rjieba (fast) or jieba==0.42.1.') from error
-    jieba.setLogLevel(logging.WARNING)
-    _cut = jieba.lcut
-  return _cut
-
-
-def _chunks(text: str) -> Iterator[str]:
-  start = 0
-  while len(text) - start > _CHUNK:
-    end = _BLOCK_END.search(text, start + _CHUNK)
-    if end is None:
-      break
-    yield text[start:end.end()]
-    start = end.end()
-  yield text[start:] if start else text
 
 
 def cut(text: str) -> Iterator[list[str]]:
@@ -63,16 +37,11 @@ def cut(text: str) -> Iterator[list[str]]:
   The words joined are the text, except that a lone surrogate, which no encoding can hold, becomes U+FFFD. A word that
   rjieba keeps whole although jieba cuts it is returned whole: give it to `parts`.
   """
-  words_of = _cut or _load()
   for chunk in _chunks(text):
     try:
-      words = words_of(chunk)
+      yield _cut_chunk(chunk)
     except UnicodeEncodeError:
-      chunk = _SURROGATE.sub('\ufffd', chunk)
-      words = words_of(chunk)
-    if _ALONE.search(chunk):
-      words = [word for part in _ALONE.split(chunk) if part for word in words_of(part)]
-    yield words
+      yield _cut_chunk(_SURROGATE.sub('\ufffd', chunk))
 
 
 def parts(word: str) -> list[str]:
@@ -85,3 +54,75 @@ def parts(word: str) -> list[str]:
 def lcut(text: str) -> list[str]:
   """The words of a text, as ``jieba.lcut`` gives them."""
   return [part for words in cut(text) for word in words for part in parts(word)]
+
+
+def _chunks(text: str) -> Iterator[str]:
+  start = 0
+  while len(text) - start > _CHUNK:
+    end = _CHUNK_END.search(text, start + _CHUNK)
+    if end is None:
+      break
+    yield text[start:end.end()]
+    start = end.end()
+  yield text[start:] if start else text
+
+
+def _repetitive(text: str) -> list[str]:
+  """The stretches of Chinese characters that have two repetitions."""
+  return [run for run in _HAN.findall(text) if len(run) - len(set(run)) > 1]
+
+
+def _tied_runs(text: str) -> Iterator[tuple[int, int, list[str]]]:
+  """The runs in which rounding may decide, as (start, end, their words by jieba)."""
+  position = end = 0
+  for stretch in _repetitive(text):
+    start = text.index(stretch, position)
+    position = start + len(stretch)
+    if start < end:
+      continue  # it is part of the run before
+    while start > end and _IN_RUN.match(text[start - 1]):
+      start -= 1
+    end = _IN_RUN.match(text, start).end()
+    words = _route(text[start:end])
+    if any(left and _repetitive(word) for word, left in words):
+      yield start, end, _cut_route(words)
+
+
+def _route(run: str) -> list[tuple[str, bool]]:
+  """The most probable dictionary words of a run; neighbouring words of one character are joined and marked True."""
+  import rjieba
+  words = []
+  for word in rjieba.cut(run, False):
+    left = len(word) == 1 or word.isascii() and word.isalnum()  # rjieba joins ASCII by itself
+    if left and words and words[-1][1]:
+      words[-1] = (words[-1][0] + word, True)
+    else:
+      words.append((word, left))
+  return words
+
+
+def _cut_route(words: list[tuple[str, bool]]) -> list[str]:
+  import jieba.finalseg
+  import rjieba
+  cut = []
+  for word, left in words:
+    if not left or len(word) == 1:
+      cut.append(word)
+    elif rjieba.has_word(word):
+      cut.extend(word)
+    else:
+      cut.extend(jieba.finalseg.cut(word))
+  return cut
+
+
+def _cut_chunk(text: str) -> list[str]:
+  import rjieba  # loads its dictionary, 0.15 s (jieba's takes 0.7 s): not at import of this module
+  words = []
+  for part in _ALONE.split(text) if _ALONE.search(text) else [text]:
+    done = 0
+    for start, end, run in _tied_runs(part):
+      words += rjieba.cut(part[done:start])
+      words += run
+      done = end
+    words += rjieba.cut(part[done:])
+  return words

@@ -291,51 +291,59 @@ def make_rule(config: Any, pad_id: int) -> Greedy | Sample | Beam:
   return Greedy(**common)
 
 
-def _begin(step: Step, take: Take | None, cache: Cache, rule: Rule, prefix_BP: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
-  """Feeds the prefix in one call of `step` and chooses the first token.
+def _begin(step: Step, take: Take | None, cache: Cache, state: Any, prefix_BP: jax.Array,
+           width: int) -> tuple[Cache, Any, jax.Array]:
+  """Feeds all of the prefix but its last token, in one call of `step`, and makes that token the next one.
 
   Rows are padded on the right, and each goes on at its own length: what the padding wrote to the cache lies at later
   positions, where causal attention does not look, and is overwritten before it would.
+
+  Returns:
+    The cache for all N rows, the state, and int32 [N], the position of each row's next token.
   """
-  length_B = (prefix_BP >= 0).sum(1, dtype=jnp.int32)
-  positions_BP = jnp.broadcast_to(jnp.arange(prefix_BP.shape[1], dtype=jnp.int32), prefix_BP.shape)
-  logits_BPV, cache = step(cache, jnp.maximum(prefix_BP, 0), positions_BP)
-  logits_BV = jnp.take_along_axis(logits_BPV, (length_B - 1)[:, None, None], axis=1)[:, 0]
-  if rule.width > 1:
+  B, P = prefix_BP.shape
+  last_B = (prefix_BP >= 0).sum(1, dtype=jnp.int32) - 1
+  if P > 1:
+    positions_BP = jnp.broadcast_to(jnp.arange(P - 1, dtype=jnp.int32), (B, P - 1))
+    _, cache = step(cache, jnp.maximum(prefix_BP[:, :-1], 0), positions_BP)
+  next_B = jnp.take_along_axis(prefix_BP, last_B[:, None], axis=1)[:, 0]
+  rows_N = jnp.repeat(jnp.arange(B, dtype=jnp.int32), width)
+  if width > 1:
     assert take is not None
-    rows_N = jnp.repeat(jnp.arange(prefix_BP.shape[0], dtype=jnp.int32), rule.width)
-    cache, logits_BV, length_B = take(cache, rows_N), logits_BV[rows_N], length_B[rows_N]
-  return cache, logits_BV, length_B
+    cache = take(cache, rows_N)
+  return cache, state._replace(next=next_B[rows_N]), last_B[rows_N]
 
 
-def _feed(step: Step, take: Take | None, cache: Cache, state: Any, length_N: jax.Array) -> tuple[jax.Array, Cache]:
-  """One call of `step` with the tokens just chosen."""
+def _feed(step: Step, reorder: Take | None, cache: Cache, state: Any, first_N: jax.Array) -> tuple[jax.Array, Cache]:
+  """One call of `step` with the tokens chosen last."""
   if state.rows is not None:
-    assert take is not None
-    cache = take(cache, state.rows)
-  logits_NTV, cache = step(cache, state.next[:, None], (length_N + state.step - 1)[:, None])
+    assert reorder is not None
+    cache = reorder(cache, state.rows)
+  logits_NTV, cache = step(cache, state.next[:, None], (first_N + state.step)[:, None])
   return logits_NTV[:, 0], cache
 
 
 def while_loop(step: Step, cache: Cache, rule: Rule, prefix_BP: jax.Array, stop_BE: jax.Array, *, take: Take | None = None,
-               seed: Any = 0, rows_B: jax.Array | None = None, allowed: jax.Array | None = None) -> Output:
+               reorder: Take | None = None, seed: Any = 0, rows_B: jax.Array | None = None,
+               allowed: jax.Array | None = None) -> Output:
   """Decodes to the end inside jit.
 
   Args:
     step: ``(cache, tokens_NT, positions_NT) -> (logits_NTV, cache)``; writes to the cache at the positions.
-    cache: for B rows and at least P + T positions.
+    cache: for B rows and P + T - 1 positions.
     rule: a `Greedy`, `Sample` or `Beam`.
     prefix_BP: int32, what the decoder is given, at least its start token; shorter rows are filled on the right with -1.
     stop_BE, seed, rows_B, allowed: see `Greedy.init`.
-    take: ``(cache, rows_N) -> cache``; needed for beams.
+    take: ``(cache, rows_N) -> cache`` of these rows; needed for beams.
+    reorder: the same where every row is exchanged for one of the same input, so that what does not depend on the
+      generated text may stay; default `take`.
   """
   state = rule.init(stop_BE, seed=seed, rows_B=rows_B, allowed=allowed)
-  cache, logits_NV, length_N = _begin(step, take, cache, rule, prefix_BP)
-  state = rule.advance(state, logits_NV)
+  cache, state, first_N = _begin(step, take, cache, state, prefix_BP, rule.width)
 
   def turn(carry):
     cache, state = carry
-    logits_NV, cache = _feed(step, take, cache, state, length_N)
+    logits_NV, cache = _feed(step, reorder or take, cache, state, first_N)
     return cache, rule.advance(state, logits_NV)
 
   _, state = lax.while_loop(lambda carry: ~carry[1].done.all(), turn, (cache, state))
@@ -348,16 +356,15 @@ def _advance(rule: Any, state: Any, logits_NV: jax.Array) -> Any:
 
 
 def python_loop(step: Step, cache: Cache, rule: Rule, prefix_BP: jax.Array, stop_BE: jax.Array, *, take: Take | None = None,
-                seed: Any = 0, rows_B: jax.Array | None = None, allowed: jax.Array | None = None) -> Iterator[Any]:
+                reorder: Take | None = None, seed: Any = 0, rows_B: jax.Array | None = None,
+                allowed: jax.Array | None = None) -> Iterator[Any]:
   """Decodes one token at a time; yields the state after each, the last of which gives ``rule.result``.
 
   Arguments as in `while_loop`. `step` is called as it is: jit it, with its cache donated, where that is possible.
   """
   state = rule.init(stop_BE, seed=seed, rows_B=rows_B, allowed=allowed)
-  cache, logits_NV, length_N = _begin(step, take, cache, rule, prefix_BP)
-  state = _advance(rule, state, logits_NV)
-  yield state
+  cache, state, first_N = _begin(step, take, cache, state, prefix_BP, rule.width)
   while not bool(state.done.all()):
-    logits_NV, cache = _feed(step, take, cache, state, length_N)
+    logits_NV, cache = _feed(step, reorder or take, cache, state, first_N)
     state = _advance(rule, state, logits_NV)
     yield state

@@ -1,7 +1,33 @@
-HEAD
+"""Checkpoints: written in the background by Orbax, restored bit for bit on any mesh, and readable in parts.
+
+Arrays of a stack of layers are stored one layer slice (one expert) per chunk, so that a checkpoint larger than memory can be
+streamed through. `run_directory` says what lies where.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from t5x_cpm.config import CheckpointConfig, Config
+from t5x_cpm.training import run_directory
+from t5x_cpm.training.run_directory import CheckpointError, RunInfo, read_run, resolve
+
+__all__ = ['CheckpointError', 'Manager', 'RunInfo', 'load_params', 'read_run', 'resolve']
+
+DELETED = '.deleted'  # folder of checkpoints on their way out
+MAX_CHUNK_BYTES = 128 * 2**20  # of arrays that are not stacks of layers: embedding tables
+
+
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-  """Keeps Orbax's log out of the terminal: it prints every failure of a save thread with four tracebacks, and raises it too."""
+  """Keeps Orbax's log out of the terminal: it prints each failure of a save with four tracebacks, and raises it as well."""
   logger = logging.getLogger('absl')
 
   def keep(record: logging.LogRecord) -> bool:
@@ -12,6 +38,12 @@ def _quiet_orbax() -> Iterator[None]:
     yield
   finally:
     logger.removeFilter(keep)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+  """'a/b/c' -> leaf."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
 def _save_args(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -48,79 +80,55 @@ class _Keep:
 
 
 class Manager:
-  """Writes and restores the checkpoints of one run. Every process of the run makes one and calls it in the same order."""
+  """Writes and restores the checkpoints of one run.
+
+  Every process of the run makes one and calls it in the same order. As a context manager it closes itself; a save in
+  progress is completed also when an exception leaves the block.
+  """
 
   def __init__(self, model_dir: Any, config: Config, *, info: dict[str, Any]):
-    """Makes model_dir usable, or says why it is not.
+    """Makes model_dir usable, or says why it is not, before anything in it is changed.
 
     Args:
-      model_dir: made if it does not exist; a relative path is resolved now.
+      model_dir: made if it does not exist.
       config: compared field by field with that of the last checkpoint.
       info: JSON tree of what else must not change between starts: fingerprints of the vocabulary and of the data.
 
     Raises:
-      CheckpointError: the directory cannot be written, belongs to something else, or holds a run with another identity.
+      CheckpointError: the directory cannot be written, belongs to something else, or holds a run of another identity.
     """
     import orbax.checkpoint as ocp
 
     self.model_dir = resolve(model_dir)
     self.config = config
     self._primary = jax.process_index() == 0
-    self._meta = {
-        'format_version': FORMAT_VERSION, 'code_version': t5x_cpm.__version__, 'config': to_dict(config),
-        'info': json.loads(json.dumps(info))}
+    self._meta = run_directory.describe(config, info)
     self._failed = False
     if self._primary:
-      self._claim()
-    _wait_for_all('model_dir')
-    self._check_identity()
+      run_directory.claim(self.model_dir)
+    _wait_for_all('claimed')
+    run_directory.check_identity(self.model_dir, config, info)
+    _wait_for_all('checked')
     if self._primary:
       self._clear_partial()
-      _write_atomically(self.model_dir / 'config.json', json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n')
-    _wait_for_all('config.json')
+      text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
+      run_directory.write_atomically(self.model_dir / 'config.json', text.encode())
+    _wait_for_all('ready')
     with _quiet_orbax():
       self._orbax = ocp.CheckpointManager(
           self.model_dir / 'checkpoints',
           options=ocp.CheckpointManagerOptions(
-              # The metric is read by _Keep; without a best_fn Orbax would not store it.
+              # _Keep ranks by the metric; without a best_fn Orbax would not store it.
               best_fn=lambda metrics: metrics.get(config.checkpoint.best_metric, math.nan),
               preservation_policy=_Keep(config.checkpoint),
               # A directory that a kill left half deleted would look complete, so it is renamed first.
               todelete_subdir=DELETED))
 
-  def _claim(self) -> None:
-    """Creates the directory, checks that it is empty or a run's, and that it can be written."""
-    path = self.model_dir
-    try:
-      path.mkdir(parents=True, exist_ok=True)
-      probe = path / '.write_probe'
-      probe.write_text('')
-      probe.unlink()
-    except OSError as error:
-      raise CheckpointError(f'--model_dir={path} cannot be written: {error.strerror or error}.') from error
-    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith('.'))
-    if names and 'config.json' not in names:
-      raise CheckpointError(
-          f'--model_dir={path} is not empty and not the model_dir of a run (no config.json; it holds {", ".join(names[:5])}). '
-          'Give an empty or new directory.')
-
-  def _check_identity(self) -> None:
-    steps, _ = _scan(self.model_dir)
-    if not steps:
-      return
-    saved = _read_meta(self.model_dir, steps[-1])
-    lines = identity_differences(from_dict(saved['config']), self.config)
-    lines += info_differences(saved['info'], self._meta['info'])
-    if lines:
-      raise CheckpointError(
-          f'--model_dir={self.model_dir} holds checkpoint {steps[-1]} of another run:\n  ' + '\n  '.join(lines) +
-          '\nContinue with the same values, or start a new --model_dir (with --init_from, from these parameters).')
-
   def _clear_partial(self) -> None:
     """Says which half-written checkpoints a killed run left, and puts them where no one looks."""
-    for path in _scan(self.model_dir)[1]:
+    for path in run_directory.scan(self.model_dir)[1]:
       print(f'Ignoring a half-written checkpoint, left by a run that was stopped: {path}', file=sys.stderr, flush=True)
-      if path.name.isdigit():  # not ours, or copied in part: kept, under another name
+      if path.name.isdigit():  # copied in part, perhaps by hand: kept, under another name
         path.rename(path.parent / f'incomplete-{path.name}')
       else:
         path.rmtree()
@@ -133,13 +141,13 @@ class Manager:
 
   def latest_step(self) -> int | None:
     """The step of the last complete checkpoint."""
-    steps, _ = _scan(self.model_dir)
+    steps, _ = run_directory.scan(self.model_dir)
     return steps[-1] if steps else None
 
-  def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-    """Starts writing a checkpoint and returns when the state has been copied, so that it may be donated or changed.
+  def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+    """Starts writing a checkpoint; returns when the state has been copied, so that it may be donated or changed.
 
-    Does nothing if this step has been saved. Waits for the previous save first.
+    Waits for the previous save first. Does nothing if this step is saved already.
 
     Args:
       step: updates done.
@@ -147,7 +155,7 @@ class Manager:
       metrics: by name, for CheckpointConfig.keep_best and for who reads the checkpoint.
 
     Raises:
-      CheckpointError: the previous save failed, this one failed at once, or `metrics` lacks the metric to rank by.
+      CheckpointError: the previous save failed, this one failed at once, or `metrics` lacks the one to rank by.
     """
     import orbax.checkpoint as ocp
 
@@ -156,51 +164,61 @@ class Manager:
       raise CheckpointError(
           f'CheckpointConfig.best_metric = {options.best_metric!r}: expected one of {", ".join(sorted(metrics))}.')
     self.wait()
-    if step in _scan(self.model_dir)[0]:
+    if step in run_directory.scan(self.model_dir)[0]:
       return
-    metrics = {name: float(value) for name, value in (metrics or {}).items()}
-    meta = self._meta | {'step': step, 'metrics': metrics}
+    values = {name: float(value) for name, value in (metrics or {}).items()}
     args = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state, save_args=jax.tree_util.tree_map_with_path(_save_args, state)),
-        meta=ocp.args.JsonSave(meta))
-    with self._errors():
-      self._orbax.save(step, args=args, metrics=metrics, force=True)
+        meta=ocp.args.JsonSave(self._meta | {'step': step, 'metrics': values}))
+    with self._one_error():
+      self._orbax.save(step, args=args, metrics=values, force=True)
 
   @contextlib.contextmanager
-  def _errors(self) -> Iterator[None]:
-    """Turns any failure of a save into one message, and frees what it had written."""
+  def _one_error(self) -> Iterator[None]:
+    """Turns any failure of a save into one message, and frees what the save had written."""
     try:
       with _quiet_orbax():
         yield
     except Exception as error:
       self._failed = True
       if self._primary:
-        for path in _scan(self.model_dir)[1]:
+        for path in run_directory.scan(self.model_dir)[1]:
           with contextlib.suppress(OSError):
             path.rmtree()
-      reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-      if 'No space left' in str(error):
-        reason = 'no space left on the device'
+      full = 'No space left' in str(error)
+      reason = 'no space left on the device' if full else str(error).split('\n')[0] or type(error).__name__
       last = self.latest_step()
-      intact = 'There is no earlier one.' if last is None else f'Those up to step {last} are intact.'
+      intact = 'There is no earlier checkpoint.' if last is None else f'Those up to step {last} are intact.'
+      advice = 'Make room, or lower CheckpointConfig.keep, and start' if full else 'Start'
       raise CheckpointError(
-          f'Writing a checkpoint to {self.model_dir / "checkpoints"} failed: {reason}. {intact} Make room (or lower '
-          'CheckpointConfig.keep) and start the same command again.') from error
+          f'Writing a checkpoint to {self.model_dir / "checkpoints"} failed: {reason}. {intact} {advice} the same command '
+          'again to continue.') from error
 
   def wait(self) -> None:
     """Returns when the save in progress is complete; raises CheckpointError if it failed."""
-    with self._errors():
+    with self._one_error():
       self._orbax.wait_until_finished()
     self._purge()
 
   def close(self) -> None:
-    """Waits, and releases the threads. Raises CheckpointError if the last save failed."""
+    """Waits, and releases the threads. Raises CheckpointError if the last save failed and that was not raised yet."""
     try:
       if not self._failed:
         self.wait()
     finally:
       with _quiet_orbax():
         self._orbax.close()
+
+  def __enter__(self) -> 'Manager':
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    try:
+      self.close()
+    except CheckpointError as own:
+      if error is None:
+        raise
+      print(own, file=sys.stderr, flush=True)  # beside the error that is on its way, not instead of it
 
   def restore(self, abstract_state: Any, step: int | None = None) -> Any:
     """The state of a checkpoint, bit for bit, on the given shardings.
@@ -210,10 +228,13 @@ class Manager:
       step: default: the last.
 
     Raises:
-      CheckpointError: no such checkpoint, or a tensor is missing, left over, or has another shape or dtype.
+      CheckpointError: no such checkpoint, it is damaged, or a tensor is missing, left over, or of another shape or dtype.
     """
-    step = _choose(self.model_dir, step)
-    return _restore(self.model_dir / 'checkpoints' / str(step) / 'state', abstract_state)
+    step = run_directory.choose(self.model_dir, step)
+    path = self.model_dir / 'checkpoints' / str(step) / 'state'
+    hint = 'It was written with another model or optimizer: set ModelConfig and OptimizerConfig as they were.'
+    _compare(_stored(path), _named(abstract_state), path, hint, dtypes=True)
+    return _read(path, abstract_state)
 
 
 def _wait_for_all(name: str) -> None:
@@ -223,35 +244,35 @@ def _wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(f't5x_cpm.checkpoint.{name}')
 
 
+def _damaged(path: epath.Path, error: Exception) -> CheckpointError:
+  reason = str(error).split('\n')[0]
+  return CheckpointError(f'The checkpoint {path.parent} is damaged: {reason[:200]}. Move it away to use an earlier one.')
+
+
 def _stored(path: epath.Path) -> dict[str, Any]:
-  """Name -> shape and dtype of every array of a saved tree. Reads no array."""
+  """Name -> shape, dtype and storage of every array of a saved tree. Reads no array."""
   import orbax.checkpoint as ocp
 
-  tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(keys, simple=True, separator='/'): leaf for keys, leaf in leaves}
+  try:
+    return _named(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+  except (OSError, ValueError) as error:
+    raise _damaged(path, error) from error
 
 
 def _read(path: epath.Path, abstract: Any) -> Any:
-  """The arrays named by a tree of ShapeDtypeStruct with shardings; what else is stored there is not read."""
+  """The arrays of a tree of ShapeDtypeStruct with shardings; what else is stored there is not read."""
   import orbax.checkpoint as ocp
 
   restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  with _quiet_orbax():
-    try:
-      return ocp.PyTreeCheckpointHandler().restore(
-          path, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True))
-    except (OSError, ValueError) as error:
-      raise CheckpointError(
-          f'The checkpoint {path.parent} is damaged: {str(error).splitlines()[0]} Move it away to use an earlier one.') from error
+  args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+  try:
+    with _quiet_orbax():
+      return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+  except (OSError, ValueError) as error:
+    raise _damaged(path, error) from error
 
 
-def _named(tree: Any) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(keys, simple=True, separator='/'): leaf for keys, leaf in leaves}
-
-
-def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: epath.Path, hint: str, dtypes: bool) -> None:
+def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: epath.Path, hint: str, *, dtypes: bool) -> None:
   """Raises CheckpointError with up to five tensors whose presence, shape or (if asked) dtype differ."""
   lines = []
   for name in sorted(stored.keys() | wanted.keys()):
@@ -268,27 +289,25 @@ def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: epath.P
     raise CheckpointError(f'The checkpoint {path.parent} does not fit:\n  ' + '\n  '.join(lines[:5] + more) + f'\n{hint}')
 
 
-def _restore(path: epath.Path, abstract_state: Any) -> Any:
-  hint = 'It was written with another model or optimizer: set ModelConfig and OptimizerConfig as they were.'
-  _compare(_stored(path), _named(abstract_state), path, hint, dtypes=True)
-  return _read(path, abstract_state)
-
-
 def _renamed(names: list[str], rename: Mapping[str, str | None], path: epath.Path) -> dict[str, str]:
   """Stored name -> new name, by the longest prefix that `rename` has; names renamed to None are left out."""
   result, used = {}, set()
   for name in names:
     prefixes = [old for old in rename if name == old or name.startswith(old + '/')]
-    old = max(prefixes, key=len, default=None)
     used.update(prefixes)
-    new = name if old is None else rename[old]
+    old = max(prefixes, key=len, default=None)
+    if old is None:
+      result[name] = name
+      continue
+    new = rename[old]
     if new is not None:
-      result[name] = new if old is None else new + name[len(old):]
+      result[name] = new + name[len(old):]
   for old in rename:
     if old not in used:
-      raise CheckpointError(f'rename: the checkpoint {path.parent} has no parameter {old!r}: it has {", ".join(names[:8])} ...')
+      raise CheckpointError(
+          f'rename: the checkpoint {path.parent} has no parameter {old!r}. It has {", ".join(names[:8])}, ...')
   if len(set(result.values())) < len(result):
-    raise CheckpointError(f'rename gives two parameters of the checkpoint {path.parent} one name: {dict(rename)}.')
+    raise CheckpointError(f'rename = {dict(rename)} gives two parameters of the checkpoint {path.parent} one name.')
   return result
 
 
@@ -311,8 +330,7 @@ def load_params(
   Args:
     model_dir: of the run.
     step: default: the last checkpoint.
-    into: tree of shapes and dtypes that the parameters must fit (names and shapes; the dtype is converted to). None: as
-      stored.
+    into: tree of shapes and dtypes that the parameters must fit (they are converted to its dtypes). None: as stored.
     rename: {'old/path': 'new/path'}, of parameters or whole subtrees; {'old/path': None} leaves it out. A parameter that
       is in the checkpoint and not in `into` is an error unless it is left out so.
     shardings: tree like the result, or one sharding for all. None: those of `into`, else the first device.
@@ -321,28 +339,26 @@ def load_params(
     A nested dict of arrays.
 
   Raises:
-    CheckpointError: no such checkpoint, or a parameter that is missing, left over or has another shape, by name.
+    CheckpointError: no such checkpoint, or a parameter that is missing, left over or of another shape, by name.
   """
   model_dir = resolve(model_dir)
-  step = _choose(model_dir, step)
-  _read_meta(model_dir, step)
+  step = run_directory.choose(model_dir, step)
+  run_directory.read_meta(model_dir, step)  # refuses a format of the future
   path = model_dir / 'checkpoints' / str(step) / 'state'
   prefix = 'params/'
   stored = {name[len(prefix):]: leaf for name, leaf in _stored(path).items() if name.startswith(prefix)}
   new_names = _renamed(list(stored), rename or {}, path)
   renamed = {new: stored[old] for old, new in new_names.items()}
   wanted = renamed if into is None else _named(into)
-  hint = 'Set ModelConfig as it was, or give `rename` (to None, for what is to be left out).'
+  hint = 'Set ModelConfig as it was, or give `rename` (with None for what is to be left out).'
   _compare(renamed, wanted, path, hint, dtypes=False)
 
+  one_sharding = shardings is None or isinstance(shardings, jax.sharding.Sharding)
+  given = dict.fromkeys(wanted, shardings) if one_sharding else _named(shardings)
   default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  is_tree = shardings is not None and not isinstance(shardings, jax.sharding.Sharding)
-  given = _named(shardings) if is_tree else dict.fromkeys(wanted, shardings)
   abstract = {}
   for old, new in new_names.items():
-    sharding = given[new] or getattr(wanted[new], 'sharding', None)
-    if not isinstance(sharding, jax.sharding.Sharding):  # Orbax's metadata has a description of the one it was saved with
-      sharding = default
+    sharding = given[new] or (getattr(wanted[new], 'sharding', None) if into is not None else None) or default
     abstract[old] = jax.ShapeDtypeStruct(stored[old].shape, wanted[new].dtype, sharding=sharding)
   loaded = _named(_read(path, {'params': _nested(abstract)})['params'])
   params = {new: loaded[old] for old, new in new_names.items()}

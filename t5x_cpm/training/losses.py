@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]
+Triple = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @jax.custom_vjp
-def _log_z_and_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _log_z_and_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> Triple:
   """log(sum(exp(logits))), the target's logit, and whether no other logit is above it: each [B, T]."""
   return _forward(logits_BTV, targets_BT)[0]
 
 
-def _forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+def _forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[Triple, Triple]:
   x_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
   max_BT = jnp.max(x_BTV, axis=-1)
   log_z_BT = max_BT + jnp.log(jnp.sum(jnp.exp(x_BTV - max_BT[..., None]), axis=-1))
@@ -23,7 +24,7 @@ def _forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[tuple[jax.Ar
   return (log_z_BT, target_BT, target_BT == max_BT), (logits_BTV, targets_BT, log_z_BT)
 
 
-def _backward(residuals: tuple[jax.Array, ...], cotangents: tuple[Any, ...]) -> tuple[jax.Array, None]:
+def _backward(residuals: Triple, cotangents: tuple[Any, ...]) -> tuple[jax.Array, None]:
   """One pass that reads the logits and writes their gradient; nothing of size [B, T, V] is kept beside the logits."""
   logits_BTV, targets_BT, log_z_BT = residuals
   d_log_z_BT, d_target_BT, _ = cotangents

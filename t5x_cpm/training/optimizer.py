@@ -1,7 +1,7 @@
 """Learning-rate schedules and optimizers, as one optax transformation whose state can be sharded like the parameters."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +71,6 @@ def decays(path: str) -> bool:
   return names[-1] != 'scale' and 'relative_bias' not in names
 
 
-class AdafactorState(NamedTuple):
-  """statistics: for each parameter {'row', 'col'}, means of squared gradients over one of the last two axes, or {'full'}."""
-
-  count: jax.Array
-  statistics: Any
-
-
 def _second_moment(parameter: jax.Array) -> dict[str, jax.Array]:
   """Zero statistics of one parameter of one layer."""
   shape = parameter.shape
@@ -102,6 +95,10 @@ def scale_by_adafactor(
     decay_exponent: the second moment of update t decays by 1 - t ** -decay_exponent.
     clip_threshold: greatest RMS of an update before scaling; 0 is no clipping.
     parameter_scale: multiply the update by the RMS of the parameter.
+
+  Returns:
+    A transformation with the state {'count', 'statistics'}: for each parameter {'row', 'col'}, running means of its squared
+    gradients over the last and the last but one axis, or {'full'}, not averaged.
   """
 
   def over_stack(fn: Callable[..., Any], stacked: int) -> Callable[..., Any]:
@@ -127,21 +124,20 @@ def scale_by_adafactor(
       update = update * jnp.maximum(_rms(parameter), SCALE_EPSILON)
     return update, moment
 
-  def init(params: Any) -> AdafactorState:
+  def init(params: Any) -> dict[str, Any]:
     statistics = jax.tree.map(lambda p, n: over_stack(_second_moment, n)(p), params, stack_sizes)
-    return AdafactorState(jnp.zeros((), jnp.int32), statistics)
+    return {'count': jnp.zeros((), jnp.int32), 'statistics': statistics}
 
-  def update(gradients: Any, state: AdafactorState, params: Any = None) -> tuple[Any, AdafactorState]:
-    count = state.count + 1
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, dict[str, Any]]:
+    count = state['count'] + 1
     decay = 1.0 - count.astype(jnp.float32) ** -decay_exponent
 
     def leaf(gradient: jax.Array, stacked: int, moment: Any, parameter: jax.Array) -> Any:
       return over_stack(lambda g, m, p: one(g, m, p, decay), stacked)(gradient, moment, parameter)
 
-    both = jax.tree.map(leaf, gradients, stack_sizes, state.statistics, params)
-    updates = jax.tree.map(lambda _, pair: pair[0], gradients, both)
-    statistics = jax.tree.map(lambda _, pair: pair[1], gradients, both)
-    return updates, AdafactorState(count, statistics)
+    both = jax.tree.map(leaf, updates, stack_sizes, state['statistics'], params)
+    statistics = jax.tree.map(lambda _, pair: pair[1], updates, both)
+    return jax.tree.map(lambda _, pair: pair[0], updates, both), {'count': count, 'statistics': statistics}
 
   return optax.GradientTransformation(init, update)
 
@@ -189,10 +185,10 @@ def make(config: OptimizerConfig, steps: int, logical_axes: Any, abstract_params
   def init(params: Any) -> dict[str, Any]:
     return {'count': jnp.zeros((), jnp.int32), 'inner': inner.init(_wide(params))}
 
-  def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, dict[str, Any]]:
-    gradients, params = _wide(gradients), _wide(params)
-    gradients, _ = clip.update(gradients, optax.EmptyState())
-    updates, inner_state = inner.update(gradients, state['inner'], params)
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, dict[str, Any]]:
+    updates, params = _wide(updates), _wide(params)
+    updates, _ = clip.update(updates, optax.EmptyState())
+    updates, inner_state = inner.update(updates, state['inner'], params)
     rate = schedule(state['count'])
 
     def descend(update: jax.Array, decay: float, parameter: jax.Array) -> jax.Array:

@@ -30,22 +30,22 @@ class CheckpointError(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-  """What a model_dir says about its run."""
+  """What a checkpoint says about its run."""
 
   config: Config
   step: int
   info: dict[str, Any]
-  steps: list[int]  # of all complete checkpoints
+  steps: list[int]  # of all complete checkpoints of the run, ascending
   metrics: dict[str, float]
 
 
 def resolve(model_dir: Any) -> epath.Path:
-  """An absolute path: Orbax accepts no relative ones, and a run may change its working directory."""
+  """An absolute path: Orbax accepts no relative ones, and a program may change its working directory."""
   path = epath.Path(model_dir)
   return path if '://' in str(path) else path.expanduser().resolve()
 
 
-def _scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
+def scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
   """The steps of complete checkpoints, ascending, and the directories of half-written ones."""
   root = model_dir / 'checkpoints'
   complete, partial = [], []
@@ -60,12 +60,20 @@ def _scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
   return sorted(complete), sorted(partial)
 
 
-def _choose(model_dir: epath.Path, step: int | None) -> int:
-  """The given step, or the last; raises CheckpointError where there is no such checkpoint."""
-  steps, _ = _scan(model_dir)
+def choose(model_dir: epath.Path, step: int | None) -> int:
+  """The given step, or the last.
+
+  Raises:
+    CheckpointError: there is no such checkpoint; says why, or which there are.
+  """
+  steps, _ = scan(model_dir)
   if not steps:
-    reason = 'it does not exist' if not model_dir.exists() else 'its run stopped before the first one was complete' if (
-        model_dir / 'config.json').exists() else 'it is not the model_dir of a run'
+    if not model_dir.exists():
+      reason = 'the directory does not exist'
+    elif (model_dir / 'config.json').exists():
+      reason = 'its run stopped before the first one was complete'
+    else:
+      reason = 'it is not the model_dir of a run (no config.json)'
     raise CheckpointError(f'No checkpoint in {model_dir}: {reason}.')
   if step is None:
     return steps[-1]
@@ -74,7 +82,19 @@ def _choose(model_dir: epath.Path, step: int | None) -> int:
   return step
 
 
-def _read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
+def describe(config: Config, info: dict[str, Any]) -> dict[str, Any]:
+  """The JSON tree of config.json."""
+  return {
+      'format_version': FORMAT_VERSION, 'code_version': t5x_cpm.__version__, 'config': to_dict(config),
+      'info': json.loads(json.dumps(info))}
+
+
+def read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
+  """What a complete checkpoint says of itself.
+
+  Raises:
+    CheckpointError: a later version of t5x_cpm wrote it in another format.
+  """
   meta = json.loads((model_dir / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text())
   if meta['format_version'] > FORMAT_VERSION:
     raise CheckpointError(
@@ -84,19 +104,39 @@ def _read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
 
 
 def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
-  """The configuration, step and info of a checkpoint (default: the last). Reads no array and imports no Orbax.
+  """The configuration, step and info of a checkpoint (default: the last). Reads no array.
 
   Raises:
-    CheckpointError: there is none, or a newer version wrote it.
+    CheckpointError: there is none, or a later version wrote it.
   """
   model_dir = resolve(model_dir)
-  step = _choose(model_dir, step)
-  meta = _read_meta(model_dir, step)
-  return RunInfo(from_dict(meta['config']), step, meta['info'], _scan(model_dir)[0], meta['metrics'])
+  step = choose(model_dir, step)
+  meta = read_meta(model_dir, step)
+  return RunInfo(from_dict(meta['config']), step, meta['info'], scan(model_dir)[0], meta['metrics'])
+
+
+def claim(path: epath.Path) -> None:
+  """Creates a model_dir.
+
+  Raises:
+    CheckpointError: it cannot be written, or holds something that is not a run.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / '.write_probe'
+    probe.write_text('')
+    probe.unlink()
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith('.'))
+  except OSError as error:
+    raise CheckpointError(f'--model_dir={path} cannot be written: {error.strerror or error}.') from error
+  if names and 'config.json' not in names:
+    raise CheckpointError(
+        f'--model_dir={path} is not empty and not the model_dir of a run (no config.json; it holds {", ".join(names[:5])}). '
+        'Give an empty or new directory.')
 
 
 def info_differences(saved: Any, given: Any, name: str = '') -> list[str]:
-  """Lines 'reader.rates.zh: 1.0 in the checkpoint, 2.0 now' for what differs between two JSON trees."""
+  """Lines 'data.rates.zh: 1.0 in the checkpoint, 2.0 now' for what differs between two JSON trees."""
   if isinstance(saved, Mapping) and isinstance(given, Mapping):
     lines = []
     for key in sorted(saved.keys() | given.keys()):
@@ -110,7 +150,26 @@ def _short(value: Any) -> str:
   return text if len(text) <= 100 else text[:97] + '...'
 
 
-def _write_atomically(path: epath.Path, text: str) -> None:
+def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any]) -> None:
+  """Compares a configuration and `info` with those of the last checkpoint, if there is one.
+
+  Raises:
+    CheckpointError: with every identity field and every entry of info that differs.
+  """
+  steps, _ = scan(model_dir)
+  if not steps:
+    return
+  saved = read_meta(model_dir, steps[-1])
+  lines = identity_differences(from_dict(saved['config']), config)
+  lines += info_differences(saved['info'], json.loads(json.dumps(info)))
+  if lines:
+    raise CheckpointError(
+        f'--model_dir={model_dir} holds checkpoint {steps[-1]} of another run:\n  ' + '\n  '.join(lines) +
+        '\nContinue with the same values, or start in a new --model_dir (with --init_from, from these parameters).')
+
+
+def write_atomically(path: epath.Path, data: bytes) -> None:
+  """Replaces a file such that a reader, or a kill in between, meets either the old content or the new."""
   temporary = path.parent / f'.{path.name}.tmp'
-  temporary.write_text(text)
+  temporary.write_bytes(data)
   temporary.replace(path)

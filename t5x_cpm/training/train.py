@@ -204,7 +204,11 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
     return put_batch(step, reader.batch(index))
 
   number = first
-  with jax.set_mesh(mesh), interrupted.watch(), writers, contextlib.closing(manager), prefetch(make, first, config.train.steps) as batches:
+  with jax.set_mesh(mesh), interrupted.watch(), writers, profile, contextlib.closing(manager), \
+      prefetch(make, first, config.train.steps) as batches:
+    if number == config.train.steps:  # no step is asked for: the parameters as they are, evaluated and saved
+      validation(number)
+      save(number)
     for batch in batches:
       with profile.step(number):
         state, values = step.fn(state, {}, batch)
@@ -223,6 +227,7 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
       if interrupted.signal and not last:
         writers.note(f'{interrupted.signal} at step {number}: saved, stopping')
         break
+  metrics.plot_loss(model_dir)
   return evaluation
 
 

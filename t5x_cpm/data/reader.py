@@ -1,0 +1,189 @@
+"""(config, seed, step) -> a batch: any step at once, the same rows for any number of processes. No TensorFlow.
+
+A global row number becomes tokens in closed form: the mixture says which row of which task's stream it is, and `rows` what
+is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data import cache as cache_lib
+from t5x_cpm.data import index, objectives, packing
+from t5x_cpm.data.rows import Component, Packed, Part, Windows
+from t5x_cpm.data.vocabulary import Vocabulary
+
+Batch = dict[str, np.ndarray]
+_TOKENS = {'encoder': {'encoder_tokens': 'encoder_input_tokens'},
+           'decoder': {'decoder_inputs': 'decoder_input_tokens', 'decoder_targets': 'decoder_target_tokens'}}
+
+
+def assemble(parts: list[Part], rows: int, room: tuple[int, int], pad: int, unpredicted: int | None) -> Batch:
+  """Places segments in rows, one after another on each side, with positions that restart in each.
+
+  Args:
+    parts: segments; `row` is the row of the batch.
+    rows: of the batch.
+    room: encoder and decoder slots of a row.
+    pad: token of empty slots; their segment and weight are 0.
+    unpredicted: a decoder input after which nothing is predicted, or None.
+
+  Returns:
+    The features of a batch, int32 [rows, slots], and float32 loss weights.
+  """
+  row = np.concatenate([part.row for part in parts]) if parts else np.zeros(0, np.int64)
+  new = np.ones(len(row), bool)
+  new[1:] = row[1:] != row[:-1]
+  first = np.maximum.accumulate(np.where(new, np.arange(len(row)), 0)) if len(row) else row
+  number = (np.arange(len(row)) - first + 1).astype(np.int32)
+  batch: Batch = {}
+  for side, slots in zip(('encoder', 'decoder'), room):
+    lengths = np.concatenate([getattr(part.segments, f'{side}_lengths') for part in parts]) if parts else row
+    begin = objectives.exclusive_cumsum(lengths)
+    column = begin - (begin[first] if len(row) else begin)
+    position = objectives.ramp(lengths)
+    where = np.repeat(row * slots + column, lengths) + position
+
+    def put(name, values, empty=0, where=where, slots=slots):
+      out = np.full(rows * slots, empty, np.int32)
+      out[where] = values
+      batch[name] = out.reshape(rows, slots)
+
+    for name, feature in _TOKENS[side].items():
+      put(feature, np.concatenate([getattr(part.segments, name) for part in parts]) if parts else row, pad)
+    put(f'{side}_segment_ids', np.repeat(number, lengths))
+    put(f'{side}_positions', position)
+  weights = (batch['decoder_segment_ids'] > 0).astype(np.float32)
+  if unpredicted is not None:
+    weights[batch['decoder_input_tokens'] == unpredicted] = 0.0
+  batch['decoder_loss_weights'] = weights
+  return batch
+
+
+class Reader:
+  """Batches of one split. See the head of this file; made by `open_reader`.
+
+  Attributes:
+    vocabulary: of the tokens.
+    fingerprint: what the batches are a function of, for JSON: a run may be resumed only with an equal one.
+    rows_per_epoch: rows that hold everything once, all components together.
+  """
+
+  def __init__(self, config: Config, split: str, vocabulary: Vocabulary, components: list[Component], rates: list[float]):
+    self.vocabulary, self.split, self.components = vocabulary, split, components
+    self.config, self.task, self.seed, self.batch_size = config, config.task, config.train.seed, config.train.batch_size
+    self.room = (self.task.encoder_length, self.task.decoder_length)
+    self.unpredicted = vocabulary.eos_id if self.task.objective == 'cpm2' else None
+    self.mixer = packing.Mixer(packing.rate_counts(rates), self.seed)
+    self.rows_per_epoch = float(sum(component.rows_per_epoch for component in components))
+    self.fingerprint = {
+        'tasks': [{'name': component.name, 'checksum': component.checksum, 'rows_of_period': int(count)}
+                  for component, count in zip(components, self.mixer.counts)],
+        'split': split, 'objective': self.task.objective, 'encoder_length': self.room[0], 'decoder_length': self.room[1],
+        'noise_density': self.task.noise_density, 'mean_span_length': self.task.mean_span_length, 'seed': self.seed,
+        'batch_size': self.batch_size, 'vocabulary': vocabulary.fingerprint}
+
+  def batch(self, step: int, rows: slice | None = None) -> Batch:
+    """The batch of a step, or some of its rows: always the same for the same (config, seed, step).
+
+    Args:
+      step: 0 is the first.
+      rows: of the global batch of TrainConfig.batch_size rows; None is all.
+
+    Returns:
+      encoder_input_tokens, encoder_segment_ids, encoder_positions [rows, encoder_length], decoder_input_tokens,
+      decoder_target_tokens, decoder_segment_ids, decoder_positions, decoder_loss_weights [rows, decoder_length].
+    """
+    mine = np.arange(self.batch_size)[rows or slice(None)]
+    component, stream_row = self.mixer.locate(mine + step * self.batch_size)
+    return self._make(component, stream_row, len(mine), lambda part, rows: part.read(rows, self.seed))
+
+  def eval_batches(self, max_batches: int = 0) -> Iterator[Batch]:
+    """Each row of the split once, in an order and with masks that depend on nothing but the data.
+
+    Args:
+      max_batches: stop after so many; 0 is all. The order is random, so that any number of batches is a fair sample.
+
+    Yields:
+      Batches of batch_size rows; what the last one lacks is empty rows of weight 0.
+    """
+    counts = np.array([component.rows_once for component in self.components])
+    total = int(counts.sum())
+    batches = -(-total // self.batch_size)
+    for number in range(min(batches, max_batches) if max_batches else batches):
+      mine = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, total))
+      place = packing.permute(mine, total, objectives.combine(index.STATIC))
+      component = np.searchsorted(np.cumsum(counts), place, side='right')
+      stream_row = place - objectives.exclusive_cumsum(counts)[component]
+      yield self._make(component, stream_row, self.batch_size, lambda part, rows: part.read_once(rows))
+
+  def _make(self, component: np.ndarray, stream_row: np.ndarray, rows: int, read) -> Batch:
+    parts = []
+    for number in np.unique(component):
+      mine = np.flatnonzero(component == number)
+      part = read(self.components[number], stream_row[mine])
+      parts.append(Part(mine[part.row], part.segments))
+    return assemble(parts, rows, self.room, self.vocabulary.pad_id, self.unpredicted)
+
+  def statistics(self) -> dict:
+    """Sizes, and how well rows are filled.
+
+    Returns:
+      pieces, rows_per_epoch, encoder_efficiency and decoder_efficiency (share of slots used), tokens_per_row (both sides),
+      and the same for each task under 'tasks', with what was left out.
+    """
+    tasks, share = {}, self.mixer.counts / self.mixer.counts.sum()
+    for part, rate in zip(self.components, share):
+      summary = part.summarize()
+      used = (summary['encoder_slots_used'], summary['decoder_slots_used'])
+      tasks[part.name] = {**summary, 'rows_per_epoch': part.rows_per_epoch, 'share_of_rows': float(rate),
+                          'encoder_efficiency': used[0] / (part.rows_per_epoch * self.room[0]),
+                          'decoder_efficiency': used[1] / (part.rows_per_epoch * self.room[1]),
+                          'tokens_per_row': sum(used) / part.rows_per_epoch}
+    mean = {name: float(sum(task[name] * task['share_of_rows'] for task in tasks.values()))
+            for name in ('encoder_efficiency', 'decoder_efficiency', 'tokens_per_row')}
+    return {'pieces': sum(task['pieces'] for task in tasks.values()), 'rows_per_epoch': self.rows_per_epoch, **mean,
+            'tasks': tasks}
+
+
+def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = None) -> Reader:
+  """Opens a split of the task that `config` names; makes its cache first if it is not there.
+
+  Args:
+    config: `task`, `local_task` and `train` (seed, batch_size) are read.
+    split: 'train' or 'validation'.
+    vocabulary: that of a model which is to read the batches; None is the cache's.
+
+  Raises:
+    ConfigError: the task has no such split or no document in it, the objective does not fit the task, or the vocabulary is
+      another one.
+  """
+  config.task.validate()
+  parts = cache_lib.components(cache_lib.build(config))
+  own = parts[0][1].vocabulary()
+  if vocabulary is not None and vocabulary.fingerprint != own.fingerprint:
+    raise ConfigError(f'task {config.task.name!r} was tokenized with {own.spec!r}, but the model uses {vocabulary.spec!r}: set '
+                      'TaskConfig.vocabulary to the vocabulary of the model.')
+  components, rates = [], []
+  for rate, cache in parts:
+    if split not in cache.splits:
+      continue
+    if ('inputs' in cache.features) != (config.task.objective == 'pairs'):
+      what, wanted = (('inputs and targets', "'pairs'") if 'inputs' in cache.features else
+                      ('text only', "'isolated', 'cpm2' or 't5'"))
+      raise ConfigError(f'TaskConfig.objective = {config.task.objective!r}, but task {cache.name!r} has {what}: expected '
+                        f'{wanted}.')
+    kind = Windows if config.task.objective == 'cpm2' else Packed
+    component = kind(cache, split, config, own)
+    if not component.rows_per_epoch:
+      reasons = {**cache.info['splits'][split].get('skipped', {}), 'too short': component.left_out}
+      if split == 'train':
+        raise ConfigError(f'task {cache.name!r} has no document to train on; left out: {reasons}.')
+      continue
+    components.append(component)
+    rates.append(rate)
+  if not components:
+    raise ConfigError(f'task {config.task.name!r} has no documents in split {split!r}; for files of your own set '
+                      'LocalTaskConfig.validation_files, or a larger validation_fraction.')
+  return Reader(config, split, own if vocabulary is None else vocabulary, components, rates)

@@ -1,0 +1,75 @@
+"""How much arithmetic a training step needs, and how much a device can do: model FLOP/s and MFU."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5x_cpm.config import ModelConfig
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets. The first entry that device_kind contains counts.
+PEAK_FLOPS = {
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
+    'A10G': 70e12, 'V100': 125e12, 'TPU v6': 918e12, 'TPU v5p': 459e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12,
+    'TPU v5': 459e12, 'TPU v4': 275e12, 'TPU v3': 123e12, 'TPU v2': 46e12,
+}
+
+
+def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: float, S: int, T: int) -> float:
+  """Floating-point operations that one training step has to do, forward and backward.
+
+  A product of [N, I] and [I, O] counts 2 N I O. With HK = num_heads * head_dim, m = 3 matrices in a gated MLP and 2
+  otherwise, the forward pass costs
+
+    per encoder token, L_e times:  8 D HK (q, k, v, output) + 2 m D F + 4 S HK (scores and weighted sum over S keys)
+    per encoder token, L_d times:  4 D HK (keys and values of cross-attention)
+    per decoder token, L_d times:  8 D HK + 4 D HK (q and output of cross-attention) + 2 m D F + 4 T HK + 4 S HK
+    per decoder token:             2 D V (output head)
+
+  and the backward pass twice that. Embedding look-ups, norms and activations are left out, and so is what
+  rematerialisation computes again; causal attention is not discounted (as in Chowdhery et al. 2022, appendix B).
+
+  Args:
+    config: shape of the model.
+    encoder_tokens: that are not padding, in the whole batch.
+    decoder_tokens: likewise.
+    S: slots of an encoder row.
+    T: slots of a decoder row.
+  """
+  D, F, HK = config.d_model, config.d_ff, config.num_heads * config.head_dim
+  mlp = 2 * (3 if config.mlp_activation.startswith('gated') else 2) * D * F
+  encoder = config.num_encoder_layers * (8 * D * HK + mlp + 4 * S * HK) + config.num_decoder_layers * 4 * D * HK
+  decoder = config.num_decoder_layers * (12 * D * HK + mlp + 4 * (S + T) * HK) + 2 * D * config.vocab_size
+  return 3.0 * (encoder_tokens * encoder + decoder_tokens * decoder)
+
+
+def measure_gemm_flops(size: int = 1024, repeats: int = 5) -> float:
+  """FLOP/s of a float32 product of two square matrices on the default device, best of `repeats`; about 0.3 s on 2 cores."""
+  x = jnp.ones((size, size), jnp.float32)
+  product = jax.jit(lambda x: x @ x).lower(x).compile()
+  product(x).block_until_ready()
+  best = float('inf')
+  for _ in range(repeats):
+    start = time.perf_counter()
+    product(x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2.0 * size**3 / best
+
+
+def peak_flops(device: Any, configured: float = 0.0) -> float | None:
+  """FLOP/s that MFU compares one device with.
+
+  Args:
+    device: looked up by its kind; on CPU the rate of a float32 product is measured.
+    configured: MetricsConfig.peak_flops, which counts when it is not 0.
+
+  Returns:
+    None for a kind that is not in the table.
+  """
+  if configured:
+    return configured
+  if device.platform == 'cpu':
+    # XLA:CPU runs all products on one pool of threads: fake devices share it.
+    return measure_gemm_flops() / max(jax.local_device_count(), 1)
+  return next((value for kind, value in PEAK_FLOPS.items() if kind.lower() in device.device_kind.lower()), None)

@@ -1,0 +1,338 @@
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, a profile, and a plot of the loss.
+
+Every value that is written is that of one step, never a mean over the steps since the last line, so that a run that was
+killed and resumed writes the same lines as one that was not (throughput aside).
+"""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from t5x_cpm.config import Config, ConfigError, MetricsConfig, to_dict
+from t5x_cpm.training import flops
+from t5x_cpm.training.run_directory import resolve, write_atomically
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
+
+
+def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
+  """The records of metrics.jsonl; a last line that a kill cut off is left out."""
+  records = []
+  for line in path.read_text().splitlines():
+    with contextlib.suppress(json.JSONDecodeError):
+      records.append(json.loads(line))
+  return records
+
+
+def cut_jsonl(path: epath.Path, step: int) -> None:
+  """Removes the records of later steps, and a broken last line, in one atomic replacement."""
+  if not path.exists():
+    return
+  kept = [record for record in read_jsonl(path) if record['step'] <= step]
+  data = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in kept).encode()
+  if data != path.read_bytes():
+    write_atomically(path, data)
+
+
+def cut_events(path: epath.Path, step: int) -> None:
+  """Cuts a TensorBoard event file before the first event of a later step, or the first broken record."""
+  from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+  data = path.read_bytes()
+  end = 0
+  while end + 12 <= len(data):
+    (length,) = struct.unpack_from('<Q', data, end)  # then its checksum, the event and a checksum of that
+    if end + 16 + length > len(data):
+      break
+    if Event.FromString(data[end + 12:end + 12 + length]).step > step:
+      break
+    end += 16 + length
+  if end < len(data):
+    write_atomically(path, data[:end])
+
+
+class _EventFile:
+  """Scalars for TensorBoard. Its own writers would import TensorFlow where that is installed; its record format does not."""
+
+  def __init__(self, folder: epath.Path):
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    self._event, self._summary = Event, Summary
+    folder.mkdir(parents=True, exist_ok=True)
+    # TensorBoard reads the files of a folder in the order of their names.
+    name = f'events.out.tfevents.{time.time_ns() // 1000:017d}.{socket.gethostname()}.{os.getpid()}'
+    self._file = (folder / name).open('wb')
+    self._records = RecordWriter(self._file)
+    self._write(self._event(wall_time=time.time(), file_version='brain.Event:2'))
+
+  def _write(self, event: Any) -> None:
+    self._records.write(event.SerializeToString())
+    self._file.flush()
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
+
+  def close(self) -> None:
+    self._records.close()
+
+
+def _start_wandb(config: Config, model_dir: epath.Path, start_step: int) -> Any:
+  try:
+    import wandb  # pyright: ignore[reportMissingImports]
+  except ImportError as error:
+    raise ConfigError(
+        f"MetricsConfig.wandb_project = {config.metrics.wandb_project!r} needs the package wandb: run 'pip install wandb', or "
+        "set MetricsConfig.wandb_project = ''.") from error
+  # W&B cannot take back the steps after a restored one, so each start is a run of its own, all in one group.
+  return wandb.init(
+      project=config.metrics.wandb_project, dir=str(model_dir), group=model_dir.name,
+      name=f'{model_dir.name}-from-{start_step}', config=to_dict(config))
+
+
+class _Progress:
+  """A bar with rate and time left on a terminal; elsewhere a line from time to time."""
+
+  def __init__(self, start_step: int, total_steps: int):
+    self.total = total_steps
+    self.bar: Any = None
+    self.last_line = -math.inf
+    if sys.stderr.isatty():
+      import tqdm
+
+      self.bar = tqdm.tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, smoothing=0.1)
+
+  def show(self, step: int, values: Mapping[str, float], seconds_left: float | None) -> None:
+    if self.bar is not None:
+      self.bar.update(step - self.bar.n)
+      self.bar.set_postfix_str(f'loss {values["loss"]:.3f}', refresh=False)
+    elif step == self.total or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+      self.last_line = time.monotonic()
+      parts = [f'step {step}/{self.total}', f'loss {values["loss"]:.4f}']
+      if 'tokens_per_second' in values:
+        parts.append(f'{values["tokens_per_second"]:,.0f} tokens/s')
+      if seconds_left is not None and step < self.total:
+        parts.append(f'{_clock(seconds_left)} left')
+      self.note('  '.join(parts))
+
+  def note(self, text: str) -> None:
+    if self.bar is not None:
+      self.bar.write(text)
+    else:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    if self.bar is not None:
+      self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02d}:{seconds:02d}'
+
+
+class Writers:
+  """Writes the metrics of a run. Processes other than the first call the same methods, which then do nothing."""
+
+  def __init__(self, model_dir: Any, config: Config, *, start_step: int, total_steps: int):
+    """Cuts what is already there back to start_step and opens everything for appending.
+
+    Args:
+      model_dir: of the run; exists.
+      config: of the run.
+      start_step: updates done: 0, or the step that was restored.
+      total_steps: step at which the run ends.
+
+    Raises:
+      ConfigError: W&B is asked for and not installed.
+    """
+    self._config, self._total = config, total_steps
+    self._active = jax.process_index() == 0
+    self._tokens = self._seconds = 0.0  # since the last line
+    self._steps = 0
+    self._marked: float | None = None  # when the last step was reported; None: do not count until the next
+    self._pace: list[float] = [0.0, 0.0]  # steps and seconds since the start, for the time left
+    if not self._active:
+      return
+    model_dir = resolve(model_dir)
+    self._wandb = _start_wandb(config, model_dir, start_step) if config.metrics.wandb_project else None
+    jsonl = model_dir / 'metrics.jsonl'
+    cut_jsonl(jsonl, start_step)
+    self._jsonl = jsonl.open('a')
+    self._events: dict[str, _EventFile] = {}
+    self._event_dir = model_dir / 'tensorboard'
+    if self._event_dir.exists():
+      for path in self._event_dir.glob('*/events.out.tfevents.*'):
+        cut_events(path, start_step)
+    self._peak = flops.peak_flops(jax.devices()[0], config.metrics.peak_flops)
+    self._progress = _Progress(start_step, total_steps)
+    if self._peak is None:
+      self.note(f'No peak FLOP/s known for {jax.devices()[0].device_kind}: set MetricsConfig.peak_flops to have MFU reported.')
+
+  def __enter__(self) -> 'Writers':
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.close()
+
+  def step(self, step: int, values: Mapping[str, float]) -> None:
+    """Takes the metrics of a training step; writes every MetricsConfig.every steps, and at the first and the last.
+
+    Args:
+      step: updates done, this one included.
+      values: finite numbers by name: 'loss', 'encoder_tokens' and 'decoder_tokens' (not padding, of the whole batch), others.
+    """
+    if not self._active:
+      return
+    now = time.monotonic()
+    if self._marked is not None:
+      self._seconds += now - self._marked
+      self._tokens += values['encoder_tokens'] + values['decoder_tokens']
+      self._steps += 1
+      self._pace = [self._pace[0] + 1, self._pace[1] + now - self._marked]
+    self._marked = now
+    if step % self._config.metrics.every == 0 or step in (1, self._total):
+      values = dict(values) | self._throughput(values)
+      self._write('train', step, values)
+      self._tokens = self._seconds = 0.0
+      self._steps = 0
+    done, seconds = self._pace
+    self._progress.show(step, values, (self._total - step) * seconds / done if done else None)
+
+  def _throughput(self, values: Mapping[str, float]) -> dict[str, float]:
+    """Rates since the last line; nothing before two steps were reported, because the first one compiles."""
+    if not self._seconds:
+      return {}
+    model, task = self._config.model, self._config.task
+    per_step = flops.model_flops(
+        model, values['encoder_tokens'], values['decoder_tokens'], task.encoder_length, task.decoder_length)
+    rate = self._steps / self._seconds
+    result = {
+        'steps_per_second': rate, 'tokens_per_second': self._tokens / self._seconds, 'model_flops_per_second': per_step * rate}
+    if self._peak:
+      result['mfu'] = per_step * rate / (self._peak * jax.device_count())
+    return result
+
+  def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes the metrics of an evaluation after `step` updates. The time it took does not count as training time."""
+    if not self._active:
+      return
+    self._marked = time.monotonic()
+    self._write('eval', step, values)
+    self.note(f'step {step}  evaluation: ' + '  '.join(f'{name} {value:.4f}' for name, value in values.items()))
+
+  def note(self, text: str) -> None:
+    """Prints a line above the progress bar."""
+    if self._active:
+      self._progress.note(text)
+
+  def _write(self, split: str, step: int, values: Mapping[str, float]) -> None:
+    record = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+    self._jsonl.write(json.dumps({'step': step, 'split': split} | record, allow_nan=False) + '\n')
+    self._jsonl.flush()
+    if self._config.metrics.tensorboard:
+      if split not in self._events:
+        self._events[split] = _EventFile(self._event_dir / split)
+      self._events[split].write(step, values)
+    if self._wandb is not None:
+      self._wandb.log({f'{split}/{name}': value for name, value in values.items()}, step=step)
+
+  def close(self) -> None:
+    """Closes files and bar."""
+    if not self._active:
+      return
+    self._progress.close()
+    self._jsonl.close()
+    for events in self._events.values():
+      events.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+class Profile:
+  """A window of steps recorded by the JAX profiler into model_dir/profile, for TensorBoard or Perfetto."""
+
+  def __init__(self, model_dir: Any, config: MetricsConfig):
+    self._folder = str(resolve(model_dir) / 'profile')
+    self._first, self._steps = config.profile_start, config.profile_steps
+    self._running = False
+
+  @contextlib.contextmanager
+  def step(self, step: int) -> Iterator[None]:
+    """Around the dispatch of the step after `step` updates."""
+    if step == self._first:
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+    elif self._running and step > self._first + self._steps:
+      # One step late: only now is it sure that the window's last step, dispatched ahead, has run.
+      self.close()
+    with jax.profiler.StepTraceAnnotation('train', step_num=step) if self._running else contextlib.nullcontext():
+      yield
+
+  def close(self) -> None:
+    """Writes the trace, if one is being recorded."""
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+
+  def __enter__(self) -> 'Profile':
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.close()
+
+
+def plot_loss(model_dir: Any) -> epath.Path:
+  """Draws model_dir/loss.png from metrics.jsonl: the training loss, its running mean, and the evaluations.
+
+  Raises:
+    ConfigError: there is nothing to draw.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  model_dir = resolve(model_dir)
+  source = model_dir / 'metrics.jsonl'
+  records = read_jsonl(source) if source.exists() else []
+  records = [record for record in records if record.get('loss') is not None]
+  if not records:
+    raise ConfigError(f'{source} has no metrics yet: nothing to plot.')
+
+  def points(split: str) -> list[tuple[int, float]]:
+    return [(record['step'], record['loss']) for record in records if record['split'] == split]
+
+  figure = Figure(figsize=(8, 4.5), dpi=120, layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  train, evaluation = points('train'), points('eval')
+  if train:
+    steps, losses = zip(*train)
+    width = max(1, len(losses) // 20)
+    means = [sum(losses[max(0, i - width + 1):i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(losses))]
+    axes.plot(steps, losses, color='#9ecae1', linewidth=0.8, label='training')
+    axes.plot(steps, means, color='#08519c', linewidth=1.8, label=f'training, mean of {width} points')
+  if evaluation:
+    steps, losses = zip(*evaluation)
+    axes.plot(steps, losses, color='#d94801', marker='o', markersize=4, linewidth=1.2, label='evaluation')
+    axes.annotate(
+        f'{losses[-1]:.3f}', (steps[-1], losses[-1]), textcoords='offset points', xytext=(-6, 8), ha='right', color='#d94801')
+  axes.set(xlabel='step', ylabel='loss (nats per target token)', title=f'{model_dir.name}: loss')
+  axes.grid(alpha=0.3)
+  axes.legend()
+  path = model_dir / 'loss.png'
+  with path.open('wb') as file:
+    figure.savefig(file, format='png')
+  return path

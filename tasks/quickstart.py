@@ -1,0 +1,47 @@
+"""The tasks that ship with the project: a small bilingual corpus, and stories in which there is something to learn."""
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+from t5x_cpm.tasks import stories
+from t5x_cpm.tasks.table import MixtureRow, Row
+
+CORPUS = pathlib.Path(os.path.abspath(__file__)).parent / 'corpus'
+VOCABULARY = f'cpm2:{CORPUS / "vocab.txt"}'
+STORIES = {'train': range(15_000), 'validation': range(1_000_000, 1_000_200)}
+HELD_OUT = 20  # every 20th passage is for validation
+
+ROWS = (
+    MixtureRow('quickstart', 'Chinese, English and parallel passages and arithmetic stories',
+               {'quickstart_zh': 1, 'quickstart_en': 1, 'quickstart_parallel': 1, 'quickstart_stories': 3},
+               vocabulary=VOCABULARY),
+    Row('quickstart_zh', 'short Chinese passages', 'quickstart', 'zh', vocabulary=VOCABULARY),
+    Row('quickstart_en', 'short English passages', 'quickstart', 'en', vocabulary=VOCABULARY),
+    Row('quickstart_parallel', 'Chinese sentences with their translation', 'quickstart', 'parallel', vocabulary=VOCABULARY),
+    Row('quickstart_stories', 'generated arithmetic stories in both languages', 'quickstart', 'stories',
+        vocabulary=VOCABULARY),
+    Row('quickstart_arithmetic', 'the question of a story as inputs, its answer as targets', 'quickstart', 'arithmetic',
+        vocabulary=VOCABULARY, pairs=True, metrics=('exact_match',)),
+)
+
+
+def files(part: str) -> list[str]:
+  """What the documents of a part are made from."""
+  name = {'zh': 'corpus/zh.txt', 'en': 'corpus/en.txt', 'parallel': 'corpus/parallel.tsv'}.get(part, 'stories.py')
+  return [str(CORPUS.parent / name)]
+
+
+def documents(part: str, split: str) -> Iterator[tuple[str, ...]]:
+  """The documents of one part of the corpus: a text, or inputs and targets."""
+  if part in ('stories', 'arithmetic'):
+    for index in STORIES[split]:
+      for language in stories.LANGUAGES:
+        story = stories.story(index, language)
+        yield (story.text,) if part == 'stories' else (story.question, story.answer)
+    return
+  lines = pathlib.Path(files(part)[0]).read_text(encoding='utf-8').splitlines()
+  for number, line in enumerate(line for line in lines if line.strip()):
+    if (number % HELD_OUT == HELD_OUT - 1) == (split == 'validation'):
+      sides = line.split('\t')
+      yield ('\n'.join(sides if number % 2 else sides[::-1]),)

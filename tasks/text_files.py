@@ -1,0 +1,175 @@
+"""Reading documents from .txt and .jsonl files, plain or .gz: strict, by byte range, with file and line in every complaint."""
+
+import collections
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator
+
+from t5x_cpm.config import LocalTaskConfig
+from t5x_cpm.data.cache import DataError
+
+UNIT_BYTES = 4 << 20  # of one shard
+_BOM = b'\xef\xbb\xbf'
+_BLANK_LINE = re.compile(rb'\n[ \t\r]*\n')
+
+
+def ranges(files: list[str], document: str) -> list[tuple[str, int, int]]:
+  """Cuts files into (path, first byte, last byte + 1), at the borders of documents; a .gz file is one range.
+
+  Args:
+    files: paths.
+    document: LocalTaskConfig.text_document.
+  """
+  result = []
+  for path in files:
+    if path.endswith('.gz'):
+      result.append((path, 0, -1))
+      continue
+    with open(path, 'rb') as f:
+      size = f.seek(0, 2)
+      borders = [0]
+      if '.jsonl' in path or document != 'file':
+        pattern = _BLANK_LINE if path.endswith('.txt') and document == 'paragraph' else re.compile(rb'\n')
+        while borders[-1] + UNIT_BYTES < size:
+          f.seek(borders[-1] + UNIT_BYTES)
+          borders.append(f.tell() + _end_of_match(f, pattern))
+      result += [(path, begin, end) for begin, end in zip(borders, [*borders[1:], size]) if begin < end]
+  return result
+
+
+def _end_of_match(f, pattern: re.Pattern) -> int:
+  """Bytes from here to the end of the first match, or of the file."""
+  seen = b''
+  while block := f.read(1 << 16):
+    seen += block
+    if match := pattern.search(seen):
+      return match.end()
+  return len(seen)
+
+
+def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple[str, ...],
+         skipped: collections.Counter) -> Iterator[tuple[str, ...]]:
+  """The documents of a range: one text, or inputs and targets. Blank lines and empty documents are left out.
+
+  Args:
+    path: of the file.
+    begin: first byte, at the start of a document.
+    end: last byte + 1, or -1 for the end of the file.
+    config: text_document, skip_malformed.
+    fields: of a JSON line; of a .txt file there is one text whatever its name.
+    skipped: counts what skip_malformed leaves out.
+
+  Raises:
+    DataError: a line that is no UTF-8 or no JSON object with these fields, unless it is to be skipped.
+  """
+  reader = _json_lines if '.jsonl' in path.rsplit('/', 1)[-1] else _texts
+  opener = gzip.open if path.endswith('.gz') else open
+  try:
+    with opener(path, 'rb') as f:
+      f.seek(begin)
+      for number, raw in reader(_lines(f, end - begin if end >= 0 else -1), config):
+        try:
+          document = _parse(raw, fields) if reader is _json_lines else (_decode(raw),)
+        except _MalformedError as error:
+          if not config.skip_malformed:
+            line = number + error.line + _newlines(path, begin)
+            raise DataError(f'{path}:{line}: {error}. Mend the line, or set LocalTaskConfig.skip_malformed = True to leave '
+                            'such lines out.') from None
+          skipped['malformed'] += 1
+          continue
+        if all(text.strip() for text in document):
+          yield document
+        else:
+          skipped['empty'] += 1
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise DataError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
+
+
+class _MalformedError(Exception):
+
+  def __init__(self, text: str, line: int = 0):
+    super().__init__(text)
+    self.line = line  # of the document
+
+
+def _lines(f, size: int) -> Iterator[bytes]:
+  first = f.tell() == 0
+  for line in f:
+    yield line.removeprefix(_BOM) if first else line
+    first = False
+    size -= len(line)
+    if size == 0:
+      return
+
+
+def _newlines(path: str, end: int) -> int:
+  """Lines before a byte; .gz files are read from their start."""
+  count = 0
+  if end:
+    with open(path, 'rb') as f:
+      while end and (block := f.read(min(end, 1 << 20))):
+        count += block.count(b'\n')
+        end -= len(block)
+  return count
+
+
+def _json_lines(lines: Iterator[bytes], config: LocalTaskConfig) -> Iterator[tuple[int, bytes]]:
+  del config
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      yield number, line
+
+
+def _texts(lines: Iterator[bytes], config: LocalTaskConfig) -> Iterator[tuple[int, bytes]]:
+  if config.text_document == 'file':
+    yield 1, b''.join(lines)
+    return
+  block: list[bytes] = []
+  number = 0
+  for number, line in enumerate(lines, 1):
+    if config.text_document == 'line':
+      if line.strip():
+        yield number, line
+    elif line.strip():
+      block.append(line)
+    elif block:
+      yield number - len(block), b''.join(block)
+      block = []
+  if block:
+    yield number - len(block) + 1, b''.join(block)
+
+
+def _decode(raw: bytes) -> str:
+  try:
+    return raw.decode().replace('\r\n', '\n').strip('\r\n')
+  except UnicodeDecodeError as error:
+    line = raw.count(b'\n', 0, error.start)
+    column = error.start - (raw.rfind(b'\n', 0, error.start) + 1) + 1
+    raise _MalformedError(f'byte {column} of the line (0x{raw[error.start]:02x}) is not valid UTF-8', line) from None
+
+
+def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
+  text = _decode(raw)
+  try:
+    value = json.loads(text)
+  except (json.JSONDecodeError, RecursionError) as error:
+    reason = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else 'nested too deeply'
+    raise _MalformedError(f'malformed JSON ({reason})') from None
+  if not isinstance(value, dict):
+    raise _MalformedError(f'expected a JSON object with {" and ".join(map(repr, fields))}, got {text[:40]!r}')
+  for field in fields:
+    if not isinstance(value.get(field), str):
+      given = f'{field!r} is not a text' if field in value else f'no field {field!r} among {sorted(value)[:8]}'
+      raise _MalformedError(f'{given} (LocalTaskConfig.text_field, inputs_field and targets_field name the fields)')
+    if any('\ud800' <= c <= '\udfff' for c in value[field]):
+      raise _MalformedError(f'{field!r} holds half of a surrogate pair')
+  return tuple(value[field] for field in fields)
+
+
+def held_out(document: tuple[str, ...], fraction: float) -> bool:
+  """Whether a document belongs to the validation split: a function of its text, so that copies stay together."""
+  digest = hashlib.blake2b('\0'.join(document).encode(), digest_size=8).digest()
+  return int.from_bytes(digest, 'big') < fraction * 2**64

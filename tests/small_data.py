@@ -1,0 +1,43 @@
+"""Small vocabularies and caches for the tests of the data pipeline."""
+
+import pathlib
+
+import numpy as np
+
+from t5x_cpm.config import Config, TaskConfig, TrainConfig
+from t5x_cpm.data import cache
+from t5x_cpm.data import vocabulary as vocabulary_lib
+
+SPECIALS = ['<unk>', '<s>', '</s>', '\u2583', '<sep>', '<pad>', '<mask>', '<eod>', '\u2581', ',', '\u2582']
+SENTINELS = 100
+
+
+def vocabulary_file(folder: pathlib.Path) -> pathlib.Path:
+  """A CPM-2 vocabulary of single characters."""
+  path = pathlib.Path(folder) / 'vocab.txt'
+  letters = [chr(c) for c in (*range(0x21, 0x7F), *range(0x4E00, 0x5200)) if chr(c) != ',']
+  path.write_text('\n'.join(SPECIALS + letters + [f'<s_{i}>' for i in range(SENTINELS)]) + '\n', encoding='utf-8')
+  return path
+
+
+def make_config(folder: pathlib.Path, *, batch_size: int = 8, seed: int = 0, name: str = 'wiki_zh', **task) -> Config:
+  """A configuration whose cache and vocabulary are in `folder`."""
+  file = pathlib.Path(folder) / 'vocab.txt'
+  if not file.is_file():
+    vocabulary_file(folder)
+  return Config(task=TaskConfig(name=name, vocabulary=f'cpm2:{file}', cache_dir=str(folder), **task),
+                train=TrainConfig(batch_size=batch_size, seed=seed))
+
+
+def fill(config: Config, splits: dict, checksum: str = 'x') -> vocabulary_lib.Vocabulary:
+  """Writes the cache of `config` from lists of documents: {split: {feature: [ids, ...]}}."""
+  vocabulary = vocabulary_lib.load(config.task.vocabulary)
+  arrays = {split: {feature: (np.array([t for d in documents for t in d], np.int64), [len(d) for d in documents])
+                    for feature, documents in features.items()} for split, features in splits.items()}
+  cache.write(cache.directory(config), config.task.name, vocabulary, arrays, checksum=checksum)
+  return vocabulary
+
+
+def random_documents(rng: np.random.Generator, lengths) -> list[list[int]]:
+  """Documents of ordinary ids."""
+  return [rng.integers(20, 1000, n).tolist() for n in lengths]

@@ -1,0 +1,176 @@
+"""The command line: help, dry run, and what a mistake says. Runs in this process except where start-up itself is tested."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from t5x_cpm import __main__, gin_utils
+from t5x_cpm.config import Config
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = ('--gin_file=gin/models/cpm2_tiny.gin', '--gin_file=gin/runs/quickstart.gin')
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+  """call(*argv) -> (exit code, stdout, stderr), in an empty current folder with an empty cache."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('T5X_CPM_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setattr(sys, 'path', [*sys.path])
+
+  def run(*argv):
+    code = __main__.main(argv)
+    return code, *capsys.readouterr()
+
+  return run
+
+
+def test_help_lists_modes_tasks_models_and_runs_without_jax():
+  code = ('import sys; from t5x_cpm.__main__ import main; main(["--help"]); '
+          'sys.exit(str({"jax", "tensorflow", "numpy", "seqio"} & set(sys.modules)) if "jax" in sys.modules else 0)')
+  started = time.monotonic()
+  result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+  assert time.monotonic() - started < 3
+  assert result.returncode == 0, result.stderr
+  names = ['train', 'eval', 'infer', 'cache', 'tasks', 'quickstart', 'local', 'pretrain', 'finetune', '--dry_run', '--init_from',
+           *gin_utils.shipped_files('models'), *gin_utils.shipped_files('runs')]
+  for name in names:
+    assert re.search(rf'^  {re.escape(name)}\b', result.stdout, re.MULTILINE), name
+
+
+def test_help_of_a_mode_and_without_arguments(call):
+  assert call('train', '--help')[1] == call()[1] == call('-h')[1] == call('--help')[1]
+
+
+def test_tasks(call):
+  code, out, _ = call('tasks')
+  assert code == 0
+  assert re.search(r'^  quickstart +\w', out, re.MULTILINE)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['trian'], 'unknown mode .trian.*Did you mean train'),
+    (['--dry_run'], 'no mode: expected one of train, eval, infer, cache, tasks'),
+    (['train', '--model_dri=x'], 'unknown flag --model_dri. Did you mean --model_dir'),
+    (['train', '--TrainConfig.steps=3'], r'Did you mean --gin\.TrainConfig\.steps=3'),
+    (['train', '--model_dir'], '--model_dir needs a value: --model_dir=DIR'),
+    (['train', '--model_dir', '--dry_run'], '--model_dir needs a value'),
+    (['train', '--dry_run=maybe'], 'is a switch'),
+    (['train', '--model_dir=a', '--model_dir=b'], 'given twice'),
+    (['train', '--tasks=a'], '--tasks is a flag of eval, not of train'),
+    (['train', 'more'], "'more' is left over"),
+    (['train', '--gin.TrainConfig.steps'], r'expected --gin\.CLASS\.FIELD=VALUE'),
+    (['train'], 'train needs --model_dir=DIR'),
+    (['infer'], 'infer needs --model_dir=DIR'),
+    (['eval', '--model_dir=x'], 'eval needs --tasks=NAME'),
+    (['eval', '--model_dir=x', '--tasks=a', '--step=last'], '--step=last: expected the number of a checkpoint or all'),
+    (['infer', '--model_dir=nowhere'], 'No checkpoint in .*nowhere: the directory does not exist'),
+    (['train', '--model_dir=x', '--init_from=nowhere'], 'No checkpoint in .*nowhere'),
+    (['train', '--model_dir=x', '--profile_steps=5'], 'expected START:COUNT'),
+    (['train', '--model_dir=x', '--import=no_such_module'], '--import=no_such_module: there is no module no_such_module'),
+    (['train', '--model_dir=x', '--gin_file=gin/runs/pretrian.gin'], 'Did you mean gin/runs/pretrain.gin'),
+    (['train', '--model_dir=x', '--gin.TrainConfig.stps=3'], 'Did you mean steps'),
+    (['train', '--model_dir=x', '--gin.STPES=3'], 'macro STPES is defined but never used'),
+    (['train', '--model_dir=x', *TINY, '--gin.TaskConfig.name=quickstrat'], 'quickstrat.*did you mean quickstart'),
+    (['train', '--model_dir=x', *TINY, '--gin.TaskConfig.name=local', '--gin.LocalTaskConfig.files=none/*.txt',
+      '--gin.TaskConfig.vocabulary=cpm2:none.txt'], r'none'),
+], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_mistakes_are_told_in_a_line(call, argv, message):
+  code, out, error = call(*argv)
+  assert code == 2
+  assert error.startswith('error: ')
+  assert error.count('\n') <= 4
+  assert 'Traceback' not in error
+  assert re.search(message, error, re.DOTALL), error
+  assert not out
+  assert not pathlib.Path('x').exists()  # nothing was made before the mistake was found
+
+
+def test_exit_code_of_the_program(tmp_path):
+  result = subprocess.run([sys.executable, '-m', 't5x_cpm', 'train', '--gin.X=1', '--model_dir=x'], capture_output=True,
+                          text=True, cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)})
+  assert (result.returncode, result.stdout, result.stderr.count('\n')) == (2, '', 1)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(call, monkeypatch):
+  def fail(*arguments):
+    raise ValueError('a bug')
+
+  monkeypatch.setattr(__main__, 'make_config', fail)
+  with pytest.raises(ValueError, match='a bug'):
+    call('cache')
+
+
+def test_dry_run_says_what_a_run_would_be(call):
+  code, out, _ = call('train', *TINY, '--gin.TrainConfig.steps=50', '--gin.TrainConfig.batch_size=4', '--dry_run')
+  assert code == 0
+  text, facts = out.split('parameters ')
+  pathlib.Path('resolved.gin').write_text(text)
+  resolved = gin_utils.load(['resolved.gin'])  # what it prints is a gin file
+  assert (resolved.train.steps, resolved.train.batch_size, resolved.task.name) == (50, 4, 'quickstart')
+  assert re.search(r'^ +3,\d{3},\d{3}$', facts, re.MULTILINE)
+  slots = 4 * (resolved.task.encoder_length + resolved.task.decoder_length)
+  assert f'tokens per step   {slots:,} ' in facts
+  assert 'the task is not cached' in facts
+  assert re.search(r'learning rate +[\d.e-]+ at step 0, .* at step 50$', facts, re.MULTILINE)
+  assert sorted(os.listdir()) == ['resolved.gin']  # nothing was cached or made
+
+
+def test_dry_run_of_11_billion_parameters_is_quick(call):
+  started = time.monotonic()
+  code, out, _ = call('train', '--gin_file=gin/models/cpm2_11b.gin', '--gin_file=gin/runs/pretrain.gin', '--dry_run')
+  assert code == 0
+  assert '11,297,861,632' in out
+  assert time.monotonic() - started < 10
+
+
+def test_own_tasks_are_imported_from_the_current_folder(call):
+  pathlib.Path('my_module.py').write_text('raise_here = 1\nimport no_such_thing_at_all\n')
+  with pytest.raises(ModuleNotFoundError, match='no_such_thing_at_all'):  # the mistake is in the module: its traceback helps
+    call('tasks', '--import=my_module')
+  pathlib.Path('other_module.py').write_text('open("imported", "w").close()\n')
+  assert call('tasks', '--import=other_module')[0] == 0
+  assert pathlib.Path('imported').exists()
+
+
+def fake_run(folder: str, config: Config) -> None:
+  """A model_dir with a checkpoint that has a description and no arrays."""
+  from t5x_cpm.training import run_directory
+  step = pathlib.Path(folder) / 'checkpoints' / '3'
+  (step / 'meta').mkdir(parents=True)
+  (step / run_directory.COMMIT_MARK).touch()
+  described = run_directory.describe(config, {'vocabulary': 'v'}) | {'metrics': {}}
+  (step / 'meta' / 'metadata').write_text(json.dumps(described))
+
+
+def test_reading_modes_take_the_configuration_of_the_run(call):
+  config = gin_utils.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11', 'DecodeConfig.beam_size=7'])
+  fake_run('run', config)
+  code, out, error = call('infer', '--model_dir=run', '--gin.DecodeConfig.rule=beam', '--dry_run')
+  assert code == 0, error
+  assert "DecodeConfig.rule = 'beam'" in out
+  assert 'DecodeConfig.beam_size = 7' in out
+  assert 'TrainConfig.seed = 11' in out
+  code, _, error = call('infer', '--model_dir=run', '--gin.ModelConfig.d_model=64')
+  assert code == 2
+  assert 'ModelConfig.d_model: 192 in the checkpoint, 64 now' in error
+  code, _, error = call('eval', '--model_dir=run', '--tasks=a', '--step=4')
+  assert code == 2
+  assert '4' in error
+
+
+def test_init_from_brings_the_model(call):
+  fake_run('run', gin_utils.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11']))
+  code, out, error = call('train', '--init_from=run', '--gin_file=gin/runs/finetune.gin', '--dry_run',
+                          '--gin.TaskConfig.name=quickstart_arithmetic')
+  assert code == 0, error
+  assert 'ModelConfig.d_model = 192' in out
+  assert 'ModelConfig.dropout_rate = 0.1' in out
+  assert "TrainConfig.init_from = 'run'" in out
+  assert 'TrainConfig.seed = 0' in out  # the rest is of this run
