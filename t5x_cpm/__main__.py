@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from t5x_cpm import backend
 from t5x_cpm.config import Config, ConfigError
 
 
@@ -230,6 +231,7 @@ def run(arguments: Arguments) -> None:
   if 'dry_run' in arguments.flags:
     dry_run(config)
   elif mode == 'train':
+    backend.keep_memory()
     from t5x_cpm.training import train
     train.run(config, model_dir)
   elif mode == 'cache':

@@ -114,7 +114,7 @@ def test_corrupt_equals_plain_loops(t5):
 
 def test_the_t5_paper_sentence():
   """Figure 2 of Raffel et al. 2020: Thank you <X> me to your party <Y> week."""
-  words = 'Thank you for inviting me to your party last week'.split()
+  words = ['Thank', 'you', 'for', 'inviting', 'me', 'to', 'your', 'party', 'last', 'week']
   ids = {word: 20 + i for i, word in enumerate(words)}
   spans = objectives.Spans(np.array([2]), np.array([2, 8]), np.array([2, 1]), np.array([0, 2]))
   X, Y = 999, 998
@@ -141,8 +141,8 @@ def test_a_piece_is_corrupted_in_the_same_way_in_any_batch(monkeypatch):
 
 
 @pytest.mark.parametrize('t5', [False, True])
-@pytest.mark.parametrize('encoder, decoder, density, mean', [(512, 128, 0.15, 3.0), (512, 128, 0.15, 10.0), (128, 128, 0.5, 3.0),
-                                                            (512, 60, 0.15, 3.0), (64, 32, 0.15, 3.0)])
+@pytest.mark.parametrize('encoder, decoder, density, mean', [
+    (512, 128, 0.15, 3.0), (512, 128, 0.15, 10.0), (128, 128, 0.5, 3.0), (512, 60, 0.15, 3.0), (64, 32, 0.15, 3.0)])
 def test_the_longest_piece_fits_and_the_next_does_not(t5, encoder, decoder, density, mean):
   longest = objectives.longest_piece(encoder, decoder, density, mean, 100, t5)
   sizes = np.array(objectives.corrupted_lengths(np.arange(2, longest + 2), density, mean, t5)).T
@@ -153,4 +153,4 @@ def test_the_longest_piece_fits_and_the_next_does_not(t5, encoder, decoder, dens
 def test_the_longest_piece_at_the_published_lengths():
   assert objectives.longest_piece(512, 114, 0.15, 3.0, 100, t5=True) == 568  # `random_spans_helper` of T5 says 568 and 114
   assert objectives.longest_piece(512, 128, 0.15, 3.0, 190, t5=False) == 569
-  assert objectives.longest_piece(512, 128, 0.15, 3.0, 10, t5=False) == 189  # 28 noise tokens in 9 spans, and the last sentinel
+  assert objectives.longest_piece(512, 128, 0.15, 3.0, 10, t5=False) == 190  # 28 noise tokens in 9 spans, and the last sentinel

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data import index
 from t5x_cpm.data import vocabulary as vocabulary_lib
 
 FORMAT = 1
@@ -68,18 +69,15 @@ class Cache:
   def splits(self) -> list[str]:
     return list(self.info['splits'])
 
-  def tokens(self, split: str, feature: str) -> np.ndarray:
-    return _map(self.path / f'{split}.{feature}.tokens', self.info['dtype'])
+  def tokens(self, split: str, feature: str, *, random: bool = False) -> np.ndarray:
+    """All tokens of a split; `random` as in `index.map_file`."""
+    return index.map_file(self.path / f'{split}.{feature}.tokens', self.info['dtype'], random=random)
 
   def lengths(self, split: str, feature: str) -> np.ndarray:
-    return _map(self.path / f'{split}.{feature}.lengths', 'uint32')
+    return index.map_file(self.path / f'{split}.{feature}.lengths', np.uint32)
 
   def vocabulary(self) -> vocabulary_lib.Vocabulary:
     return vocabulary_lib.load_saved(self.path / 'vocabulary')
-
-
-def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
-  return np.memmap(path, dtype, 'r') if path.stat().st_size else np.zeros(0, dtype)
 
 
 def components(path: pathlib.Path) -> list[tuple[float, Cache]]:

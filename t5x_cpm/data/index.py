@@ -7,6 +7,7 @@ grow with it, and both appear under their final names only when complete.
 
 import contextlib
 import json
+import mmap
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -57,12 +58,26 @@ def _remove_abandoned(directory: pathlib.Path) -> None:
       pass  # alive, of another user
 
 
-def load(directory: pathlib.Path, name: str, part: str, dtype, columns: int = 0) -> np.ndarray:
-  """A stored array, memory-mapped."""
-  path = directory / f'{name}.{part}'
+def map_file(path: pathlib.Path, dtype, *, random: bool = False) -> np.ndarray:
+  """Maps a file of numbers into memory, read-only.
+
+  Args:
+    path: of the file.
+    dtype: of its numbers.
+    random: it is read in no order; else the system reads ahead, which costs 100 times the data that is wanted.
+  """
   if not path.stat().st_size:
-    return np.zeros((0, columns) if columns else 0, dtype)
-  array = np.memmap(path, dtype, 'r')
+    return np.zeros(0, dtype)
+  with open(path, 'rb') as f:
+    mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+  if random and hasattr(mmap, 'MADV_RANDOM'):
+    mapped.madvise(mmap.MADV_RANDOM)
+  return np.frombuffer(mapped, dtype)
+
+
+def load(directory: pathlib.Path, name: str, part: str, dtype, columns: int = 0) -> np.ndarray:
+  """A stored array, memory-mapped for look-ups."""
+  array = map_file(directory / f'{name}.{part}', dtype, random=True)
   return array.reshape(-1, columns) if columns else array
 
 

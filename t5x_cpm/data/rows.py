@@ -68,7 +68,7 @@ class Packed(Component):
     task = config.task
     self.t5 = task.objective == 't5'
     self.is_pairs = task.objective == 'pairs'
-    self.tokens = {feature: cache.tokens(split, feature) for feature in cache.features}
+    self.tokens = {feature: cache.tokens(split, feature, random=True) for feature in cache.features}
     room, folder = (task.encoder_length, task.decoder_length), cache.path / 'index'
     if self.is_pairs:
       table = index.pairs(folder, split, cache.lengths(split, 'inputs'), cache.lengths(split, 'targets'), room)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
 
 # With eager sharding, creating a Param with logical names would ask for a mesh that has those names.
@@ -29,7 +30,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {  # nam
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
   """The dtype of activations and products. 'auto': bfloat16 where there is hardware for it."""
   if config.dtype == 'auto':
-    return jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    return jnp.dtype('float32' if backend.on_cpu() else 'bfloat16')
   return jnp.dtype(config.dtype)
 
 

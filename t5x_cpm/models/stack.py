@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
 
 LayerFn = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -19,7 +20,7 @@ def loop(config: ModelConfig) -> str:
   """'scan' or 'unroll'. Unrolled layers run faster on CPU; scanned ones compile faster and are the same on accelerators."""
   if config.layer_loop != 'auto':
     return config.layer_loop
-  return 'unroll' if jax.default_backend() == 'cpu' else 'scan'
+  return 'unroll' if backend.on_cpu() else 'scan'
 
 
 def unstack(tree: Any) -> tuple[Any, ...]:

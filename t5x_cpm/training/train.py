@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from t5x_cpm import backend
 from t5x_cpm import config as config_lib
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError
@@ -145,6 +146,7 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
   """
   config.validate()
   started = time.monotonic()
+  backend.keep_compiled_programs()
 
   # Mesh. Before the data, because a mesh that cannot work is found in no time and data may take hours to cache.
   mesh = mesh_lib.make_mesh(config.mesh)

@@ -1,0 +1,47 @@
+"""What depends on the platform that JAX runs on: the one place where CPU and accelerators are told apart."""
+
+import ctypes
+import os
+import pathlib
+
+# glibc's names for the first argument of mallopt().
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+
+
+def on_cpu() -> bool:
+  """Whether computations run on CPU."""
+  import jax
+
+  return jax.default_backend() == 'cpu'
+
+
+def keep_memory() -> None:
+  """Makes glibc keep the memory that a program frees, for the next step.
+
+  XLA:CPU allocates the temporaries of a program, often hundreds of MB, anew for each execution. glibc would give them back to
+  the kernel each time, which then clears every page again: measured 15 % of a training step. Only for a process that is
+  ours alone, before JAX makes its client; does nothing on other C libraries and beside an accelerator.
+  """
+  if os.environ.get('JAX_PLATFORMS', 'cpu') != 'cpu':
+    return
+  try:
+    mallopt = ctypes.CDLL('libc.so.6').mallopt
+  except (OSError, AttributeError):
+    return
+  mallopt(M_ARENA_MAX, 1)  # all threads share one heap, so that what one frees another can use
+  mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap too
+  mallopt(M_TRIM_THRESHOLD, 2**31 - 4097)
+  mallopt(M_TOP_PAD, 64 * 2**20)
+
+
+def keep_compiled_programs() -> None:
+  """Stores compiled programs in $T5X_CPM_CACHE/xla (default ~/.cache/t5x_cpm/xla), so that a second start is fast.
+
+  An own JAX_COMPILATION_CACHE_DIR is respected.
+  """
+  import jax
+
+  if not jax.config.jax_compilation_cache_dir:
+    root = pathlib.Path(os.environ.get('T5X_CPM_CACHE', '~/.cache/t5x_cpm')).expanduser()
+    jax.config.update('jax_compilation_cache_dir', str(root / 'xla'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

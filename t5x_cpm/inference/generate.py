@@ -1,0 +1,289 @@
+"""`infer`: a file of inputs -> a file of answers, in order, written as they are made, continued after a kill; or a prompt.
+
+Beside OUT.jsonl lies OUT.jsonl.run.json, which says what the answers are a function of: a file of answers is continued only
+with the same input, checkpoint and decoding.
+"""
+
+import codecs
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
+
+from t5x_cpm import config as config_lib
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm.inference import text
+from t5x_cpm.training import run_directory
+
+if TYPE_CHECKING:
+  from t5x_cpm.inference.engine import Engine
+
+SUFFIXES = ('.txt', '.jsonl')
+EMPTY = 'empty line'
+
+
+class Line(NamedTuple):
+  """A line of the input: its text, or what is wrong with it. An empty line has the text ''."""
+
+  number: int  # from 1
+  text: str
+  error: str = ''
+
+
+def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
+  """The inputs of a .txt file, one a line, or of a .jsonl file, in `field` of each object."""
+  with path.open('rb') as file:
+    for number, raw in enumerate(file, 1):
+      if number == 1:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+      try:
+        line = raw.decode().strip('\r\n')
+      except UnicodeDecodeError as error:
+        yield Line(number, '', f'byte {error.start} of the line, {raw[error.start]:#04x}, is not UTF-8')
+        continue
+      if path.suffix == '.jsonl' and line.strip():
+        yield _from_json(number, line, field)
+      else:
+        yield Line(number, line if line.strip() else '')
+
+
+def _from_json(number: int, line: str, field: str) -> Line:
+  try:
+    record = json.loads(line)
+  except json.JSONDecodeError as error:
+    return Line(number, '', f'not a JSON object: {error.msg} (column {error.colno})')
+  if not isinstance(record, dict) or not isinstance(record.get(field), str):
+    has = f'has {", ".join(record) or "no field"}' if isinstance(record, dict) else 'is no object'
+    return Line(number, '', f'expected text in the field {field!r} (InferConfig.text_field); the line {has}')
+  return Line(number, record[field] if record[field].strip() else '')
+
+
+def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
+  """Encodes every line that is good; a line that cannot be encoded gets its error."""
+  for line in lines:
+    request = None
+    if line.text and not line.error:
+      try:
+        request = codec.request(line.text)
+      except ConfigError as error:
+        line = line._replace(error=str(error))
+    yield line, request
+
+
+def check_file(path: pathlib.Path, codec: text.Codec, config: Config) -> int:
+  """Reads the whole input once, so that a bad line is found before hours of work. Returns the number of lines.
+
+  Raises:
+    ConfigError: the first bad line, with its number, unless InferConfig.skip_malformed.
+  """
+  count = 0
+  for line, _ in checked(read_lines(path, config.infer.text_field), codec):
+    count += 1
+    if line.error and not config.infer.skip_malformed:
+      raise ConfigError(f'{path}:{line.number}: {line.error}\nInferConfig.skip_malformed = True leaves such lines unanswered.')
+  return count
+
+
+def identity(path: pathlib.Path, run: run_directory.RunInfo, config: Config) -> dict[str, Any]:
+  """What the answers are a function of."""
+  with path.open('rb') as file:
+    content = hashlib.file_digest(file, 'sha256').hexdigest()
+  infer = dataclasses.asdict(config.infer)
+  del infer['batch_size']  # changes speed alone
+  about_run = json.dumps([config_lib.to_dict(run.config), run.info, run.metrics], sort_keys=True)
+  return {
+      'input': content, 'step': run.step, 'run': hashlib.sha256(about_run.encode()).hexdigest()[:16],
+      'DecodeConfig': dataclasses.asdict(config.decode), 'InferConfig': infer}
+
+
+def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, batch_size: int) -> int:
+  """Makes the output ready to be appended to.
+
+  Whole batches are kept: with the same batches the answers are the same to the last bit as without the interruption.
+
+  Args:
+    output: the file of answers.
+    wanted: from `identity`.
+    total: lines of the input.
+    batch_size: of the work that goes on.
+
+  Returns:
+    How many lines are answered already.
+
+  Raises:
+    ConfigError: the file is there and not made from the same, or cannot be written.
+  """
+  note = output.with_name(output.name + '.run.json')
+  remedy = 'Remove it, or give another --output.'
+  try:
+    if output.exists() and output.stat().st_size:
+      if not note.exists():
+        raise ConfigError(f'--output={output} is there, but not from `infer` ({note.name} is missing). {remedy}')
+      differences = run_directory.info_differences(json.loads(note.read_text()), wanted)
+      if differences:
+        lines = '\n  '.join(line.replace('in the checkpoint', 'in the file') for line in differences)
+        raise ConfigError(f'--output={output} was made from something else:\n  {lines}\n{remedy}')
+      offsets = [0]
+      with output.open('rb') as file:
+        for raw in file:
+          if raw.endswith(b'\n'):
+            offsets.append(offsets[-1] + len(raw))
+      done = len(offsets) - 1
+      if done < total:
+        done -= done % batch_size
+      os.truncate(output, offsets[done])
+      return done
+    output.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(wanted, ensure_ascii=False, indent=2) + '\n')
+    output.write_bytes(b'')
+  except OSError as error:
+    raise ConfigError(f'--output={output} cannot be written: {error.strerror}.') from None
+  return 0
+
+
+def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | None]], first: int, total: int,
+                out: TextIO) -> dict[str, int]:
+  """Answers lines from number `first` (from 0) on, and writes one record for each, batch by batch."""
+  counts = {'answered': 0, 'empty': 0, 'refused': 0}
+  begin = shown = time.monotonic()
+  batch: list[tuple[Line, text.Request | None]] = []
+  for index, pair in enumerate(lines):
+    if index >= first:
+      batch.append(pair)
+    if not batch or (len(batch) < engine.config.infer.batch_size and index + 1 < total):
+      continue
+    good = [(line, request) for line, request in batch if request is not None]
+    answers = iter(engine.answer_requests([request for _, request in good], engine.config.decode, [line.number - 1 for line, _ in good]))
+    for line, request in batch:
+      record: dict[str, Any] = {'input': line.text, 'output': '', 'blanks': [], 'score': None}
+      if request is not None:
+        answer = next(answers)
+        record |= {'output': answer.output, 'blanks': answer.blanks, 'score': answer.score, 'finished': answer.finished}
+        counts['answered'] += 1
+      else:
+        record['note'] = line.error or EMPTY
+        counts['refused' if line.error else 'empty'] += 1
+      out.write(json.dumps(record, ensure_ascii=False) + '\n')
+    out.flush()
+    batch = []
+    now, done = time.monotonic(), index + 1
+    if now - shown > (0.5 if sys.stderr.isatty() else 30.0) or (done == total and sys.stderr.isatty()):
+      shown, rate = now, (done - first) / max(now - begin, 1e-6)
+      print(f'infer: {done:,} of {total:,} lines, {rate:.1f} lines/s, {(total - done) / rate:.0f} s left   ',
+            end='\r' if sys.stderr.isatty() and done < total else '\n', file=sys.stderr, flush=True)
+  return counts
+
+
+def run_file(config: Config, model_dir: str, input_path: str, output_path: str, step: int | None) -> dict[str, int]:
+  """Answers a file. Arguments and errors as in `run`; returns how many lines were answered, empty and refused."""
+  path = pathlib.Path(input_path)
+  if path.suffix not in SUFFIXES:
+    raise ConfigError(f'--input={path}: expected a file that ends in {" or ".join(SUFFIXES)}.')
+  if not path.is_file():
+    raise ConfigError(f'--input={path}: no such file.')
+  # What needs no JAX comes first, so that a mistake is told at once.
+  about = run_directory.read_run(model_dir, step)
+  vocabulary = vocabulary_lib.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
+  codec = text.Codec(vocabulary, config)
+  total = check_file(path, codec, config)
+  output = pathlib.Path(output_path) if output_path else None
+  first = continue_or_start(output, identity(path, about, config), total, config.infer.batch_size) if output else 0
+  if first:
+    print(f'{output} has {first:,} of {total:,} lines: going on from there' if first < total else
+          f'{output} has all {total:,} lines: nothing to do', file=sys.stderr, flush=True)
+  if first >= total:
+    return {'answered': 0, 'empty': 0, 'refused': 0}
+
+  from t5x_cpm import inference
+
+  engine = inference.load(model_dir, step=about.step, config=config)
+  started = time.monotonic()
+  lines = checked(read_lines(path, config.infer.text_field), codec)
+  with open(output, 'a', encoding='utf-8') if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
+    counts = answer_file(engine, lines, first, total, out)
+  told = ''.join(f', {count} {what}' for what, count in counts.items() if count and what != 'answered')
+  print(f'{counts["answered"]} answered{told} in {time.monotonic() - started:.1f} s' + (f': {output}' if output else ''),
+        file=sys.stderr, flush=True)
+  return counts
+
+
+def prompts(stdin: BinaryIO, is_terminal: bool) -> Iterator[Line]:
+  """Lines that a user types or pipes in, until the end of input (Ctrl-D)."""
+  number = 0
+  while True:
+    number += 1
+    if is_terminal:
+      try:
+        yield Line(number, input('> '))
+      except EOFError:
+        print()
+        return
+      continue
+    raw = stdin.readline()
+    if not raw:
+      return
+    try:
+      yield Line(number, raw.decode().strip('\r\n'))
+    except UnicodeDecodeError as error:
+      yield Line(number, '', f'byte {error.start} of the line is not UTF-8')
+
+
+def interact(engine: 'Engine', stdin: BinaryIO, is_terminal: bool) -> None:
+  """Answers line by line, tokens as they come. A line with blanks is printed filled when it is complete."""
+  for line in prompts(stdin, is_terminal):
+    if line.error or not line.text.strip():
+      if line.error:
+        print(f'error: line {line.number}: {line.error}', file=sys.stderr, flush=True)
+      elif not is_terminal:
+        print(flush=True)  # one line out for each line in
+      continue
+    has_blanks = text.BLANK in line.text
+    pieces = engine.stream(line.text)
+    try:
+      while True:
+        piece = next(pieces)
+        if is_terminal or not has_blanks:
+          print(piece, end='', flush=True)
+    except StopIteration as end:
+      if has_blanks:
+        print(('\n' if is_terminal else '') + end.value.output, flush=True)
+      else:
+        print(flush=True)
+    except ConfigError as error:
+      print(f'error: line {line.number}: {error}', file=sys.stderr, flush=True)
+
+
+def run(config: Config, model_dir: str, input_path: str = '', output_path: str = '', *, step: int | None = None) -> None:
+  """Answers a file, or what is typed.
+
+  Args:
+    config: of the run, with the decoding and lengths to use.
+    model_dir: of the run.
+    input_path: .txt with one input a line, or .jsonl; '' reads standard input line by line.
+    output_path: .jsonl to write; '' prints the records.
+    step: of the checkpoint; default the last.
+
+  Raises:
+    ConfigError: no checkpoint, a bad input line (with its number), or an output that belongs to something else.
+  """
+  config.decode.validate()
+  config.infer.validate()
+  if input_path:
+    run_file(config, model_dir, input_path, output_path, step)
+    return
+  if output_path:
+    raise ConfigError('--output needs --input: without it answers are printed as they are made.')
+  from t5x_cpm import inference
+
+  engine = inference.load(model_dir, step=step, config=config)
+  is_terminal = sys.stdin.isatty()
+  if is_terminal:
+    print(f'{model_dir} at step {engine.step}. Write a blank as {text.BLANK}; a line without one is continued. Ctrl-D ends.',
+          file=sys.stderr, flush=True)
+  interact(engine, sys.stdin.buffer, is_terminal)

@@ -1,0 +1,132 @@
+"""Text to what the model reads, and what the model wrote back to text. Pure Python.
+
+A model trained by span corruption fills blanks. Its inputs always end with a masked span, because T5's rule masks the end
+of every piece; so an input that does not end with a blank gets one more, which asks for what would follow, and the answer
+is cut where the model reaches it. An input without any blank is continued.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data.vocabulary import Vocabulary
+
+BLANK = '<span>'
+
+
+class Request(NamedTuple):
+  """An input as the model reads it."""
+
+  text: str
+  ids: list[int]
+  blanks: int  # that the answer must fill; 0 for a task of pairs, whose answer is a text
+  stop: tuple[int, ...]  # tokens that end the answer
+
+
+class Codec:
+  """The form of inputs and answers that an objective trains."""
+
+  def __init__(self, vocabulary: Vocabulary, config: Config):
+    """config: of the model's run; TaskConfig.objective and the lengths of InferConfig are read."""
+    self.vocabulary, self.limits = vocabulary, config.infer
+    self.is_pairs = config.task.objective == 'pairs'
+    self.number = {token: k for k, token in enumerate(vocabulary.sentinels)}
+    # What inputs and targets end with.
+    self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') else []
+
+  def request(self, text: str) -> Request:
+    """Encodes an input.
+
+    Raises:
+      ConfigError: it has more blanks than the vocabulary has sentinels, or more tokens than InferConfig.input_length.
+    """
+    vocabulary = self.vocabulary
+    if self.is_pairs:
+      return self._fit(Request(text, vocabulary.encode_blanks(text) + self.end, 0, (vocabulary.eos_id,)))
+    form = text if BLANK in text else text + BLANK
+    blanks = form.count(BLANK)
+    if blanks >= len(vocabulary.sentinels):
+      raise ConfigError(f'the input has {blanks} blanks; the vocabulary has sentinels for {len(vocabulary.sentinels) - 1}.')
+    closing = vocabulary.sentinels[blanks]
+    ids = vocabulary.encode_blanks(form)
+    if ids[-1] not in self.number:
+      ids = [*ids, closing]
+    return self._fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing)))
+
+  def _fit(self, request: Request) -> Request:
+    """Refuses an input that is too long, or cuts it at its end, where its last sentinel and end of sequence stay."""
+    limit, given = self.limits.input_length, f'the input has {len(request.ids)} tokens'
+    if len(request.ids) <= limit:
+      return request
+    if not self.limits.truncate:
+      raise ConfigError(
+          f'{given} and InferConfig.input_length = {limit}: raise it, or set InferConfig.truncate = True to cut such inputs.')
+    tail = [token for token in request.ids[-2:] if token in self.end or token in self.number]
+    ids = request.ids[:limit - len(tail)] + tail
+    lost = request.blanks - len(set(self.vocabulary.sentinels[:request.blanks]) & set(ids))
+    if lost:
+      raise ConfigError(f'{given}; cut to InferConfig.input_length = {limit} it would lose {lost} of its {request.blanks} '
+                        'blanks: raise InferConfig.input_length.')
+    return request._replace(ids=ids)
+
+  def targets(self, request: Request, target: str | Sequence[str]) -> list[int]:
+    """The tokens of a given answer: the texts of its blanks, or one text for one blank or a task of pairs.
+
+    Raises:
+      ConfigError: the number of texts is not that of the blanks.
+    """
+    vocabulary = self.vocabulary
+    if self.is_pairs:
+      if not isinstance(target, str):
+        raise ConfigError(f'the target {target!r} is not one text, but the model was trained on inputs and targets.')
+      return vocabulary.encode(target) + self.end
+    texts = [target] if isinstance(target, str) else list(target)
+    if len(texts) != request.blanks:
+      raise ConfigError(f'{len(texts)} texts for the {request.blanks} blanks of {request.text!r}: give one for each.')
+    ids = []
+    for sentinel, text in zip(vocabulary.sentinels, texts):
+      ids += [sentinel, *vocabulary.encode(text)]
+    return ids + (self.end or [vocabulary.sentinels[request.blanks]])
+
+  def forbidden(self, request: Request) -> list[int]:
+    """Tokens that cannot be part of an answer: padding, the start token, and sentinels past the closing one."""
+    vocabulary = self.vocabulary
+    tokens = {vocabulary.pad_id, vocabulary.bos_id} - {vocabulary.eos_id}
+    return sorted(tokens) + (list(vocabulary.sentinels[request.blanks + 1:]) if request.blanks else [])
+
+  def fills(self, request: Request, ids: Sequence[int]) -> list[str]:
+    """The texts of the blanks from generated tokens. What stands before the first sentinel goes to the first blank."""
+    parts: list[list[int]] = [[] for _ in range(request.blanks)]
+    current = 0
+    for token in self.before_stop(request, ids):
+      number = self.number.get(token)
+      if number is None:
+        parts[current].append(token)
+      elif number < request.blanks:
+        current = number
+    return [self.vocabulary.decode(part) for part in parts]
+
+  def output(self, request: Request, ids: Sequence[int]) -> tuple[str, list[str]]:
+    """What to show for generated tokens.
+
+    Returns:
+      The input with its blanks filled; for an input without blanks, what the model wrote. And the texts of the blanks.
+    """
+    if not request.blanks:
+      return self.vocabulary.decode(self.before_stop(request, ids)), []
+    texts = self.fills(request, ids)
+    return (fill(request.text, texts) if BLANK in request.text else texts[0]), texts
+
+  def before_stop(self, request: Request, ids: Sequence[int]) -> list[int]:
+    """Generated tokens without the stop token and what follows it."""
+    ends = [i for i, token in enumerate(ids) if token in request.stop]
+    return [int(token) for token in ids[:ends[0] if ends else len(ids)]]
+
+
+def fill(text: str, texts: Sequence[str]) -> str:
+  """Puts texts in place of the blanks of a text. Two spaces that meet at a seam become one."""
+  first, *rest = text.split(BLANK)
+  for part, following in zip(texts, rest, strict=True):
+    for piece in (part, following):
+      first += piece[1:] if first.endswith(' ') and piece.startswith(' ') else piece
+  return first

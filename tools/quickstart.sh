@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up what is needed and runs the main job on the data that ships with the project: tools/quickstart.py.
+#   bash tools/quickstart.sh [--output=DIR] [--steps=N]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/setup_env.sh
+exec "$PYTHON" tools/quickstart.py "$@"
