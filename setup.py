@@ -18,7 +18,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=setuptools.find_namespace_packages(include=['t5x_cpm', 't5x_cpm.*']),
-    package_data={'': ['*.gin', '*.txt', '*.jsonl', '*.gz', '*.json', '*.model']},  # gin files; corpus and vocabulary of the tasks
+    package_data={'': ['*.gin', '*.txt', '*.tsv', '*.md']},  # gin files, corpus and vocabulary
     install_requires=RUN,
     extras_require={
         'gpu': [f'jax[cuda12]{JAX}'],

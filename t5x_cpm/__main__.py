@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from t5x_cpm import backend
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config, ConfigError, TaskConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ MODES = {
 FLAGS = {
     'gin_file': Flag('FILE', 'gin file, of the current folder or of the package; later ones win', repeat=True),
     'model_dir': Flag('DIR', 'folder of the run', ('train', 'eval', 'infer')),
-    'init_from': Flag('DIR', 'start from the parameters of another run; its ModelConfig is the default', ('train', 'cache')),
+    'init_from': Flag('DIR', 'start from the parameters of another run, with its model and vocabulary', ('train', 'cache')),
     'profile_steps': Flag('START:COUNT', 'write a profile of these steps for TensorBoard', ('train',)),
     'tasks': Flag('NAME,...', 'tasks to evaluate', ('eval',)),
     'input': Flag('FILE', '.txt (one input a line) or .jsonl; without it the prompt is interactive', ('infer',)),
@@ -62,7 +62,9 @@ def parse(argv: Sequence[str]) -> Arguments:
   """Splits a command line. Raises ConfigError for what it does not know, with the nearest name."""
   from t5x_cpm.gin_utils import did_you_mean
 
-  words, flags, overrides = [], {}, []
+  words: list[str] = []
+  flags: dict[str, list[str]] = {}
+  overrides: list[str] = []
   rest = list(argv)
   while rest:
     word = rest.pop(0)
@@ -169,7 +171,7 @@ def make_config(arguments: Arguments) -> Config:
   if mode in ('eval', 'infer'):
     base = run_directory.read_run(model_dir, step_of(arguments)).config
   elif source:
-    base = Config(model=run_directory.read_run(source).config.model)
+    base = Config(model=run_directory.read_run(source).config.model, task=TaskConfig(vocabulary=vocabulary_of(source)))
     overrides.append(f'TrainConfig.init_from={source!r}')
 
   scope = {'train': 'train', 'cache': 'train', 'eval': 'eval', 'infer': 'eval'}.get(mode, '')
@@ -179,6 +181,14 @@ def make_config(arguments: Arguments) -> Config:
     if changed:
       raise ConfigError(f'the model of {model_dir} cannot be changed:\n  ' + '\n  '.join(changed))
   return config
+
+
+def vocabulary_of(model_dir: str) -> str:
+  """The vocabulary of a run, read from its model_dir, as a value of TaskConfig.vocabulary."""
+  from t5x_cpm.data import vocabulary
+  from t5x_cpm.training import run_directory
+
+  return vocabulary.load_saved(run_directory.resolve(model_dir) / 'vocabulary').spec
 
 
 def step_of(arguments: Arguments) -> int | None:

@@ -14,18 +14,20 @@ from typing import Any
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.tasks import local, pretrain, quickstart
+from t5x_cpm.tasks.documents import Documents
 from t5x_cpm.tasks.table import MixtureRow, Row
 
 ROWS: dict[str, Row | MixtureRow] = {row.name: row for row in (*quickstart.ROWS, *pretrain.ROWS)}
 _FREE = {'local': 'your own .txt or .jsonl files: LocalTaskConfig.files is a glob, or a dict of globs for a mixture',
          'tfds:BUILDER': 'text of any TFDS builder, e.g. tfds:wiki40b/zh-cn; tfds:c4/multilingual@zh for split zh'}
+_MADE = re.compile('__[0-9a-f]{8}$')  # ends the SeqIO names of the tasks of these tables
 _modules: list[str] = []
 
 
 def listing() -> dict[str, str]:
   """Every name that TaskConfig.name may hold, with a line about each."""
   texts = {name: row.text for name, row in ROWS.items()} | _FREE
-  return texts | {name: 'registered with SeqIO' for name in sorted(_registered() - set(texts)) if '__' not in name}
+  return texts | {name: 'registered with SeqIO' for name in sorted(_registered() - set(texts)) if not _MADE.search(name)}
 
 
 def remember_modules(names: list[str]) -> None:
@@ -55,7 +57,7 @@ def identity(config: Config) -> dict:
   row = _row(config)
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
-  parts = {'name': config.task.name, 'vocabulary': config.task.vocabulary, 'row': repr(row)}
+  parts: dict[str, Any] = {'name': config.task.name, 'vocabulary': config.task.vocabulary, 'row': repr(row)}
   if isinstance(row, Row) and row.kind == 'local':
     chosen = dataclasses.asdict(local.part(config.task.name, config.local_task))
     parts |= {'local': chosen, 'pairs': config.task.objective == 'pairs'}
@@ -73,40 +75,60 @@ def get(config: Config) -> Any:
   row = _row(config)
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
+  source = _documents(row, config) if isinstance(row, Row) else None  # a wrong glob is told before TensorFlow is imported
   from t5x_cpm.tasks import make
   if row is None:
     return make.registered(config.task.name)
   if isinstance(row, MixtureRow):
-    rates = local.rates(config.local_task) if row.kind == 'local' else row.rates
-    parts = [(get(_named(config, name)), rate) for name, rate in rates.items()]
-    return make.mixture(config.task.name, parts)
-  return make.task(row, config, vocabulary(config))
+    return make.mixture(config.task.name, [(get(_named(config, name)), rate) for name, rate in _rates(row, config).items()])
+  return make.task(row, source, vocabulary(config))
 
 
-def vocabulary(config: Config, task: Any = None) -> vocabulary_lib.Vocabulary:
-  """The vocabulary of a run: TaskConfig.vocabulary, or the task's own.
+def parts(config: Config) -> dict[str, float] | None:
+  """The tasks of a mixture with their rates; None for a task. Imports TensorFlow for what other modules registered only."""
+  row = _row(config)
+  if row is not None:
+    return _rates(row, config) if isinstance(row, MixtureRow) else None
+  provider = get(config)
+  return {task.name: float(provider.get_rate(task)) for task in provider.tasks} if hasattr(provider, 'tasks') else None
 
-  Args:
-    config: of the run.
-    task: for a task that another module registered, the object that `get` gave.
+
+def tokens(config: Config) -> Any:
+  """What the cache of a task is made from: `shards`, `features`, `files`, `patterns`, and `tokens` of a shard.
+
+  Documents of quickstart and local tasks are tokenized without TensorFlow, others by running their SeqIO task.
   """
   row = _row(config)
-  if row is None and task is not None:
+  source = _documents(row, config) if isinstance(row, Row) else None
+  if source is not None:
+    return source
+  provider = get(config)
+  from t5x_cpm.tasks import make
+  return make.TaskTokens(provider, config.task.name)
+
+
+def _documents(row: Row, config: Config) -> Documents | None:
+  if row.kind == 'tfds':
+    return None
+  return local.documents(row.name, config) if row.kind == 'local' else quickstart.documents(row)
+
+
+def _rates(row: MixtureRow, config: Config) -> dict[str, float]:
+  return local.rates(config.local_task) if row.kind == 'local' else dict(row.rates)
+
+
+def vocabulary(config: Config) -> vocabulary_lib.Vocabulary:
+  """The vocabulary of a run: TaskConfig.vocabulary, or the task's own."""
+  row = _row(config)
+  if row is None:
+    provider = get(config)
     from t5x_cpm.tasks import make
-    return make.vocabulary_of(task, config)
+    return make.vocabulary_of(provider, config)
   spec = config.task.vocabulary or (row.vocabulary if row else '')
   if not spec:
     raise ConfigError(f'task {config.task.name!r} has no vocabulary of its own: set TaskConfig.vocabulary, for example to '
                       "'cpm2:FILE' or 'sentencepiece:FILE'.")
   return vocabulary_lib.load(spec)
-
-
-def public_name(name: str) -> str:
-  """The name in TaskConfig.name of a task that `get` made."""
-  if name in _registered() and '__' not in name:
-    return name
-  from t5x_cpm.tasks import make
-  return make.NAMES.get(name, name)
 
 
 def _named(config: Config, name: str) -> Config:

@@ -7,7 +7,9 @@ import dataclasses
 import glob
 import os
 
-from t5x_cpm.config import ConfigError, LocalTaskConfig
+from t5x_cpm.config import Config, ConfigError, LocalTaskConfig
+from t5x_cpm.tasks import text_files
+from t5x_cpm.tasks.documents import Documents
 from t5x_cpm.tasks.table import MixtureRow, Row
 
 SUFFIXES = ('.txt', '.jsonl', '.txt.gz', '.jsonl.gz')
@@ -36,6 +38,7 @@ def part(name: str, config: LocalTaskConfig) -> LocalTaskConfig:
   """The configuration of one task of a mixture, without the others, whose changes do not concern its cache."""
   if name == 'local':
     return config
+  assert isinstance(config.files, dict)
   key = name.removeprefix('local:')
   held_out = config.validation_files
   if isinstance(held_out, dict):
@@ -43,7 +46,37 @@ def part(name: str, config: LocalTaskConfig) -> LocalTaskConfig:
   elif held_out:
     raise ConfigError(f'LocalTaskConfig.validation_files = {held_out!r}: expected a dict of name -> glob, as in '
                       'LocalTaskConfig.files.')
-  return dataclasses.replace(config, files=dict(config.files)[key], rates={}, validation_files=held_out)
+  return dataclasses.replace(config, files=config.files[key], rates={}, validation_files=held_out)
+
+
+def documents(name: str, config: Config) -> Documents:
+  """The documents of 'local' or 'local:NAME'; without files of its own validation takes a part of those of training.
+
+  Raises:
+    ConfigError: as `find`, or all files are empty.
+  """
+  own, pairs = part(name, config.local_task), config.task.objective == 'pairs'
+  assert isinstance(own.files, str) and isinstance(own.validation_files, str)
+  found = {'train': find(own.files, 'files', pairs)}
+  if own.validation_files:
+    found['validation'] = find(own.validation_files, 'validation_files', pairs)
+  elif own.validation_fraction:
+    found['validation'] = found['train']
+  ranges = {split: text_files.ranges(paths, own.text_document) for split, paths in found.items()}
+  if not ranges['train']:
+    raise ConfigError(f'LocalTaskConfig.files = {own.files!r}: every file that matches is empty.')
+  fields = (own.inputs_field, own.targets_field) if pairs else (own.text_field,)
+
+  def read(split, shard, skipped):
+    path, begin, end = ranges[split][shard]
+    for document in text_files.read(path, begin, end, own, fields, skipped):
+      if own.validation_files or text_files.held_out(document, own.validation_fraction) == (split == 'validation'):
+        yield document
+
+  patterns = [os.path.abspath(os.path.expanduser(pattern)) for pattern in (own.files, own.validation_files) if pattern]
+  shards = {split: len(parts) for split, parts in ranges.items() if parts}
+  every = sorted({path for paths in found.values() for path in paths})
+  return Documents(read, shards, ['inputs', 'targets'] if pairs else ['targets'], every, patterns)
 
 
 def find(pattern: str, field: str, pairs: bool) -> list[str]:

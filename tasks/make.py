@@ -1,31 +1,41 @@
 """SeqIO tasks and mixtures from the rows of the tables. Imports TensorFlow."""
 
+import collections
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import seqio_vocabulary
 from t5x_cpm.data import vocabulary as vocabulary_lib
-from t5x_cpm.tasks import local, metrics, pretrain, quickstart, sources, text_files
+from t5x_cpm.tasks import documents, metrics, pretrain, sources
 from t5x_cpm.tasks.table import Row
 
-NAMES: dict[str, str] = {}  # of SeqIO, which allows few characters -> of TaskConfig.name
+MOST_SHARDS = 512  # of a cache while it is built
 
 
-def task(row: Row, config: Config, vocabulary: vocabulary_lib.Vocabulary) -> seqio.Task:
-  """Makes the SeqIO task of a row: source -> text features -> ids. No end of document: the objective adds it."""
-  pairs = row.pairs or (row.kind == 'local' and config.task.objective == 'pairs')
-  fields = ('inputs', 'targets') if pairs else ('targets',)
-  source, preprocessors = _SOURCES[row.kind](row, config, fields)
+def task(row: Row, source: documents.Documents | None, vocabulary: vocabulary_lib.Vocabulary) -> seqio.Task:
+  """Makes the SeqIO task of a row: source -> text features -> ids. No end of document: the objective adds it.
+
+  Args:
+    row: of a table.
+    source: its documents, or None where they come from TFDS.
+    vocabulary: that makes the ids.
+  """
+  if source is None:
+    data, preprocessors = _tfds_source(row)
+    fields = ['targets']
+  else:
+    data, preprocessors, fields = sources.TextSource(source), [], source.features
   adapter = seqio_vocabulary.SeqioVocabulary(vocabulary)
   features = {name: seqio.Feature(adapter, add_eos=False) for name in fields}
   name = _seqio_name(row.name, vocabulary)
-  made = seqio.Task(name, source, features, [*preprocessors, sources.tokenize(vocabulary, fields)],
-                    metric_fns=[getattr(metrics, metric) for metric in row.metrics] if pairs else [])
+  made = seqio.Task(name, data, features, [*preprocessors, sources.tokenize(vocabulary, fields)],
+                    metric_fns=[getattr(metrics, metric) for metric in row.metrics] if 'inputs' in fields else [])
   seqio.TaskRegistry.remove(name)
   seqio.TaskRegistry.add_provider(name, made)
   return made
@@ -39,9 +49,7 @@ def mixture(name: str, parts: Sequence[tuple[seqio.Task, float]]) -> seqio.Mixtu
 def _seqio_name(name: str, version: Any) -> str:
   version = version if isinstance(version, str) else version.fingerprint
   digest = hashlib.blake2b(f'{name}\0{version}'.encode(), digest_size=4).hexdigest()
-  made = ''.join(c if c.isalnum() else '_' for c in name) + '__' + digest
-  NAMES[made] = name
-  return made
+  return ''.join(c if c.isalnum() else '_' for c in name) + '__' + digest
 
 
 def registered(name: str) -> Any:
@@ -72,66 +80,86 @@ def vocabulary_of(provider: Any, config: Config) -> vocabulary_lib.Vocabulary:
   return given if own is None else own
 
 
-def _quickstart_source(row: Row, config: Config, fields: Sequence[str]) -> tuple[seqio.DataSource, list[Callable]]:
-  del config
-
-  def read(split, shard, skipped):
-    return quickstart.documents(row.source, split)
-
-  return sources.TextSource(read, {'train': 1, 'validation': 1}, fields, quickstart.files(row.source)), []
-
-
-def _local_source(row: Row, config: Config, fields: Sequence[str]) -> tuple[seqio.DataSource, list[Callable]]:
-  part = local.part(row.name, config.local_task)
-  pairs = len(fields) == 2
-  assert isinstance(part.files, str) and isinstance(part.validation_files, str)
-  files = {'train': local.find(part.files, 'files', pairs)}
-  if part.validation_files:
-    files['validation'] = local.find(part.validation_files, 'validation_files', pairs)
-  elif part.validation_fraction:
-    files['validation'] = files['train']
-  ranges = {split: text_files.ranges(paths, part.text_document) for split, paths in files.items()}
-  if not ranges['train']:
-    raise ConfigError(f'LocalTaskConfig.files = {part.files!r}: every file that matches is empty.')
-  names = (part.inputs_field, part.targets_field) if pairs else (part.text_field,)
-
-  def read(split, shard, skipped):
-    for document in text_files.read(*ranges[split][shard], part, names, skipped):
-      if part.validation_files or text_files.held_out(document, part.validation_fraction) == (split == 'validation'):
-        yield document
-
-  patterns = [pattern for pattern in (part.files, part.validation_files) if pattern]
-  shards = {split: len(found) for split, found in ranges.items() if found}
-  return sources.TextSource(read, shards, fields, sorted(set(sum(files.values(), []))), patterns), []
-
-
-def _tfds_source(row: Row, config: Config, fields: Sequence[str]) -> tuple[seqio.DataSource, list[Callable]]:
-  del config
+def _tfds_source(row: Row) -> tuple[seqio.DataSource, list[Callable]]:
   import tensorflow_datasets as tfds
+
   try:
-    info = tfds.builder(row.source).info
+    builder = tfds.builder(row.source)
   except tfds.core.DatasetNotFoundError as error:
     reason = str(error).splitlines()[0]
     raise ConfigError(f'TaskConfig.name = {row.name!r}: TFDS has no builder {row.source!r} ({reason}).') from None
-  texts = [name for name, feature in info.features.items() if isinstance(feature, tfds.features.Text)]
+  if not builder.info.splits:
+    try:
+      builder.download_and_prepare()
+    except Exception as error:  # of the network, of a missing package, of a disk: TFDS names no common class
+      raise ConfigError(f'TaskConfig.name = {row.name!r}: {row.source!r} is not in {builder.data_dir} and could not be '
+                        f'prepared ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}). Make it with '
+                        f'`tfds build {row.source}`, or set TFDS_DATA_DIR to where it is.') from error
+  info = builder.info
+  features: Any = info.features
+  texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
   field = row.field or ('text' if 'text' in texts else texts[0] if len(texts) == 1 else '')
   if not field:
     raise ConfigError(f'TaskConfig.name = {row.name!r}: the builder has the text features {texts}, not one of them "text".')
   splits = dict(row.splits) or {name: name for name in ('train', 'validation') if name in info.splits}
-  if set(splits) == {'train'}:
-    splits = {'train': 'train[:99%]', 'validation': 'train[99%:]'}
-  if not splits:
+  if not splits or splits['train'] not in info.splits:
     raise ConfigError(f'TaskConfig.name = {row.name!r}: the builder has the splits {sorted(info.splits)}; name one of them, as '
-                      f'in {row.name}@SPLIT.')
+                      f'in tfds:{row.source}@SPLIT.')
+  if set(splits) == {'train'}:
+    train = splits['train']
+    splits = ({'train': train, 'validation': f'{train}-validation'} if f'{train}-validation' in info.splits else
+              {'train': f'{train}[:99%]', 'validation': f'{train}[99%:]'})
 
   def select(example):
     text = example[field]
     for pattern, replacement in pretrain.CLEAN.get(info.name, ()):
       text = tf.strings.regex_replace(text, pattern, replacement)
-    return {fields[0]: text}
+    return {'targets': text}
 
   name = f'{info.name}/{info.config_name}' if info.config_name else info.name
   return seqio.TfdsDataSource(f'{name}:{info.version}', splits=splits), [lambda dataset: dataset.map(select)]
 
 
-_SOURCES = {'quickstart': _quickstart_source, 'local': _local_source, 'tfds': _tfds_source}
+class TaskTokens:
+  """The tokens of any SeqIO task, with the face of `documents.Documents`.
+
+  Raises:
+    ConfigError: the task has no targets, or a feature that is no sequence of integers.
+  """
+
+  files, patterns = (), ()
+
+  def __init__(self, made: seqio.Task, name: str):
+    self.task, self.name = made, name
+    self.features = [feature for feature in ('inputs', 'targets') if feature in made.output_features]
+    if 'targets' not in self.features:
+      raise ConfigError(f'task {name!r} has the features {sorted(made.output_features)}: expected targets, or inputs and '
+                        'targets.')
+    for feature in self.features:
+      kind = made.output_features[feature]
+      if kind.rank != 1 or not kind.dtype.is_integer:
+        raise ConfigError(f'task {name!r}: feature {feature!r} has rank {kind.rank} and type {kind.dtype.name}, expected a '
+                          'sequence of integers.')
+    self.shards = {split: min(len(made.source.list_shards(split)), MOST_SHARDS) for split in made.splits}
+
+  def tokens(self, split: str, shard: int, vocabulary: vocabulary_lib.Vocabulary,
+             skipped: collections.Counter) -> Iterator[list[documents.Side]]:
+    """The tokens of a shard, by batches: for each feature the flat ids and the lengths, without end of sequence."""
+    del skipped
+    shards = self.shards[split]
+    tf.random.set_seed(0)  # for preprocessors that draw; a FunctionDataSource may not take a seed
+    seed = None if isinstance(self.task.source, seqio.FunctionDataSource) else 0
+    dataset = self.task.get_dataset(None, split, shuffle=False, seed=seed, trim_output_features=False,
+                                    shard_info=seqio.ShardInfo(shard, shards) if shards > 1 else None)
+    dataset = dataset.map(lambda example: {feature: example[feature] for feature in self.features})
+    for batch in dataset.ragged_batch(documents.BATCH):
+      yield [self._clean(batch[feature], vocabulary) for feature in self.features]
+
+  def _clean(self, ragged, vocabulary: vocabulary_lib.Vocabulary) -> documents.Side:
+    flat, lengths = ragged.flat_values.numpy(), ragged.row_lengths().numpy()
+    if len(flat) and not 0 <= flat.min() <= flat.max() < vocabulary.size:
+      raise ConfigError(f'task {self.name!r} gives the ids {flat.min()} to {flat.max()}, but its vocabulary '
+                        f'{vocabulary.spec!r} has {vocabulary.size}: set TaskConfig.vocabulary to the one that the task uses.')
+    last = np.cumsum(lengths) - 1
+    ends = (lengths > 0) & (flat[last] == vocabulary.eos_id) if len(flat) else np.zeros(len(lengths), bool)
+    return np.delete(flat, last[ends]), lengths - ends

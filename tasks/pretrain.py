@@ -19,5 +19,4 @@ ROWS = (
 def tfds_row(name: str) -> Row:
   """The task 'tfds:BUILDER', or 'tfds:BUILDER@SPLIT' where the splits of the builder have names of their own."""
   builder, _, split = name.removeprefix('tfds:').partition('@')
-  splits = {'train': split, 'validation': f'{split}-validation'} if split else {}
-  return Row(name, f'text of the TFDS builder {builder}', 'tfds', builder, splits=splits)
+  return Row(name, f'text of the TFDS builder {builder}', 'tfds', builder, splits={'train': split} if split else {})

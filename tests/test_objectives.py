@@ -75,7 +75,7 @@ def test_masks_have_exact_counts_and_begin_without_noise(density, mean):
   seed = 11
   keys, lengths, noise, spans = draw(np.random.default_rng(seed), 400, density, mean)
   mask = objectives.noise_mask(lengths, spans)
-  for piece, n, k in zip(split(mask, lengths), noise, spans.count):
+  for piece, n, k in zip(split(mask, lengths), noise, spans.counts):
     runs = [(value, len(list(group))) for value, group in itertools.groupby(piece)]
     assert sum(length for value, length in runs if value) == n, f'seed {seed}'
     assert [value for value, _ in runs] == [False, True] * k, f'seed {seed}'
@@ -132,10 +132,10 @@ def test_a_piece_is_corrupted_in_the_same_way_in_any_batch(monkeypatch):
   keys, lengths, noise, spans = draw(rng, 300, 0.15, 3.0)
   whole = split(objectives.noise_mask(lengths, spans), lengths)
   chosen = rng.permutation(300)[:40]
-  part = objectives.draw_spans(keys[chosen], lengths[chosen], noise[chosen], spans.count[chosen])
+  part = objectives.draw_spans(keys[chosen], lengths[chosen], noise[chosen], spans.counts[chosen])
   assert split(objectives.noise_mask(lengths[chosen], part), lengths[chosen]) == [whole[i] for i in chosen], f'seed {seed}'
   monkeypatch.setattr(objectives, '_CHUNK', 7)
-  chunked = objectives.draw_spans(keys, lengths, noise, spans.count)
+  chunked = objectives.draw_spans(keys, lengths, noise, spans.counts)
   for a, b in zip(spans, chunked, strict=True):
     np.testing.assert_array_equal(a, b)
 

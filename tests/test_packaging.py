@@ -24,7 +24,8 @@ def test_links_are_relative_and_lead_to_the_folders():
 
 def run(command: list[object], cwd: pathlib.Path, **variables: str) -> str:
   environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'} | variables
-  result = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+  words = [str(word) for word in command]
+  result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
   assert result.returncode == 0, f'{command}\n{result.stdout}\n{result.stderr}'
   return result.stdout
 
@@ -40,7 +41,7 @@ def test_wheel_trains_from_another_folder(tmp_path):
     shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=hidden)
   for name in ('setup.py', 'requirements.txt', 'README.md', 'LICENSE'):
     shutil.copy(ROOT / name, tree / name)
-  run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', tmp_path, tree], cwd=tmp_path)
+  run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path, tree], cwd=tmp_path)
   wheel, = tmp_path.glob('*.whl')
 
   packed = set(zipfile.ZipFile(wheel).namelist())

@@ -280,7 +280,7 @@ def test_a_mixture_has_exact_counts_and_its_parts_their_own_epochs(tmp_path):
   parts = []
   for name, low, number in (('wiki_zh', 20, 40), ('wiki_en', 500, 90)):
     part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
-    small_data.fill(part, {'train': {'targets': [rng.integers(low, low + 400, 50).tolist() for _ in range(number)]}})
+    small_data.fill(part, {'train': {'targets': [rng.integers(low, low + 400, 65).tolist() for _ in range(number)]}})
     parts.append({'name': name, 'rate': {'wiki_zh': 2.0, 'wiki_en': 1.0}[name], 'directory': cache.directory(part).name})
   path = cache.directory(config)
   path.mkdir()
@@ -345,6 +345,35 @@ def test_packing_is_complete_and_tight(low, high, expected):
   assert used[0].max() <= 512 and used[1].max() <= 128 and np.bincount(row).max() <= 64
   best = max(used[0].sum() / 512, used[1].sum() / 128)  # rows that no packing can do without
   assert best / result.rows > expected, f'seed {seed}'
+
+
+@pytest.mark.parametrize('length', [30, 42, 57])
+def test_documents_that_fill_rows_badly_are_cut_shorter(tmp_path, length):
+  """Of 42 tokens with the end of document 38 slots are left, of 64: two do not fit, and a third of the row is wasted."""
+  rng = np.random.default_rng(0)
+  documents = small_data.random_documents(rng, [length] * 200)
+  read, _ = make_reader(tmp_path, documents, batch_size=4, **ISOLATED)
+  found = read.statistics()
+  assert found['encoder_efficiency'] > 0.85
+  longest = objectives.longest_piece(64, 24, 0.15, 3.0, small_data.SENTINELS, t5=False)
+  assert found['tasks']['wiki_zh']['longest_piece'] in [longest // part for part in (1, 2, 3, 4)]
+  np.testing.assert_array_equal(
+      index.piece_histogram(np.array([length] * 200), longest, True).nonzero()[0],
+      np.unique(index.cut(np.array([length + 1]), longest)[2]))
+
+
+def test_an_index_is_the_same_in_chunks_of_any_size(tmp_path, monkeypatch):
+  seed = 3
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(0, 200, 300)
+  for chunk in (1 << 20, 50, 7):
+    monkeypatch.setattr(index, 'CHUNK', chunk)
+    table = index.pieces(tmp_path / str(chunk), 'train', lengths, 30, with_end=True)
+    members = index.load(tmp_path / str(chunk), table['name'], 'members', np.int64)
+    if chunk == 1 << 20:
+      expected, histogram = np.array(members), table['counts']
+    np.testing.assert_array_equal(members, expected, err_msg=f'seed {seed}')
+    assert table['counts'] == histogram == index.piece_histogram(lengths, 30, True).tolist()
 
 
 def test_document_of_one_token(tmp_path):

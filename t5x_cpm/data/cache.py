@@ -177,7 +177,9 @@ def is_ready(path: pathlib.Path) -> bool:
 
 
 def build(config: Config, *, progress: bool = True) -> pathlib.Path:
-  """Makes the cache of `config.task`, or of every task of a mixture, unless it is there; the only use of TensorFlow here.
+  """Makes the cache of `config.task`, or of every task of a mixture, unless it is there.
+
+  TensorFlow is imported only for tasks that are not plain text files.
 
   Args:
     config: `task` and, for the task named 'local', `local_task` are read.
@@ -198,13 +200,12 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
   with lock(path):
     if is_ready(path):  # another process made it while this one waited
       return path
-    provider = tasks.get(config)
-    if hasattr(provider, 'tasks'):
+    rates = tasks.parts(config)
+    if rates is not None:
       parts = []
-      for task in provider.tasks:
-        part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=tasks.public_name(task.name)))
-        parts.append({'name': part.task.name, 'rate': float(provider.get_rate(task)),
-                      'directory': build(part, progress=progress).name})
+      for name, rate in rates.items():
+        part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
+        parts.append({'name': name, 'rate': rate, 'directory': build(part, progress=progress).name})
       path.mkdir(exist_ok=True)
       write_json(path / 'cache.json', {'format': FORMAT, 'task': config.task.name, 'components': parts})
     else:
@@ -212,7 +213,7 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
         print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)
         shutil.rmtree(path)
       try:
-        cache_build.build_task(config, provider, path, progress=progress)
+        cache_build.build_task(config, path, progress=progress)
       except OSError as error:
         raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}. Set TaskConfig.cache_dir or '
                           '$T5X_CPM_CACHE to a folder with more room.') from error

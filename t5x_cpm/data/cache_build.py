@@ -6,6 +6,7 @@ the same content whatever the number of processes.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,6 @@ from t5x_cpm import config as config_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache
 from t5x_cpm.data import vocabulary as vocabulary_lib
-
-BATCH = 256  # documents that pass from TensorFlow at once
-MOST_SHARDS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,29 +41,21 @@ class Unit:
     return f'{self.split}-{self.shard:05d}-of-{self.shards:05d}'
 
 
-def build_task(config: Config, task: Any, path: pathlib.Path, *, progress: bool) -> None:
-  """Writes the cache of one SeqIO task to `path`, whose lock is held.
+def build_task(config: Config, path: pathlib.Path, *, progress: bool) -> None:
+  """Writes the cache of one task to `path`, whose lock is held.
 
   Args:
     config: of the run.
-    task: a seqio.Task, as `tasks.get(config)` gives it.
     path: folder of the cache.
     progress: show it on stderr.
   """
   from t5x_cpm import tasks
-  features = _features(task, config)
-  vocabulary = tasks.vocabulary(config, task)
-  splits = [split for split in cache.SPLITS if split in task.splits]
-  if not splits:
-    raise ConfigError(f'task {config.task.name!r} has the splits {sorted(task.splits)}: expected train or validation.')
-  units = []
-  for split in splits:
-    shards = min(len(task.source.list_shards(split)), MOST_SHARDS)
-    units += [Unit(split, shard, shards) for shard in range(shards)]
-  patterns = list(getattr(task.source, 'patterns', []))
-  files = cache.file_states([*getattr(task.source, 'files', []), *filter(os.path.isfile, vocabulary.files)])
-  plan = {'units': [unit.name for unit in units], 'files': files, 'vocabulary': vocabulary.fingerprint}
-  _continue_or_start(path, plan)
+  source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
+  units = [Unit(split, shard, source.shards[split]) for split in cache.SPLITS for shard in range(source.shards.get(split, 0))]
+  if not units:
+    raise ConfigError(f'task {config.task.name!r} has the splits {sorted(source.shards)}: expected train or validation.')
+  files = cache.file_states([*source.files, *filter(os.path.isfile, vocabulary.files)])
+  _continue_or_start(path, {'units': [unit.name for unit in units], 'files': files, 'vocabulary': vocabulary.fingerprint})
   missing = [unit for unit in units if not (path / f'{unit.name}.json').is_file()]
   watch = _Progress(len(units), len(missing), config.task.name) if progress else None
   processes = min(config.task.cache_processes or os.cpu_count() or 1, len(missing))
@@ -72,25 +63,12 @@ def build_task(config: Config, task: Any, path: pathlib.Path, *, progress: bool)
     _run_workers(config, path, missing, processes, watch)
   else:
     for unit in missing:
-      run_unit(task, unit, path, features, vocabulary, watch.add if watch else lambda documents: None)
+      run_unit(source, unit, path, vocabulary, watch.add if watch else lambda documents: None)
       if watch:
         watch.finish_unit()
   if watch:
     watch.close()
-  _join(config.task.name, path, units, features, vocabulary, {'patterns': patterns, 'files': files})
-
-
-def _features(task: Any, config: Config) -> list[str]:
-  names = [name for name in ('inputs', 'targets') if name in task.output_features]
-  for name in names:
-    feature = task.output_features[name]
-    if feature.rank != 1 or not feature.dtype.is_integer:
-      raise ConfigError(f'task {config.task.name!r}: feature {name!r} has rank {feature.rank} and type '
-                        f'{feature.dtype.name}, expected a sequence of integers.')
-  if 'targets' not in names:
-    raise ConfigError(f'task {config.task.name!r} has the features {sorted(task.output_features)}: expected targets, or '
-                      'inputs and targets.')
-  return names
+  _join(config.task.name, path, units, source.features, vocabulary, {'patterns': list(source.patterns), 'files': files})
 
 
 def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
@@ -106,51 +84,30 @@ def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
   cache.write_json(old, plan)
 
 
-def run_unit(task: Any, unit: Unit, path: pathlib.Path, features: list[str], vocabulary: vocabulary_lib.Vocabulary,
-             report) -> None:
-  """Runs one shard through the task and writes its tokens; `report(documents)` is called as they come."""
-  import seqio
-
-  from t5x_cpm.tasks import sources
-  shard_info = seqio.ShardInfo(unit.shard, unit.shards) if unit.shards > 1 else None
+def run_unit(source: Any, unit: Unit, path: pathlib.Path, vocabulary: vocabulary_lib.Vocabulary,
+             report: Callable[[int], None]) -> None:
+  """Writes the tokens of one shard of what `tasks.tokens` gave; `report(documents)` is called as they come."""
   counts: collections.Counter = collections.Counter()
+  skipped: collections.Counter = collections.Counter()
   digest = hashlib.blake2b(digest_size=16)
-  names = [f'{feature}.{kind}' for feature in features for kind in ('tokens', 'lengths')]
+  names = [f'{feature}.{kind}' for feature in source.features for kind in ('tokens', 'lengths')]
   temporary = {name: path / f'{unit.name}.{name}.tmp{os.getpid()}' for name in names}
-  with sources.errors() as skipped:
-    dataset = task.get_dataset(None, unit.split, shuffle=False, seed=0, shard_info=shard_info, trim_output_features=False)
-    dataset = dataset.map(lambda example: {feature: example[feature] for feature in features})
-    out = {name: open(file, 'wb') for name, file in temporary.items()}  # noqa: SIM115
-    try:
-      for batch in dataset.ragged_batch(BATCH):
-        sides = [_clean(batch[feature], vocabulary, task.name) for feature in features]
-        keep = sides[-1][1] > 0
-        for feature, (flat, lengths) in zip(features, sides):
-          flat = flat[np.repeat(keep, lengths)].astype(cache.token_dtype(vocabulary))
-          for kind, array in (('tokens', flat), ('lengths', lengths[keep].astype(np.uint32))):
-            array.tofile(out[f'{feature}.{kind}'])
-            digest.update(array)
-          counts[feature] += len(flat)
-        counts['documents'] += int(keep.sum())
-        counts['empty'] += int((~keep).sum())
-        report(len(keep))
-    finally:
-      for file in out.values():
-        file.close()
+  with contextlib.ExitStack() as stack:
+    out = {name: stack.enter_context(open(file, 'wb')) for name, file in temporary.items()}
+    for sides in source.tokens(unit.split, unit.shard, vocabulary, skipped):
+      keep = sides[-1][1] > 0
+      for feature, (flat, lengths) in zip(source.features, sides):
+        flat = flat[np.repeat(keep, lengths)].astype(cache.token_dtype(vocabulary))
+        for kind, array in (('tokens', flat), ('lengths', lengths[keep].astype(np.uint32))):
+          array.tofile(out[f'{feature}.{kind}'])
+          digest.update(array)
+        counts[feature] += len(flat)
+      counts['documents'] += int(keep.sum())
+      skipped['empty'] += int((~keep).sum())
+      report(len(keep))
   for name, file in temporary.items():
     os.replace(file, path / f'{unit.name}.{name}')
   cache.write_json(path / f'{unit.name}.json', {**counts, 'skipped': dict(skipped), 'digest': digest.hexdigest()})
-
-
-def _clean(ragged: Any, vocabulary: vocabulary_lib.Vocabulary, task: str) -> tuple[np.ndarray, np.ndarray]:
-  """Flat tokens and lengths of a batch. An end of document is dropped: the objective adds its own."""
-  flat, lengths = ragged.flat_values.numpy(), ragged.row_lengths().numpy()
-  if len(flat) and not 0 <= flat.min() <= flat.max() < vocabulary.size:
-    raise ConfigError(f'task {task!r} gives the ids {flat.min()} to {flat.max()}, but its vocabulary {vocabulary.spec!r} has '
-                      f'{vocabulary.size}: set TaskConfig.vocabulary to the one that the task uses.')
-  last = np.cumsum(lengths) - 1
-  ends = (lengths > 0) & (flat[last] == vocabulary.eos_id) if len(flat) else np.zeros(len(lengths), bool)
-  return np.delete(flat, last[ends]), lengths - ends
 
 
 def _run_workers(config: Config, path: pathlib.Path, units: list[Unit], processes: int, watch: '_Progress | None') -> None:
@@ -219,10 +176,9 @@ def _work(results) -> None:
   try:
     from t5x_cpm import tasks
     tasks.import_modules(job['imports'])
-    task = tasks.get(config)
-    vocabulary = tasks.vocabulary(config, task)
+    source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
     for line in sys.stdin:
-      run_unit(task, Unit(**json.loads(line)), pathlib.Path(job['path']), _features(task, config), vocabulary,
+      run_unit(source, Unit(**json.loads(line)), pathlib.Path(job['path']), vocabulary,
                lambda documents: send(documents=documents, finished=False))
       send(documents=0, finished=True)
   except (ValueError, OSError) as error:
@@ -244,15 +200,15 @@ def _join(name: str, path: pathlib.Path, units: list[Unit], features: list[str],
       os.replace(path / f'{split}.{file}.tmp', path / f'{split}.{file}')
     skipped: collections.Counter = collections.Counter()
     for unit in mine:
-      skipped.update({'empty': parts[unit].get('empty', 0), **parts[unit]['skipped']})
+      skipped.update(parts[unit]['skipped'])
     splits[split] = {'documents': sum(parts[unit].get('documents', 0) for unit in mine),
                      'tokens': {feature: sum(parts[unit].get(feature, 0) for unit in mine) for feature in features},
                      'skipped': {reason: count for reason, count in skipped.items() if count}}
   checksum = hashlib.blake2b(json.dumps([(unit.name, parts[unit]['digest']) for unit in units]).encode(), digest_size=16)
   cache.finish(path, name, vocabulary, splits, features, checksum.hexdigest(), source)
   for unit in units:
-    for file in path.glob(f'{unit.name}.*'):
-      file.unlink()
+    for part_file in path.glob(f'{unit.name}.*'):
+      part_file.unlink()
   (path / 'plan.json').unlink()
 
 

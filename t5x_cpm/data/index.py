@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from t5x_cpm.config import ConfigError
 from t5x_cpm.data import objectives
 
-CHUNK = 1 << 21  # documents
+CHUNK = 1 << 21  # documents, or pieces of documents
 TOKENS = 1 << 22  # tokens of a chunk of documents
 STATIC = 233  # CPM-2's masks and order of documents are drawn once, from the seed of its preprocessing
 CPM2_TOKENS = (10, 5_000_000)  # documents that CPM-2's preprocessing keeps; its upper bound counts characters
@@ -32,19 +33,28 @@ def store(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dic
   """
   done = directory / f'{name}.json'
   if not done.is_file():
-    directory.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory)
-    prefix = directory / f'tmp-{os.getpid()}-{name}'
     try:
-      result = make(prefix)
-      pathlib.Path(f'{prefix}.json').write_text(json.dumps(result))
-      written = sorted(directory.glob(f'{prefix.name}.*'), key=lambda path: path.suffix == '.json')
-      for path in written:  # the .json last: it says that the others are complete
-        os.replace(path, directory / path.name.removeprefix(f'tmp-{os.getpid()}-'))
-    finally:
-      for path in directory.glob(f'{prefix.name}.*'):
-        path.unlink()
+      _make(directory, name, make)
+    except OSError as error:
+      raise ConfigError(f'the index of the cache could not be written to {directory}: {error.strerror or error}. Set '
+                        'TaskConfig.cache_dir or $T5X_CPM_CACHE to a folder of your own with more room.') from error
   return json.loads(done.read_text())
+
+
+def _make(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dict]) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  _remove_abandoned(directory)
+  mark = f'tmp-{os.getpid()}-'
+  prefix = directory / f'{mark}{name}'
+  try:
+    result = make(prefix)
+    pathlib.Path(f'{prefix}.json').write_text(json.dumps(result))
+    written = sorted(directory.glob(f'{prefix.name}.*'), key=lambda path: path.suffix == '.json')
+    for path in written:  # the .json last: it says that the others are complete
+      os.replace(path, directory / path.name.removeprefix(mark))
+  finally:
+    for path in directory.glob(f'{prefix.name}.*'):
+      path.unlink()
 
 
 def _remove_abandoned(directory: pathlib.Path) -> None:
@@ -107,6 +117,26 @@ def cut(lengths_D: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np
   return document, start, length
 
 
+def _by_pieces(lengths_D: np.ndarray, longest: int, with_end: bool) -> Iterator[tuple[int, np.ndarray]]:
+  """Lengths as they are stored, in chunks of about CHUNK pieces at most, each with its first token."""
+  first = 0
+  for begin in range(0, len(lengths_D), CHUNK):
+    block = np.asarray(lengths_D[begin:begin + CHUNK], np.int64)
+    pieces_before = np.cumsum(piece_counts(block + with_end, longest))
+    borders = np.unique([0, *np.searchsorted(pieces_before, np.arange(CHUNK, pieces_before[-1], CHUNK)), len(block)])
+    for a, b in zip(borders, borders[1:]):
+      yield first, block[a:b]
+      first += int(block[a:b].sum())
+
+
+def piece_histogram(lengths_D: np.ndarray, longest: int, with_end: bool) -> np.ndarray:
+  """[longest + 1] how many pieces of each length `pieces` would find."""
+  counts = np.zeros(longest + 1, np.int64)
+  for _, stored in _by_pieces(lengths_D, longest, with_end):
+    counts += np.bincount(cut(stored + with_end, longest)[2], minlength=longest + 1)
+  return counts
+
+
 def sort_by_class(prefix: pathlib.Path, chunks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], classes: int,
                   columns: int = 1) -> np.ndarray:
   """Writes values ordered by class (a stable counting sort) to `prefix.members`.
@@ -154,14 +184,11 @@ def pieces(directory: pathlib.Path, split: str, lengths_D: np.ndarray, longest: 
   name = f'{split}.pieces-{longest}-{int(with_end)}'
 
   def chunks():
-    first = 0
-    for begin in range(0, len(lengths_D), CHUNK):
-      stored = np.asarray(lengths_D[begin:begin + CHUNK], np.int64)
+    for first, stored in _by_pieces(lengths_D, longest, with_end):
       document, start, length = cut(stored + with_end, longest)
       ends = start + length > stored[document]
       values = 2 * (first + objectives.exclusive_cumsum(stored)[document] + start) + ends
       yield length.astype(np.uint16 if longest < 1 << 16 else np.int64), values[:, None]
-      first += int(stored.sum())
 
   def make(prefix):
     counts = sort_by_class(prefix, chunks, longest + 1)
@@ -268,7 +295,7 @@ def cpm2_streams(directory: pathlib.Path, split: str, tokens: np.ndarray, length
         noise_P, spans_P = objectives.noise_counts(longer, density, mean)
         spans = objectives.draw_spans(objectives.combine(STATIC, some), longer, noise_P, spans_P)
         is_noise = objectives.noise_mask(longer, spans)
-        starts = np.repeat(objectives.exclusive_cumsum(longer), spans.count) + spans.start
+        starts = np.repeat(objectives.exclusive_cumsum(longer), spans.counts) + spans.start
         noise_before = objectives.exclusive_cumsum(spans.length)
         place = starts - noise_before + np.arange(len(starts))
         stays = ~is_noise

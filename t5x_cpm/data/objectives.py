@@ -26,7 +26,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def combine(*parts) -> np.ndarray:
   """Hashes integers or integer arrays of one shape into uint64 keys; the order of the parts matters."""
-  key = np.uint64(0)
+  key = np.zeros((), np.uint64)
   with np.errstate(over='ignore'):
     for part in parts:
       key = mix((key + _GOLDEN) ^ mix(np.asarray(part).astype(np.uint64) + _GOLDEN))
@@ -47,9 +47,9 @@ def ramp(counts: np.ndarray) -> np.ndarray:
 
 
 class Spans(NamedTuple):
-  """Noise spans of P pieces, in order. `count` is [P], the others [K]."""
+  """Noise spans of P pieces, in order. `counts` is [P], the others [K]."""
 
-  count: np.ndarray  # spans of each piece
+  counts: np.ndarray  # spans of each piece
   start: np.ndarray  # first noise token of the span, from the start of its piece
   length: np.ndarray  # its tokens
   before: np.ndarray  # noise tokens of the piece before it
@@ -122,7 +122,7 @@ def _draw(keys_P, lengths_P, noise_P, spans_P) -> Spans:
 
 def noise_mask(lengths_P: np.ndarray, spans: Spans) -> np.ndarray:
   """bool [N]: which tokens are noise."""
-  starts = np.repeat(exclusive_cumsum(lengths_P), spans.count) + spans.start
+  starts = np.repeat(exclusive_cumsum(lengths_P), spans.counts) + spans.start
   change = np.zeros(int(lengths_P.sum()) + 1, np.int8)
   change[starts] = 1
   change[starts + spans.length] = -1
@@ -153,18 +153,18 @@ def span_targets(noise_tokens: np.ndarray, noise_P: np.ndarray, spans: Spans, se
   Returns:
     Lengths [P] and the flat targets.
   """
-  lengths_P = noise_P + spans.count + 1
+  lengths_P = noise_P + spans.counts + 1
   offsets_P = exclusive_cumsum(lengths_P)
-  number = ramp(spans.count)
+  number = ramp(spans.counts)
   targets = np.empty(int(lengths_P.sum()), np.int32)
   is_noise = np.ones(len(targets), bool)
-  at_sentinel = np.repeat(offsets_P, spans.count) + spans.before + number
+  at_sentinel = np.repeat(offsets_P, spans.counts) + spans.before + number
   at_end = offsets_P + lengths_P - 1
   is_noise[at_sentinel] = False
   is_noise[at_end] = False
   targets[is_noise] = noise_tokens
   targets[at_sentinel] = sentinels[number]
-  targets[at_end] = sentinels[spans.count] if end is None else end
+  targets[at_end] = sentinels[spans.counts] if end is None else end
   return lengths_P, targets
 
 
@@ -193,12 +193,12 @@ def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: 
     eos: T5's end of sequence.
   """
   is_noise = noise_mask(lengths_P, spans)
-  first = np.repeat(exclusive_cumsum(lengths_P), spans.count) + spans.start
+  first = np.repeat(exclusive_cumsum(lengths_P), spans.counts) + spans.start
   keep = ~is_noise
   keep[first] = True
   replaced = tokens_N.astype(np.int32)
-  replaced[first] = sentinels[ramp(spans.count)]
-  encoder, encoder_lengths = replaced[keep], lengths_P - noise_P + spans.count
+  replaced[first] = sentinels[ramp(spans.counts)]
+  encoder, encoder_lengths = replaced[keep], lengths_P - noise_P + spans.counts
   if eos is not None:
     encoder, encoder_lengths = append(encoder, encoder_lengths, eos)
   lengths, targets = span_targets(tokens_N[is_noise], noise_P, spans, sentinels, eos)

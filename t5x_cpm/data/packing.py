@@ -83,7 +83,6 @@ def pack(sizes: np.ndarray, counts: np.ndarray, room: tuple[int, int], most: int
     The packing; every piece is in exactly one row.
   """
   sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
-  room = np.array([*room, most], np.int64)
   weight = np.array([room[1], room[0]])  # makes both sides comparable without fractions
   # One line for each set of equal rows: [encoder, decoder, pieces] left, number of rows, last node of its pattern.
   lines = np.zeros((0, 5), np.int64)
@@ -106,7 +105,7 @@ def pack(sizes: np.ndarray, counts: np.ndarray, room: tuple[int, int], most: int
     fitting = np.flatnonzero((lines[:, :3] >= need).all(axis=1))
     fitting = fitting[np.argsort((lines[fitting, :2] * weight).max(axis=1), kind='stable')]
     # Rows of the tightest lines take as many copies as they hold; after them come new rows, an endless line.
-    old = np.concatenate([lines[fitting], [[*room, np.iinfo(np.int64).max // most, -1]]])
+    old = np.concatenate([lines[fitting], [[*room, most, np.iinfo(np.int64).max // most, -1]]])
     copies = (old[:, :3] // need).min(axis=1)
     before = np.minimum(objectives.exclusive_cumsum(np.minimum(copies * old[:, 3], left)), left)
     taken = np.minimum(copies * old[:, 3], left - before)

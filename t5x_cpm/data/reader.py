@@ -165,7 +165,8 @@ def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = N
   if vocabulary is not None and vocabulary.fingerprint != own.fingerprint:
     raise ConfigError(f'task {config.task.name!r} was tokenized with {own.spec!r}, but the model uses {vocabulary.spec!r}: set '
                       'TaskConfig.vocabulary to the vocabulary of the model.')
-  components, rates = [], []
+  components: list[Component] = []
+  rates = []
   for rate, cache in parts:
     if split not in cache.splits:
       continue
@@ -175,7 +176,7 @@ def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = N
       raise ConfigError(f'TaskConfig.objective = {config.task.objective!r}, but task {cache.name!r} has {what}: expected '
                         f'{wanted}.')
     kind = Windows if config.task.objective == 'cpm2' else Packed
-    component = kind(cache, split, config, own)
+    component: Component = kind(cache, split, config, own)
     if not component.rows_per_epoch:
       reasons = {**cache.info['splits'][split].get('skipped', {}), 'too short': component.left_out}
       if split == 'train':

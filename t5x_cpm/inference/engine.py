@@ -120,9 +120,10 @@ class Engine:
     return result
 
   def stream(self, line: str, **overrides: Any) -> Iterator[str]:
-    """Yields pieces of text as they are generated, sentinels written <s_k>; the generator's value is the Answer.
+    """Yields pieces of text as they are generated; the generator's value is the Answer.
 
-    Beam search knows its answer only at the end and yields it whole.
+    Where there are several blanks, the k-th is announced by '<s_k>'. Beam search knows its answer only at the end and yields
+    it whole.
     """
     config = self.decode_config(**overrides)
     request = self.codec.request(line)
@@ -137,17 +138,22 @@ class Engine:
       if rule.width > 1:
         continue
       ids.append(int(state.next[0]))
-      whole = self.vocabulary.decode(self.codec.before_stop(request, ids))
+      whole = self._shown(request, ids)
       if whole.startswith(shown) and not whole.endswith('\ufffd'):  # else the last character is not complete yet
         yield whole[len(shown):]
         shown = whole
     out = rule.result(state)
     answer = self._answer(request, out.tokens[0, :int(out.length[0])], out.score[0])
     if rule.width > 1:
-      yield self.vocabulary.decode(self.codec.before_stop(request, answer.ids))
+      yield self._shown(request, answer.ids)
     return answer
 
   # What files and evaluation call.
+
+  def read(self, model_dir: Any, step: int) -> None:
+    """Takes the parameters of another checkpoint of the run."""
+    params = checkpoint.load_params(model_dir, step=step, into=self.model.abstract()[0])
+    self.params, self.step = jax.jit(self.model.prepare)(params), step
 
   def decode_config(self, **overrides: Any) -> DecodeConfig:
     """The run's DecodeConfig with other values; raises ConfigError for a name or value that it does not have."""
@@ -198,6 +204,10 @@ class Engine:
     return sums, counts
 
   # Parts.
+
+  def _shown(self, request: text.Request, ids: Sequence[int]) -> str:
+    hidden = self.vocabulary.sentinels[0] if request.blanks == 1 else None
+    return self.vocabulary.decode([token for token in self.codec.before_stop(request, ids) if token != hidden])
 
   def _batches(self, items: list) -> Iterator[list]:
     size = self.config.infer.batch_size

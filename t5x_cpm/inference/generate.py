@@ -158,8 +158,8 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
       batch.append(pair)
     if not batch or (len(batch) < engine.config.infer.batch_size and index + 1 < total):
       continue
-    good = [(line, request) for line, request in batch if request is not None]
-    answers = iter(engine.answer_requests([request for _, request in good], engine.config.decode, [line.number - 1 for line, _ in good]))
+    good = [(line.number - 1, request) for line, request in batch if request is not None]
+    answers = iter(engine.answer_requests([request for _, request in good], engine.config.decode, [row for row, _ in good]))
     for line, request in batch:
       record: dict[str, Any] = {'input': line.text, 'output': '', 'blanks': [], 'score': None}
       if request is not None:
@@ -243,7 +243,7 @@ def interact(engine: 'Engine', stdin: BinaryIO, is_terminal: bool) -> None:
       elif not is_terminal:
         print(flush=True)  # one line out for each line in
       continue
-    has_blanks = text.BLANK in line.text
+    has_blanks = vocabulary_lib.BLANK in line.text
     pieces = engine.stream(line.text)
     try:
       while True:
@@ -284,6 +284,6 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   engine = inference.load(model_dir, step=step, config=config)
   is_terminal = sys.stdin.isatty()
   if is_terminal:
-    print(f'{model_dir} at step {engine.step}. Write a blank as {text.BLANK}; a line without one is continued. Ctrl-D ends.',
+    print(f'{model_dir} at step {engine.step}. Write a blank as {vocabulary_lib.BLANK}; a line without one is continued. Ctrl-D ends.',
           file=sys.stderr, flush=True)
   interact(engine, sys.stdin.buffer, is_terminal)

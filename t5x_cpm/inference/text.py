@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.data.vocabulary import Vocabulary
-
-BLANK = '<span>'
+from t5x_cpm.data.vocabulary import BLANK, Vocabulary
 
 
 class Request(NamedTuple):
@@ -42,7 +40,7 @@ class Codec:
     """
     vocabulary = self.vocabulary
     if self.is_pairs:
-      return self._fit(Request(text, vocabulary.encode_blanks(text) + self.end, 0, (vocabulary.eos_id,)))
+      return self.fit(Request(text, vocabulary.encode_blanks(text) + self.end, 0, (vocabulary.eos_id,)))
     form = text if BLANK in text else text + BLANK
     blanks = form.count(BLANK)
     if blanks >= len(vocabulary.sentinels):
@@ -51,9 +49,9 @@ class Codec:
     ids = vocabulary.encode_blanks(form)
     if ids[-1] not in self.number:
       ids = [*ids, closing]
-    return self._fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing)))
+    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing)))
 
-  def _fit(self, request: Request) -> Request:
+  def fit(self, request: Request) -> Request:
     """Refuses an input that is too long, or cuts it at its end, where its last sentinel and end of sequence stay."""
     limit, given = self.limits.input_length, f'the input has {len(request.ids)} tokens'
     if len(request.ids) <= limit:
@@ -89,9 +87,9 @@ class Codec:
     return ids + (self.end or [vocabulary.sentinels[request.blanks]])
 
   def forbidden(self, request: Request) -> list[int]:
-    """Tokens that cannot be part of an answer: padding, the start token, and sentinels past the closing one."""
+    """Tokens that cannot be part of an answer: padding, the start token, the unknown, sentinels past the closing one."""
     vocabulary = self.vocabulary
-    tokens = {vocabulary.pad_id, vocabulary.bos_id} - {vocabulary.eos_id}
+    tokens = {vocabulary.pad_id, vocabulary.bos_id, vocabulary.unk_id} - {vocabulary.eos_id}
     return sorted(tokens) + (list(vocabulary.sentinels[request.blanks + 1:]) if request.blanks else [])
 
   def fills(self, request: Request, ids: Sequence[int]) -> list[str]:

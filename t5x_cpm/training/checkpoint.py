@@ -275,7 +275,7 @@ def _read(path: epath.Path, abstract: Any) -> Any:
 def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: epath.Path, hint: str, *, dtypes: bool) -> None:
   """Raises CheckpointError with up to five tensors whose presence, shape or (if asked) dtype differ."""
   lines = []
-  for name in sorted(stored.keys() | wanted.keys()):
+  for name in sorted(stored.keys() | wanted.keys(), key=lambda name: (not name.startswith('params/'), name)):
     if name not in stored:
       lines.append(f'{name}: not in the checkpoint')
     elif name not in wanted:

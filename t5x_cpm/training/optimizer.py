@@ -107,14 +107,13 @@ def scale_by_adafactor(
     return fn
 
   def one(gradient: jax.Array, moment: dict[str, jax.Array], parameter: jax.Array, decay: jax.Array) -> Any:
-    square = jnp.square(gradient) + SQUARE_EPSILON
-    decay = decay.astype(square.dtype)
+    square, decay = jnp.square(gradient), decay.astype(gradient.dtype)
     if 'full' in moment:
-      full = decay * moment['full'] + (1 - decay) * square
+      full = decay * moment['full'] + (1 - decay) * (square + SQUARE_EPSILON)
       moment, update = {'full': full}, gradient * jax.lax.rsqrt(full)
     else:
-      row = decay * moment['row'] + (1 - decay) * jnp.mean(square, axis=-1)
-      col = decay * moment['col'] + (1 - decay) * jnp.mean(square, axis=-2)
+      row = decay * moment['row'] + (1 - decay) * (jnp.mean(square, axis=-1) + SQUARE_EPSILON)
+      col = decay * moment['col'] + (1 - decay) * (jnp.mean(square, axis=-2) + SQUARE_EPSILON)
       row_factor = jax.lax.rsqrt(row / jnp.mean(row, axis=-1, keepdims=True))
       moment = {'row': row, 'col': col}
       update = gradient * row_factor[..., :, None] * jax.lax.rsqrt(col)[..., None, :]

@@ -178,6 +178,7 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
   writers = metrics.Writers(model_dir, config, start_step=first, total_steps=config.train.steps)
   profile = metrics.Profile(model_dir, config.metrics)
   evaluation: dict[str, float] = {}
+  evaluated: int | None = None
   pending: tuple[int, dict[str, jax.Array], Any] | None = None
 
   def report() -> None:
@@ -194,19 +195,21 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
     writers.step(number, values)
 
   def validation(number: int) -> None:
-    nonlocal evaluation
+    nonlocal evaluation, evaluated
+    evaluated = number
     evaluation = evaluate(step, state['params'], reader_lib.open_reader(config, 'validation'), config.train.eval_batches)
     writers.evaluation(number, evaluation)
 
   def save(number: int) -> None:
     report()  # a state that is not finite is never saved
-    manager.save(number, state, metrics={f'eval/{name}': value for name, value in evaluation.items()} or None)
+    current = evaluation if evaluated == number else {}  # an older evaluation is not of this state
+    manager.save(number, state, metrics={f'eval/{name}': value for name, value in current.items()} or None)
 
   def make(index: int) -> Any:
     return put_batch(step, reader.batch(index))
 
   number = first
-  with jax.set_mesh(mesh), interrupted.watch(), writers, profile, contextlib.closing(manager), \
+  with jax.set_mesh(mesh), interrupted.watch(), writers, profile, manager, \
       prefetch(make, first, config.train.steps) as batches:
     if number == config.train.steps:  # no step is asked for: the parameters as they are, evaluated and saved
       validation(number)

@@ -1,0 +1,125 @@
+"""What every vocabulary gives: attributes, encoding with blanks, decoding, saving. See `vocabulary` for the kinds."""
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from t5x_cpm.config import ConfigError
+
+BLANK = '<span>'
+SPACE, LINE_FEED = '\u2582', '\u2583'  # stand for ' ' and '\n' in the files of CPM vocabularies
+MARKS = str.maketrans({' ': SPACE, '\n': LINE_FEED})
+UNMARKS = str.maketrans({SPACE: ' ', LINE_FEED: '\n'})
+SPECIALS = ('<unk>', '<s>', '</s>', '<pad>', '<eod>')
+
+
+class Vocabulary:
+  """What a tokenizer knows.
+
+  Attributes:
+    spec: what `load` was given.
+    kind: 'cpm2', 'cpm1' or 'sentencepiece'.
+    files: paths it was read from.
+    size: number of ids.
+    pad_id, unk_id: of padding, and of what the vocabulary cannot write.
+    bos_id: what a decoder starts from (T5: the padding id).
+    eos_id: end of a document.
+    sentinels: ids of the marks of masked spans, in order of use; printed '<s_0>', '<s_1>', ...
+    fingerprint: hash of all that determines ids.
+  """
+
+  kind: str
+  size: int
+  pad_id: int
+  bos_id: int
+  eos_id: int
+  unk_id: int
+  sentinels: tuple[int, ...]
+
+  def __init__(self, path: str, options: dict[str, str]):
+    self.files = (str(path),)
+    self.options = options
+    self.spec = f'{self.kind}:{path}' + ('?' + '&'.join(f'{k}={v}' for k, v in options.items()) if options else '')
+    digest = hashlib.blake2b(repr((self.kind, sorted(options.items()))).encode(), digest_size=12)
+    digest.update(read(path))
+    self.fingerprint = digest.hexdigest()
+
+  @functools.cached_property
+  def _sentinel_number(self) -> dict[int, int]:
+    return {token: number for number, token in enumerate(self.sentinels)}
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text, without start or end. Nothing written in the text becomes a special token."""
+    raise NotImplementedError
+
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+    """encode() of each text."""
+    return [self.encode(text) for text in texts]
+
+  def encode_blanks(self, text: str) -> list[int]:
+    """As `encode`, but the k-th '<span>' of the text becomes the k-th sentinel.
+
+    Raises:
+      ConfigError: there are more blanks than sentinels.
+    """
+    parts = text.split(BLANK)
+    if len(parts) - 1 > len(self.sentinels):
+      raise ConfigError(f'the text has {len(parts) - 1} blanks, but {self.spec} has {len(self.sentinels)} sentinels.')
+    ids = self.encode(self._beside_blank(parts[0], False, len(parts) > 1))
+    for number, part in enumerate(parts[1:]):
+      ids.append(self.sentinels[number])
+      ids += self.encode(self._beside_blank(part, True, number < len(parts) - 2))
+    return ids
+
+  def _beside_blank(self, part: str, left: bool, right: bool) -> str:
+    """A part of a text with blanks as it would be tokenized inside the whole text."""
+    return part
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of ids. Sentinels are printed '<s_k>', other special tokens are left out; an unknown id is '<unk>'."""
+    out: list[str] = []
+    run: list[int] = []
+    for token in map(int, ids):
+      if token in self._sentinel_number:
+        out += [self._decode_run(run), f'<s_{self._sentinel_number[token]}>']
+        run = []
+      else:
+        run.append(token)
+    return ''.join([*out, self._decode_run(run)])
+
+  def _decode_run(self, ids: Sequence[int]) -> str:
+    raise NotImplementedError
+
+  def piece(self, token: int) -> str:
+    """How an id is written in the vocabulary's file."""
+    raise NotImplementedError
+
+  def save(self, directory: Any) -> None:
+    """Copies the vocabulary to a folder, from which `load_saved` reads it."""
+    from etils import epath
+
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    name = pathlib.Path(self.files[0]).name
+    target = directory / name
+    if not (target.exists() and target.read_bytes() == read(self.files[0])):
+      target.write_bytes(read(self.files[0]))
+    (directory / 'vocabulary.json').write_text(json.dumps({'kind': self.kind, 'file': name, 'options': self.options}) + '\n')
+
+
+def no_options(spec: str, options: dict[str, str]) -> None:
+  if options:
+    raise ConfigError(f'{spec}: vocabularies of this kind have no options.')
+
+
+def read(path: str) -> bytes:
+  from etils import epath
+
+  try:
+    return epath.Path(path).expanduser().read_bytes()
+  except OSError as error:
+    raise ConfigError(
+        f'vocabulary file {path} cannot be read: {error.strerror or error}. Check TaskConfig.vocabulary.') from None

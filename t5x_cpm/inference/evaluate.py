@@ -1,0 +1,271 @@
+"""`eval`: checkpoints x tasks -> metrics, predictions and a table.
+
+A task of text is evaluated as it was trained: loss, perplexity and accuracy on the masked tokens of the split, from its cache
+and without TensorFlow. A task of inputs and targets has SeqIO metrics: of generated predictions, of the log-likelihood of
+the targets, or both. Results go to model_dir/eval/<step>/: metrics.json and, for each task with predictions, <task>.jsonl.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_cpm import tasks
+from t5x_cpm.config import Config, ConfigError, to_dict
+from t5x_cpm.data import cache as cache_lib
+from t5x_cpm.data import reader as reader_lib
+from t5x_cpm.inference import engine as engine_lib
+from t5x_cpm.inference import text
+from t5x_cpm.training import losses, run_directory
+
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One example of a task of inputs and targets."""
+
+  request: text.Request
+  target_ids: list[int]
+  target: Any  # after the task's postprocessing, as metrics want it
+  features: dict[str, Any]  # all that the task gives, for postprocessing
+
+
+def task_config(config: Config, name: str) -> Config:
+  """The configuration under which a task is read for evaluation."""
+  return dataclasses.replace(
+      config, task=dataclasses.replace(config.task, name=name),
+      train=dataclasses.replace(config.train, batch_size=config.eval.batch_size))
+
+
+def has_inputs(config: Config) -> bool:
+  """Whether a task has inputs of its own. Imports TensorFlow unless the task is cached."""
+  path = cache_lib.directory(config)
+  if cache_lib.is_ready(path):
+    return 'inputs' in cache_lib.components(path)[0][1].features
+  return 'inputs' in tasks.get(config).output_features
+
+
+# Text: masked tokens.
+
+
+def evaluate_text(engine: engine_lib.Engine, config: Config) -> Metrics:
+  """Loss (nats), perplexity and accuracy over the masked tokens of the split, each row once."""
+  objective = config.task.objective if config.task.objective != 'pairs' else 'isolated'
+  config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective))
+  reader = reader_lib.open_reader(config, config.eval.split, vocabulary=engine.vocabulary)
+  totals: dict[str, np.ndarray] = {}
+  batches = -(-config.eval.max_examples // config.eval.batch_size)
+  for batch in reader.eval_batches(batches):
+    for name, pair in jax.device_get(_sums(engine.model, engine.params, batch)).items():
+      totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+  means = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in totals.items()}
+  return {'loss': means['loss'], 'perplexity': math.exp(min(means['loss'], 700.0)), 'accuracy': means['accuracy'],
+          'masked_tokens': float(totals['loss'][1])}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(model: Any, params: Any, batch: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+  logits = model.apply(params, batch)[0]
+  return losses.cross_entropy(logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], 0.0)[1]
+
+
+# Inputs and targets: the task's SeqIO metrics.
+
+
+def read_examples(task: Any, engine: engine_lib.Engine, config: Config) -> list[Example]:
+  """The examples of a SeqIO task, in order, inputs cut to TaskConfig.encoder_length as in training."""
+  from t5x_cpm.tasks import sources
+
+  limits = dataclasses.replace(config.infer, input_length=config.task.encoder_length, truncate=True)
+  codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task))
+  examples = []
+  with sources.errors():
+    for features in task.get_dataset(None, config.eval.split, shuffle=False, seed=0).as_numpy_iterator():
+      examples.append(_example(task, features, codec))
+      if len(examples) == config.eval.max_examples:
+        break
+  return examples
+
+
+def _example(task: Any, features: Mapping[str, Any], codec: text.Codec) -> Example:
+  vocabulary = codec.vocabulary
+  ids, texts = {}, {}
+  for side in ('inputs', 'targets'):
+    given = features[side].tolist()
+    ids[side] = given[:-1] if given[-1:] == [vocabulary.eos_id] else given
+    written = features.get(f'{side}_pretokenized')
+    texts[side] = written.decode() if isinstance(written, bytes) else vocabulary.decode(ids[side])
+  if codec.is_pairs:
+    request = codec.fit(text.Request(texts['inputs'], ids['inputs'] + codec.end, 0, (vocabulary.eos_id,)))
+    target_ids = ids['targets'] + codec.end
+  else:  # a model that fills blanks continues the inputs
+    request = codec.request(texts['inputs'])
+    target_ids = codec.targets(request, texts['targets'])
+  target = task.postprocess_fn(texts['targets'], example=features, is_target=True)
+  return Example(request, target_ids, target, dict(features))
+
+
+def evaluate_pairs(engine: engine_lib.Engine, task: Any, examples: Sequence[Example],
+                   config: Config) -> tuple[Metrics, list[dict]]:
+  """A task's metrics over its examples, and a record for each example."""
+  requests = [example.request for example in examples]
+  targets = [example.target for example in examples]
+  records = [{'input': request.text, 'target': _plain(target)} for request, target in zip(requests, targets)]
+  metrics: Metrics = {'examples': float(len(examples))}
+  if task.predict_metric_fns or task.predict_with_aux_metric_fns:
+    answers = engine.answer_requests(requests, config.decode)
+    predictions = []
+    for record, example, answer in zip(records, examples, answers):
+      prediction = task.postprocess_fn(answer.output, example=example.features, is_target=False)
+      record |= {'output': answer.output, 'prediction': _plain(prediction)}
+      predictions.append(prediction)
+    for function in task.predict_metric_fns:
+      metrics |= _numbers(function(targets, predictions))
+    for function in task.predict_with_aux_metric_fns:
+      metrics |= _numbers(function(targets, predictions, {'scores': [answer.score for answer in answers]}))
+  if task.score_metric_fns:
+    scores, _ = engine.score_ids(requests, [example.target_ids for example in examples])
+    for record, value in zip(records, scores):
+      record['score'] = value
+    for function in task.score_metric_fns:
+      metrics |= _numbers(function(targets, scores))
+  return metrics, records
+
+
+def _plain(value: Any) -> Any:
+  """What JSON can hold of a postprocessed target or prediction."""
+  if isinstance(value, bytes):
+    return value.decode(errors='replace')
+  if isinstance(value, np.ndarray | np.generic):
+    return value.tolist()
+  if isinstance(value, list | tuple):
+    return [_plain(part) for part in value]
+  if isinstance(value, Mapping):
+    return {str(key): _plain(part) for key, part in value.items()}
+  return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _numbers(values: Mapping[str, Any]) -> Metrics:
+  """Metrics as floats. SeqIO allows its own wrappers around numbers; what is no number has no place in a table."""
+  plain = {name: getattr(value, 'value', value) for name, value in values.items()}
+  return {name: float(value) for name, value in plain.items() if np.isscalar(value) and not isinstance(value, str | bytes)}
+
+
+# Runs.
+
+
+def evaluate_task(engine: engine_lib.Engine, config: Config, name: str) -> dict[str, tuple[Metrics, list[dict]]]:
+  """Metrics and records of a task, or of each task of a mixture of inputs and targets.
+
+  Raises:
+    ConfigError: no such task, split, or metric.
+  """
+  config = task_config(config, name)
+  if not has_inputs(config):
+    return {name: (evaluate_text(engine, config), [])}
+  provider = tasks.get(config)
+  theirs = tasks.vocabulary(config, provider)
+  if theirs.fingerprint != engine.vocabulary.fingerprint:
+    raise ConfigError(f'task {name!r} was made with the vocabulary {theirs.spec!r}, but the model uses '
+                      f'{engine.vocabulary.spec!r}: set TaskConfig.vocabulary to the vocabulary of the model.')
+  parts = getattr(provider, 'tasks', [provider])
+  results = {}
+  for task in parts:
+    label = name if len(parts) == 1 else tasks.public_name(task.name)
+    if config.eval.split not in task.splits:
+      raise ConfigError(
+          f'task {label!r} has no split {config.eval.split!r}: set EvalConfig.split to one of {", ".join(task.splits)}.')
+    if not task.metric_fns:
+      raise ConfigError(f'task {label!r} has inputs and targets, but no metric.')
+    results[label] = evaluate_pairs(engine, task, read_examples(task, engine, config), config)
+  return results
+
+
+def table(step: int, results: Mapping[str, Metrics]) -> str:
+  """Tasks in rows, metrics in columns, aligned."""
+  columns = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
+  lines = [[f'step {step}', *columns]]
+  for task, metrics in results.items():
+    lines.append([task, *(_format(metrics[name]) if name in metrics else '-' for name in columns)])
+  widths = [max(len(line[column]) for line in lines) for column in range(len(columns) + 1)]
+  rows = []
+  for first, *rest in lines:
+    rows.append('  '.join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]))
+  return '\n'.join(rows)
+
+
+def _format(value: float) -> str:
+  return f'{value:,.0f}' if value == round(value) and abs(value) >= 1000 else f'{value:.4g}'
+
+
+def write(model_dir: Any, step: int, config: Config, results: Mapping[str, tuple[Metrics, list[dict]]]) -> None:
+  """Adds results to those of the checkpoint that are there already."""
+  folder = run_directory.resolve(model_dir) / 'eval' / str(step)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'metrics.json'
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for task, (metrics, records) in results.items():
+      known[task] = {'metrics': metrics, 'EvalConfig': to_dict(config.eval), 'DecodeConfig': to_dict(config.decode)}
+      if records:
+        lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+        run_directory.write_atomically(folder / (re.sub(r'[^\w.-]+', '_', task) + '.jsonl'), lines.encode())
+    run_directory.write_atomically(path, (json.dumps(known, ensure_ascii=False, indent=2) + '\n').encode())
+  except OSError as error:
+    raise ConfigError(f'{folder} cannot be written: {error.strerror}.') from None
+
+
+def chosen_steps(config: Config, model_dir: Any) -> list[int]:
+  """The checkpoints that EvalConfig.checkpoints names."""
+  if config.eval.checkpoints == 'all':
+    return run_directory.read_run(model_dir).steps
+  step = None if config.eval.checkpoints == 'last' else int(config.eval.checkpoints)
+  return [run_directory.read_run(model_dir, step).step]
+
+
+def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[str, Metrics]]:
+  """Evaluates checkpoints on tasks, writes the results, and prints a table for each checkpoint.
+
+  Args:
+    config: of the run, with EvalConfig and DecodeConfig as wanted.
+    model_dir: of the run.
+    names: of tasks or mixtures.
+
+  Returns:
+    step -> task -> metric -> value.
+
+  Raises:
+    ConfigError: no checkpoint, task, split or metric.
+  """
+  config.eval.validate()
+  config.decode.validate()
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  names = [name.strip() for name in names if name.strip()]
+  if not names:
+    raise ConfigError('eval needs --tasks=NAME,...; `t5x_cpm tasks` lists them.')
+  for name in names:
+    has_inputs(task_config(config, name))  # a misspelt name is told before a model is read
+  config = dataclasses.replace(config, infer=dataclasses.replace(config.infer, batch_size=config.eval.batch_size))
+  steps = chosen_steps(config, model_dir)
+  engine = engine_lib.load(model_dir, step=steps[0], config=config)
+  summary = {}
+  for step in steps:
+    if step != engine.step:
+      engine.read(model_dir, step)
+    results: dict[str, tuple[Metrics, list[dict]]] = {}
+    for name in names:
+      print(f'eval: step {step}, {name}', file=sys.stderr, flush=True)
+      results |= evaluate_task(engine, config, name)
+    write(model_dir, step, config, results)
+    summary[step] = {task: metrics for task, (metrics, _) in results.items()}
+    print(table(step, summary[step]), flush=True)
+  return summary

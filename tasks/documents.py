@@ -1,0 +1,52 @@
+"""Documents that Python code reads: what quickstart and local tasks are made of. No TensorFlow.
+
+The cache takes their tokens from here directly; `make` wraps the same object as a SeqIO data source for everything else.
+"""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5x_cpm.data.vocabulary import Vocabulary
+
+BATCH = 256  # documents that are tokenized together
+Read = Callable[[str, int, collections.Counter], Iterator[tuple[str, ...]]]
+Side = tuple[np.ndarray, np.ndarray]  # flat ids and the length of each document
+
+
+class Documents:
+  """The documents of a task, shard by shard.
+
+  Args:
+    read: (split, shard, count of what is skipped) -> documents, each a tuple of texts.
+    shards: how many shards each split has.
+    features: names of the texts.
+    files: what the documents are read from, so that changes are noticed.
+    patterns: globs of these files, so that new ones are noticed.
+  """
+
+  def __init__(self, read: Read, shards: Mapping[str, int], features: Sequence[str], files: Sequence[str] = (),
+               patterns: Sequence[str] = ()):
+    self.read, self.shards, self.features = read, dict(shards), list(features)
+    self.files, self.patterns = list(files), list(patterns)
+
+  def texts(self, split: str, shards: Sequence[int], skipped: collections.Counter) -> Iterator[list[tuple[str, ...]]]:
+    """The documents of some shards, by batches."""
+    every = itertools.chain.from_iterable(self.read(split, int(shard), skipped) for shard in shards)
+    while block := list(itertools.islice(every, BATCH)):
+      yield block
+
+  def tokens(self, split: str, shard: int, vocabulary: Vocabulary, skipped: collections.Counter) -> Iterator[list[Side]]:
+    """The tokens of a shard, by batches: for each feature the flat ids and the lengths."""
+    for block in self.texts(split, [shard], skipped):
+      yield [encode(vocabulary, side) for side in zip(*block)]
+
+
+def encode(vocabulary: Vocabulary, texts: Sequence[str]) -> Side:
+  """Flat ids of some texts, and their lengths."""
+  ids: list[Any] = vocabulary.encode_batch(list(texts))
+  lengths = np.array([len(x) for x in ids], np.int64)
+  return np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths

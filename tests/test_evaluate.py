@@ -1,0 +1,154 @@
+"""`eval`: each row and example once whatever the batch size, SeqIO metrics by hand, files and table, refusals."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import scipy.special
+import small_data
+import small_model
+
+from t5x_cpm import inference
+from t5x_cpm.config import ConfigError
+from t5x_cpm.data import reader as reader_lib
+from t5x_cpm.inference import evaluate
+from t5x_cpm.training import run_directory
+
+PAIRS = [('一丁', '七'), ('abc', '丁'), ('x', 'y'), ('一', '一'), ('q q', 'z'), ('丄', '丅'), ('下', '一一')]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('evaluate')
+
+
+@pytest.fixture(scope='module')
+def model_dir(folder):
+  """A run with two checkpoints whose task is cached already, so that no TensorFlow is needed for it."""
+  rng = np.random.default_rng(0)
+  config = small_data.make_config(folder)
+  vocabulary = small_data.fill(config, {split: {'targets': small_data.random_documents(rng, lengths)} for split, lengths in (
+      ('train', [30] * 20), ('validation', [10, 25, 40, 7, 22, 9, 31, 50, 12]))})
+  return small_model.model_dir(folder, vocabulary, steps=(3, 5), name='wiki_zh', cache_dir=str(folder))
+
+
+def config_of(model_dir, **fields):
+  config = run_directory.read_run(model_dir).config
+  return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **fields))
+
+
+def test_each_masked_token_counts_once(model_dir, capsys):
+  results = evaluate.run(config_of(model_dir, batch_size=4), str(model_dir), ['wiki_zh'])
+  got = results[5]['wiki_zh']
+  # By hand: rows one by one.
+  engine = inference.load(model_dir)
+  config = evaluate.task_config(config_of(model_dir, batch_size=1), 'wiki_zh')
+  loss, correct, count, rows = 0.0, 0, 0, 0
+  for batch in reader_lib.open_reader(config, 'validation').eval_batches():
+    rows += 1
+    logits = np.asarray(engine.model.apply(engine.params, batch)[0][0], np.float64)
+    log_probs = scipy.special.log_softmax(logits, axis=-1)
+    for position, token in enumerate(batch['decoder_target_tokens'][0]):
+      if batch['decoder_loss_weights'][0, position]:
+        loss -= log_probs[position, token]
+        correct += int(logits[position].argmax() == token)
+        count += 1
+  assert rows % 4, 'the last batch of 4 should be partial'
+  assert got['masked_tokens'] == count
+  assert got['loss'] == pytest.approx(loss / count, rel=1e-4)
+  assert got['perplexity'] == pytest.approx(np.exp(loss / count), rel=1e-3)
+  assert got['accuracy'] == pytest.approx(correct / count)
+  out = capsys.readouterr().out.splitlines()
+  assert out[0].split() == ['step', '5', 'loss', 'perplexity', 'accuracy', 'masked_tokens']
+  assert out[1].split()[0] == 'wiki_zh' and len({len(line) for line in out}) == 1
+  saved = json.loads((model_dir / 'eval' / '5' / 'metrics.json').read_text())
+  assert saved['wiki_zh']['metrics'] == got
+
+
+def test_all_checkpoints_or_one(model_dir):
+  results = evaluate.run(config_of(model_dir, checkpoints='all', max_examples=4, batch_size=2), str(model_dir), ['wiki_zh'])
+  assert sorted(results) == [3, 5]
+  assert results[3]['wiki_zh']['loss'] != results[5]['wiki_zh']['loss']
+  one = evaluate.run(config_of(model_dir, checkpoints='3', max_examples=4, batch_size=2), str(model_dir), ['wiki_zh'])
+  assert one == {3: results[3]}
+
+
+def test_what_cannot_be_evaluated_is_told(model_dir):
+  with pytest.raises(ConfigError, match='did you mean.*wiki_zh'):
+    evaluate.run(config_of(model_dir), str(model_dir), ['wiki_zhh'])
+  with pytest.raises(ConfigError, match='No checkpoint of step 4'):
+    evaluate.run(config_of(model_dir, checkpoints='4'), str(model_dir), ['wiki_zh'])
+  with pytest.raises(ConfigError, match="no documents in split 'test'"):
+    evaluate.run(config_of(model_dir, split='test'), str(model_dir), ['wiki_zh'])
+
+
+@pytest.fixture(scope='module')
+def pairs_task(folder):
+  """A SeqIO task of another module: predictions, scores and both are measured; targets are postprocessed."""
+  import seqio
+  import tensorflow as tf
+
+  from t5x_cpm.data import seqio_vocabulary
+  from t5x_cpm.data import vocabulary as vocabulary_lib
+
+  adapter = seqio_vocabulary.SeqioVocabulary(vocabulary_lib.load(f'cpm2:{folder / "vocab.txt"}'))
+  seen = {}
+
+  def source(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensor_slices({'inputs': [a for a, _ in PAIRS], 'targets': [b for _, b in PAIRS]})
+
+  def hits(targets, predictions):
+    seen['predict'] = (targets, predictions)
+    return {'hits': sum(map(str.__eq__, targets, predictions)), 'note': seqio.metrics.Text('not a number')}
+
+  def mean_score(targets, scores):
+    seen['score'] = (targets, scores)
+    return {'mean_score': seqio.metrics.Scalar(np.mean(scores))}
+
+  seqio.TaskRegistry.add(
+      'measured', seqio.FunctionDataSource(source, splits=['validation']),
+      preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+      output_features={name: seqio.Feature(adapter, add_eos=True) for name in ('inputs', 'targets')},
+      postprocess_fn=lambda value, example, is_target: value + ('!' if is_target else '?' * (len(example['inputs']) > 0)),
+      metric_fns=[hits, mean_score])
+  yield seen
+  seqio.TaskRegistry.remove('measured')
+
+
+def test_seqio_metrics_count_the_last_partial_batch_once(folder, pairs_task, tmp_path):
+  from t5x_cpm.data import vocabulary as vocabulary_lib
+
+  vocabulary = vocabulary_lib.load(f'cpm2:{folder / "vocab.txt"}')
+  model_dir = small_model.model_dir(tmp_path, vocabulary, objective='pairs', name='measured')
+  metrics = evaluate.run(config_of(model_dir, batch_size=4), str(model_dir), ['measured'])[3]['measured']
+  engine = inference.load(model_dir)
+  texts, targets = zip(*PAIRS)
+  outputs, scores = engine.generate(texts), engine.score(texts, targets)
+  assert pairs_task['predict'] == ([target + '!' for target in targets], [output + '?' for output in outputs])
+  assert pairs_task['score'][1] == pytest.approx(scores, rel=1e-4)
+  assert metrics == {'examples': 7.0, 'hits': 0.0, 'mean_score': pytest.approx(np.mean(scores), rel=1e-4)}
+  records = [json.loads(line) for line in (model_dir / 'eval' / '3' / 'measured.jsonl').read_text().splitlines()]
+  assert [(r['input'], r['target'], r['output'], r['prediction']) for r in records] == [
+      (a, b + '!', c, c + '?') for a, b, c in zip(texts, targets, outputs)]
+  with pytest.raises(ConfigError, match="no split 'test'.*validation"):
+    evaluate.run(config_of(model_dir, split='test'), str(model_dir), ['measured'])
+
+
+def test_a_model_that_fills_blanks_continues_the_inputs(folder, model_dir, pairs_task):
+  evaluate.run(config_of(model_dir, batch_size=4, max_examples=5), str(model_dir), ['measured'])
+  engine = inference.load(model_dir)
+  texts, targets = zip(*PAIRS[:5])
+  assert pairs_task['predict'][1] == [output + '?' for output in engine.generate(texts)]
+  assert pairs_task['score'][1] == pytest.approx(engine.score(texts, targets), rel=1e-4)
+
+
+def test_another_vocabulary_is_refused(folder, pairs_task, tmp_path):
+  from t5x_cpm.data import vocabulary as vocabulary_lib
+
+  lines = (folder / 'vocab.txt').read_text().splitlines()
+  (tmp_path / 'vocab.txt').write_text('\n'.join(lines[:50] + lines[60:]) + '\n')
+  other = vocabulary_lib.load(f'cpm2:{tmp_path / "vocab.txt"}')
+  model_dir = small_model.model_dir(tmp_path, other, objective='pairs')
+  with pytest.raises(ConfigError, match='vocabulary'):
+    evaluate.run(config_of(model_dir), str(model_dir), ['measured'])
