@@ -1,5 +1,6 @@
 """python -m t5x_cpm MODE: flags -> gin -> one function."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -184,10 +185,14 @@ def make_config(arguments: Arguments) -> Config:
 
 
 def vocabulary_of(model_dir: str) -> str:
-  """The vocabulary of a run, read from its model_dir, as a value of TaskConfig.vocabulary."""
+  """The vocabulary of a run as a value of TaskConfig.vocabulary."""
   from t5x_cpm.data import vocabulary
   from t5x_cpm.training import run_directory
 
+  run = run_directory.read_run(model_dir)
+  with contextlib.suppress(ConfigError):
+    if vocabulary.load(run.config.task.vocabulary).fingerprint == run.info['vocabulary']:
+      return run.config.task.vocabulary  # under this name caches were made
   return vocabulary.load_saved(run_directory.resolve(model_dir) / 'vocabulary').spec
 
 
@@ -238,6 +243,9 @@ def run(arguments: Arguments) -> None:
     print_tasks()
     return
   config = make_config(arguments)
+  if mode in ('train', 'cache'):
+    from t5x_cpm import tasks
+    tasks.identity(config)  # an unknown task is told before JAX starts
   if 'dry_run' in arguments.flags:
     dry_run(config)
   elif mode == 'train':

@@ -57,13 +57,14 @@ def identity(config: Config) -> dict:
   row = _row(config)
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
-  parts: dict[str, Any] = {'name': config.task.name, 'vocabulary': config.task.vocabulary, 'row': repr(row)}
-  if isinstance(row, Row) and row.kind == 'local':
-    chosen = dataclasses.asdict(local.part(config.task.name, config.local_task))
-    parts |= {'local': chosen, 'pairs': config.task.objective == 'pairs'}
+  result: dict[str, Any] = {'name': config.task.name, 'vocabulary': config.task.vocabulary, 'row': repr(row)}
+  if isinstance(row, MixtureRow):
+    result['rates'] = _rates(row, config)
+    result['parts'] = [identity(_named(config, name)) for name in result['rates']]
   elif row is not None and row.kind == 'local':
-    parts |= {'local': dataclasses.asdict(config.local_task), 'pairs': config.task.objective == 'pairs'}
-  return parts
+    result |= {'local': dataclasses.asdict(local.part(config.task.name, config.local_task)),
+               'pairs': config.task.objective == 'pairs'}
+  return result
 
 
 def get(config: Config) -> Any:

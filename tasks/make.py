@@ -65,7 +65,7 @@ def vocabulary_of(provider: Any, config: Config) -> vocabulary_lib.Vocabulary:
   """
   name = config.task.name
   theirs = provider.output_features['targets'].vocabulary
-  own = None
+  own: vocabulary_lib.Vocabulary | None = None
   if isinstance(theirs, seqio_vocabulary.SeqioVocabulary):
     own = theirs.vocabulary
   elif isinstance(theirs, seqio.SentencePieceVocabulary):
@@ -77,7 +77,9 @@ def vocabulary_of(provider: Any, config: Config) -> vocabulary_lib.Vocabulary:
   if own is not None and given is not None and own.fingerprint != given.fingerprint:
     raise ConfigError(f'TaskConfig.vocabulary = {given.spec!r}, but task {name!r} makes its ids with {own.spec!r}: leave '
                       'TaskConfig.vocabulary empty, or use the same.')
-  return given if own is None else own
+  chosen = own or given
+  assert chosen
+  return chosen
 
 
 def _tfds_source(row: Row) -> tuple[seqio.DataSource, list[Callable]]:

@@ -98,6 +98,9 @@ def test_a_changed_source_is_read_again(tmp_path, capfd):
   assert third['checksum'] == first  # of the content, not of times
   (tmp_path / 'a.txt').unlink()
   assert cache.is_ready(cache.directory(config))  # a cache may outlive its sources
+  file = tmp_path / 'vocab.txt'
+  file.write_text(file.read_text(encoding='utf-8').replace('!', '\u00e9', 1), encoding='utf-8')
+  assert cache.stale(cache.directory(config)) == f'{file} changed'
 
 
 def test_the_source_may_change_while_a_build_is_unfinished(tmp_path, capfd):
@@ -105,7 +108,7 @@ def test_the_source_may_change_while_a_build_is_unfinished(tmp_path, capfd):
   write_texts(tmp_path / 'a.txt', rng, 20)
   config = make_config(tmp_path, str(tmp_path / 'a.txt'), validation_fraction=0.0)
   path = cache.build(config, progress=False)
-  cache.write_json(path / 'plan.json', {'units': ['train-00000-of-00001'], 'files': [], 'vocabulary': ''})
+  cache.write_json(path / 'plan.json', {'units': ['train-00000-of-00001'], 'source': {}, 'vocabulary': ''})
   (path / 'cache.json').unlink()
   texts = write_texts(tmp_path / 'a.txt', rng, 30)
   cache.build(config, progress=False)
@@ -180,7 +183,7 @@ def large(tmp_path_factory):
   folder = tmp_path_factory.mktemp('large')
   rng = np.random.default_rng(1)
   for name in 'abc':
-    write_texts(folder / f'{name}.txt', rng, 3000)
+    write_texts(folder / f'{name}.txt', rng, 1000)
   (folder / 'one').mkdir()
   return folder, cache.Cache(cache.build(make_large(folder, 'one'), progress=False)).info
 
@@ -287,5 +290,6 @@ def test_text_of_a_tfds_builder(tmp_path):
   pytest.importorskip('importlib_resources', reason='tensorflow-datasets needs it to write a data set')
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   done = subprocess.run([sys.executable, '-c', TFDS, str(tmp_path)], capture_output=True, text=True, env={
-      **os.environ, 'TFDS_DATA_DIR': str(tmp_path), 'PYTHONPATH': os.pathsep.join([root, os.path.join(root, 'tests')])})
+      **os.environ, 'TFDS_DATA_DIR': str(tmp_path), 'PYTHONPATH': os.pathsep.join([root, os.path.join(root, 'tests'),
+                                                                                      os.environ.get('PYTHONPATH', '')])})
   assert done.returncode == 0, done.stderr[-3000:]

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import small_data
 
 from t5x_cpm import __main__, gin_utils
 from t5x_cpm.config import Config
+from t5x_cpm.data import vocabulary as vocabulary_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ('--gin_file=gin/models/cpm2_tiny.gin', '--gin_file=gin/runs/quickstart.gin')
@@ -122,6 +125,25 @@ def test_dry_run_says_what_a_run_would_be(call):
   assert sorted(os.listdir()) == ['resolved.gin']  # nothing was cached or made
 
 
+def test_dry_run_counts_epochs_where_there_is_a_cache(call, tmp_path):
+  config = small_data.make_config(tmp_path, encoder_length=64, decoder_length=32)
+  documents = small_data.random_documents(np.random.default_rng(0), [100] * 400)
+  vocabulary = small_data.fill(config, {'train': {'targets': documents}})
+  argv = ('train', '--dry_run', *TINY, '--gin.TaskConfig.name=wiki_zh', f'--gin.TaskConfig.vocabulary={config.task.vocabulary}',
+          f'--gin.TaskConfig.cache_dir={tmp_path}', '--gin.TaskConfig.encoder_length=64', '--gin.TaskConfig.decoder_length=32')
+  code, out, error = call(*argv, f'--gin.ModelConfig.vocab_size={vocabulary.size}')
+  assert code == 0, error
+  found = re.search(r'^epochs +([\d.]+): ([\d,]+) steps, ([\d,]+) rows an epoch', out, re.MULTILINE)
+  assert found, out
+  epochs, steps, rows = (float(value.replace(',', '')) for value in found.groups())
+  assert 400 < rows < 1200  # a document of 100 tokens is cut into two pieces of up to 64, of which few share a row
+  batch_size = gin_utils.load(['gin/runs/quickstart.gin']).train.batch_size
+  assert epochs == pytest.approx(steps * batch_size / rows, rel=0.01)
+  code, _, error = call(*argv, '--gin.ModelConfig.vocab_size=900')  # a mistake that only the cache tells
+  assert code == 2
+  assert f'set ModelConfig.vocab_size = {vocabulary.size}' in error
+
+
 def test_dry_run_of_11_billion_parameters_is_quick(call):
   started = time.monotonic()
   code, out, _ = call('train', '--gin_file=gin/models/cpm2_11b.gin', '--gin_file=gin/runs/pretrain.gin', '--dry_run')
@@ -139,14 +161,17 @@ def test_own_tasks_are_imported_from_the_current_folder(call):
   assert pathlib.Path('imported').exists()
 
 
-def fake_run(folder: str, config: Config) -> None:
-  """A model_dir with a checkpoint that has a description and no arrays."""
+def fake_run(folder: str, config: Config) -> vocabulary_lib.Vocabulary:
+  """A model_dir with a vocabulary, and a checkpoint that has a description and no arrays."""
   from t5x_cpm.training import run_directory
   step = pathlib.Path(folder) / 'checkpoints' / '3'
   (step / 'meta').mkdir(parents=True)
   (step / run_directory.COMMIT_MARK).touch()
-  described = run_directory.describe(config, {'vocabulary': 'v'}) | {'metrics': {}}
+  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(pathlib.Path())}')
+  vocabulary.save(pathlib.Path(folder) / 'vocabulary')
+  described = run_directory.describe(config, {'vocabulary': vocabulary.fingerprint}) | {'metrics': {}}
   (step / 'meta' / 'metadata').write_text(json.dumps(described))
+  return vocabulary
 
 
 def test_reading_modes_take_the_configuration_of_the_run(call):
@@ -165,8 +190,9 @@ def test_reading_modes_take_the_configuration_of_the_run(call):
   assert '4' in error
 
 
-def test_init_from_brings_the_model(call):
-  fake_run('run', gin_utils.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11']))
+@pytest.mark.parametrize('named', ['cpm2:vocab.txt', ''])
+def test_init_from_brings_the_model_and_the_vocabulary(call, tmp_path, named):
+  fake_run('run', gin_utils.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11', f'TaskConfig.vocabulary={named}']))
   code, out, error = call('train', '--init_from=run', '--gin_file=gin/runs/finetune.gin', '--dry_run',
                           '--gin.TaskConfig.name=quickstart_arithmetic')
   assert code == 0, error
@@ -174,3 +200,5 @@ def test_init_from_brings_the_model(call):
   assert 'ModelConfig.dropout_rate = 0.1' in out
   assert "TrainConfig.init_from = 'run'" in out
   assert 'TrainConfig.seed = 0' in out  # the rest is of this run
+  # By the name it had there, or, where that was the task's own, from the model_dir.
+  assert f'TaskConfig.vocabulary = {named or f"cpm2:{tmp_path}/run/vocabulary/vocab.txt"!r}' in out

@@ -1,6 +1,7 @@
 """The tables of tasks: names, the quickstart corpus, metrics."""
 
 import collections
+import dataclasses
 import re
 import subprocess
 import sys
@@ -21,6 +22,13 @@ from t5x_cpm.tasks.table import MixtureRow
 def test_a_task_that_is_not_registered(tmp_path, name, hint):
   with pytest.raises(ConfigError, match=f"TaskConfig.name = '{name}' is not registered; {hint}"):
     cache.directory(small_data.make_config(tmp_path, name=name))
+
+
+def test_a_changed_row_is_another_cache_also_of_its_mixtures(tmp_path, monkeypatch):
+  config = small_data.make_config(tmp_path, name='wiki_zh_en')
+  before = cache.directory(config)
+  monkeypatch.setitem(tasks.ROWS, 'wiki_en', dataclasses.replace(tasks.ROWS['wiki_en'], source='wiki40b/en:1.4.0'))
+  assert cache.directory(config) != before
 
 
 def test_listing_names_every_task():

@@ -111,7 +111,8 @@ def finish(path: pathlib.Path, task: str, vocabulary: vocabulary_lib.Vocabulary,
   vocabulary.save(path / 'vocabulary')
   write_json(path / 'cache.json', {
       'format': FORMAT, 'task': task, 'features': features, 'dtype': token_dtype(vocabulary), 'checksum': checksum,
-      'vocabulary': vocabulary.fingerprint, 'splits': splits, 'source': source or {'patterns': [], 'files': []}})
+      'vocabulary': vocabulary.fingerprint, 'splits': splits,
+      'source': source or {'patterns': [], 'files': [], 'vocabulary': []}})
 
 
 def write_json(path: pathlib.Path, value) -> None:
@@ -135,20 +136,19 @@ def file_states(paths) -> list[list]:
 
 def stale(path: pathlib.Path) -> str | None:
   """Why a complete cache must be made again, or None. A cache whose sources are all gone stays good."""
-  source = json.loads((path / 'cache.json').read_text()).get('source', {'patterns': [], 'files': []})
-  before = {name: rest for name, *rest in source['files']}
-  now = {name: rest for name, *rest in file_states(
-      [name for name in before if os.path.exists(name)] +
-      [name for pattern in source['patterns'] for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)])}
-  if not before or not now:
-    return None
+  source = json.loads((path / 'cache.json').read_text())['source']
+  vocabulary = [name for name, *_ in source['vocabulary'] if os.path.exists(name)]
+  before = {name: rest for name, *rest in source['files'] + source['vocabulary']}
+  data = [name for name, *_ in source['files'] if os.path.exists(name)]
+  data += [name for pattern in source['patterns'] for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+  now = {name: rest for name, *rest in file_states(data + vocabulary)}
   for name in sorted(set(before) | set(now)):
-    if name not in now:
-      return f'{name} is gone'
     if name not in before:
       return f'{name} is new'
-    if before[name] != now[name]:
+    if name in now and before[name] != now[name]:
       return f'{name} changed'
+    if name not in now and data and name not in {name for name, *_ in source['vocabulary']}:
+      return f'{name} is gone'
   return None
 
 

@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import pathlib
-import selectors
+import queue
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,8 @@ from t5x_cpm import config as config_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache
 from t5x_cpm.data import vocabulary as vocabulary_lib
+
+_ERRORS = {'DataError': cache.DataError, 'ConfigError': ConfigError}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +57,14 @@ def build_task(config: Config, path: pathlib.Path, *, progress: bool) -> None:
   units = [Unit(split, shard, source.shards[split]) for split in cache.SPLITS for shard in range(source.shards.get(split, 0))]
   if not units:
     raise ConfigError(f'task {config.task.name!r} has the splits {sorted(source.shards)}: expected train or validation.')
-  files = cache.file_states([*source.files, *filter(os.path.isfile, vocabulary.files)])
-  _continue_or_start(path, {'units': [unit.name for unit in units], 'files': files, 'vocabulary': vocabulary.fingerprint})
+  states = {'patterns': list(source.patterns), 'files': cache.file_states(source.files),
+            'vocabulary': cache.file_states(vocabulary.files)}
+  _continue_or_start(path, {'units': [unit.name for unit in units], 'source': states, 'vocabulary': vocabulary.fingerprint})
   missing = [unit for unit in units if not (path / f'{unit.name}.json').is_file()]
   watch = _Progress(len(units), len(missing), config.task.name) if progress else None
-  processes = min(config.task.cache_processes or os.cpu_count() or 1, len(missing))
-  if processes > 1 and tasks.in_any_process(config):
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  processes = min(config.task.cache_processes or cores, len(missing))
+  if processes > 1 and len(missing) > 2 and tasks.in_any_process(config):  # starting a process takes a second
     _run_workers(config, path, missing, processes, watch)
   else:
     for unit in missing:
@@ -68,7 +73,7 @@ def build_task(config: Config, path: pathlib.Path, *, progress: bool) -> None:
         watch.finish_unit()
   if watch:
     watch.close()
-  _join(config.task.name, path, units, source.features, vocabulary, {'patterns': list(source.patterns), 'files': files})
+  _join(config.task.name, path, units, source.features, vocabulary, states)
 
 
 def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
@@ -117,7 +122,7 @@ def _run_workers(config: Config, path: pathlib.Path, units: list[Unit], processe
                  'TF_CPP_MIN_LOG_LEVEL': '3'}
   job = json.dumps({'config': config_lib.to_dict(config), 'path': str(path.resolve()), 'imports': tasks.imported()})
   waiting = collections.deque(units)
-  selector = selectors.DefaultSelector()
+  messages: queue.Queue[tuple[subprocess.Popen, dict]] = queue.Queue()
   running = []
 
   def assign(process) -> None:
@@ -125,7 +130,15 @@ def _run_workers(config: Config, path: pathlib.Path, units: list[Unit], processe
       process.stdin.write(json.dumps(dataclasses.asdict(waiting.popleft())) + '\n')
       process.stdin.flush()
     else:
-      process.stdin.close()
+      process.stdin.close()  # the worker ends
+
+  def listen(process, results) -> None:
+    with os.fdopen(results) as lines:
+      for line in lines:
+        messages.put((process, json.loads(line)))
+    if not process.stdin.closed:
+      messages.put((process, {'kind': 'RuntimeError', 'error': 'a cache worker ended without a message; was it killed for '
+                              'memory? Set TaskConfig.cache_processes to a smaller number.'}))
 
   try:
     for _ in range(processes):
@@ -134,27 +147,22 @@ def _run_workers(config: Config, path: pathlib.Path, units: list[Unit], processe
                                  stdout=subprocess.DEVNULL, pass_fds=(write_end,), text=True)
       os.close(write_end)
       running.append(process)
-      selector.register(os.fdopen(read_end), selectors.EVENT_READ, process)
+      threading.Thread(target=listen, args=(process, read_end), daemon=True).start()
       assert process.stdin
       process.stdin.write(job + '\n')
       assign(process)
     unfinished = len(units)
     while unfinished:
-      for key, _ in selector.select():
-        line = key.fileobj.readline()  # type: ignore[union-attr]
-        if not line:
-          raise RuntimeError('a cache worker ended without a message; was it killed for memory? Set '
-                             'TaskConfig.cache_processes to a smaller number.')
-        message = json.loads(line)
-        if 'error' in message:
-          raise {'DataError': cache.DataError, 'ConfigError': ConfigError}.get(message['kind'], RuntimeError)(message['error'])
+      process, message = messages.get()
+      if 'error' in message:
+        raise _ERRORS.get(message['kind'], RuntimeError)(message['error'])
+      if watch:
+        watch.add(message['documents'])
+      if message['finished']:
+        unfinished -= 1
         if watch:
-          watch.add(message['documents'])
-        if message['finished']:
-          unfinished -= 1
-          if watch:
-            watch.finish_unit()
-          assign(key.data)
+          watch.finish_unit()
+        assign(process)
   finally:
     for process in running:
       process.kill()

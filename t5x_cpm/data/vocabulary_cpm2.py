@@ -1,26 +1,35 @@
-"""CPM-2's vocabularies: a list of pieces, matched longest first in each word of the text."""
+"""CPM-2's vocabularies: a list of pieces, matched longest first in each word of the text.
 
+Inside, a token is the character chr(id) and a sequence of tokens a string: strings are joined and substituted much faster
+than lists of numbers are. The tokens of a word come out of a table, so that a word is matched once.
+"""
+
+import functools
 import itertools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
 
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import word_cut
-from t5x_cpm.data.vocabulary_base import LINE_FEED, MARKS, SPACE, SPECIALS, UNMARKS, Vocabulary, no_options, read
+from t5x_cpm.data.vocabulary_base import LINE_FEED, MARKS, SPACE, SPECIALS, UNMARKS, Vocabulary, Words, no_options, read
 
 _HAN = re.compile('[\u4e00-\u9fff]')
+_ONLY_HAN = re.compile('[\u4e00-\u9fff]+')
 _SENTINEL = re.compile(r'<s_(\d+)>')
+_BYTES = [f'<0x{value:02X}>' for value in range(256)]
 # Full-width ASCII to half-width, but for the punctuation that Chinese text is written with.
-_FOLDED = (chr(code) for code in range(0xff01, 0xff5f) if chr(code) not in '，。！（）？、；：')
-_HALF_WIDTH = str.maketrans({wide: chr(ord(wide) - 0xfee0) for wide in _FOLDED} | {'\u3000': ' '})
-_REMEMBERED = 1 << 18  # words whose ids are kept
+_HALF_WIDTH = {chr(code): chr(code - 0xfee0) for code in range(0xff00, 0xff5f) if chr(code) not in '，。！（）？、；：'}
+_HALF_WIDTH['\u3000'] = ' '
+_FULL_WIDTH = re.compile(f'[{"".join(_HALF_WIDTH)}]')
+_SEPARATOR, _SEPARATOR_TOKEN = '\uffff', '\U0010ffff'  # between the texts of a batch; not a character, and a word of its own
+_BATCH = 1 << 20  # characters
 
 
 class Cpm2(Vocabulary):
   """CPM-2's: a list of pieces, matched longest first in each word."""
 
   kind = 'cpm2'
+  _longest_word = 200  # a longer one is unknown
 
   def __init__(self, path: str, options: dict[str, str]):
     super().__init__(path, options)
@@ -28,177 +37,213 @@ class Cpm2(Vocabulary):
     self.pieces = _read_pieces(path)
     self.size = len(self.pieces)
     index = {piece: token for token, piece in enumerate(self.pieces)}
-    for special in SPECIALS:
+    for special in (*SPECIALS, SPACE, LINE_FEED):
       if special not in index:
-        raise ConfigError(f'{path}: no piece {special}; a CPM-2 vocabulary has {", ".join(SPECIALS)} and <s_0>, <s_1> ...')
+        raise ConfigError(f'{path}: no piece {special}; a CPM-2 vocabulary has {", ".join(SPECIALS)}, {SPACE} (space), '
+                          f'{LINE_FEED} (line feed) and <s_0>, <s_1> ... Check TaskConfig.vocabulary.')
     self.unk_id, self.bos_id, _, self.pad_id, self.eos_id = (index[special] for special in SPECIALS)
-    numbers = {int(match[1]): token for piece, token in index.items() if (match := _SENTINEL.fullmatch(piece))}
-    if not numbers or sorted(numbers) != list(range(len(numbers))):
-      missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
-      raise ConfigError(
-          f'{path}: sentinel <s_{missing}> is missing; {len(numbers)} are there, expected <s_0>, <s_1> ... without a gap.')
-    self.sentinels = tuple(numbers[number] for number in range(len(numbers)))
-    self._bytes = [index.get(f'<0x{value:02X}>', self.unk_id) for value in range(256)]
-    self._byte_value = {token: value for value, token in enumerate(self._bytes) if token != self.unk_id}
-    self._special = {index[p] for p in ('<sep>', '<mask>', '<go>', *SPECIALS) if p in index}
-    own = {piece: token for piece, token in index.items() if token not in {*self._special, *self.sentinels, *self._byte_value}}
-    self._continued = {piece[2:]: token for piece, token in own.items() if piece.startswith('##') and len(piece) > 2}
-    self._start = {piece: token for piece, token in own.items() if not (piece.startswith('##') and len(piece) > 2)}
-    self.bilingual = bool(self._continued)
-    self._longest = max(map(len, own), default=1)
-    self._han = [_is_chinese(piece) for piece in self.pieces]
-    self._words = _Words(self._match)
+    self.sentinels = _sentinels(path, index)
+    self._byte_value = {index[piece]: value for value, piece in enumerate(_BYTES) if piece in index}
+    self._silent = {index[piece] for piece in ('<sep>', '<mask>', '<go>', *SPECIALS[1:]) if piece in index}
+    not_text = {self.unk_id, *self._silent, *self.sentinels, *self._byte_value}
+    tokens = {piece: chr(token) for piece, token in index.items() if token not in not_text}
+    self._continued = {piece[2:]: token for piece, token in tokens.items() if _continues(piece)}
+    self._start = {piece: token for piece, token in tokens.items() if not _continues(piece)}
+    self._longest_piece = max(map(len, tokens))
+    self.bilingual = bool(self._continued) or '<go>' in index
+    self._unknown = chr(self.unk_id)
+    self._words = Words(self._match)
+    self._words_and_separator = Words(lambda word: _SEPARATOR_TOKEN if word == _SEPARATOR else self._words[word])
+
+  @functools.cached_property
+  def _joins(self) -> tuple[list[bool], list[bool]]:
+    """Whether a token, as the first and as the second of two, takes part in leaving out the space between them."""
+    not_chinese = [not (_HAN.search(piece) or piece == SPACE) for piece in self.pieces]
+    return not_chinese, not_chinese
+
+  @functools.cached_property
+  def _implied_space(self) -> re.Pattern[str]:
+    first, second = self._joins
+    space = re.escape(self._start[SPACE])
+    return re.compile(f'{space}(?<={_any(first)}{space})(?={_any(second)})')
 
   def encode(self, text: str) -> list[int]:
+    return _numbers(self._join(self._tokens(text, self._words)))
+
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+    ids: list[list[int]] = []
+    batch: list[str] = []
+    size = 0
+    for text in itertools.chain(texts, [None]):
+      if text is None or size + len(text) > _BATCH or _SEPARATOR in text:
+        tokens = self._join(self._tokens(_SEPARATOR.join(batch), self._words_and_separator))
+        ids += map(_numbers, tokens.split(_SEPARATOR_TOKEN)) if batch else []
+        batch, size = [], 0
+      if text is not None and _SEPARATOR in text:
+        ids.append(self.encode(text))
+      elif text is not None:
+        batch.append(text)
+        size += len(text)
+    return ids
+
+  def _encode_around_blanks(self, parts: list[str]) -> list[int]:
+    tokens = self._tokens(parts[0], self._words)
+    for sentinel, part in zip(self.sentinels, parts[1:]):
+      tokens += chr(sentinel) + self._tokens(part, self._words)
+    return _numbers(self._join(tokens))
+
+  def _tokens(self, text: str, words: Words) -> str:
     if not self.bilingual:
-      text = text.translate(_HALF_WIDTH)
-    words = word_cut.lcut(text)
-    if len(self._words) > _REMEMBERED:
-      self._words.clear()
-    if self.bilingual and ' ' in text:
-      words = self._drop_spaces(words)
-    return list(itertools.chain.from_iterable(map(self._words.__getitem__, words)))
+      text = _FULL_WIDTH.sub(lambda match: _HALF_WIDTH[match[0]], text)
+    return ''.join([''.join(map(words.__getitem__, part)) for part in word_cut.cut(text)])
 
-  def _drop_spaces(self, words: list[str]) -> list[str]:
-    """The words without each space that stands between two tokens that imply it."""
-    spaces = [place for place, word in enumerate(words) if word == ' ']
-    implied = [place for place in spaces if 0 < place < len(words) - 1 and self._implies_space(
-        self._words[words[place - 1]][-1], self._words[words[place + 1]][0])]
-    for place in implied:
-      words[place] = ''
-    return words
+  def _join(self, tokens: str) -> str:
+    """The tokens of a text from those of its words: without the spaces that decoding puts back."""
+    return self._implied_space.sub('', tokens) if self.bilingual else tokens
 
-  def _implies_space(self, before: int, after: int) -> bool:
-    """Whether decoding puts a space between two tokens, the second of which begins a word."""
-    return not self._han[before] and not self._han[after]
-
-  def _beside_blank(self, part: str, left: bool, right: bool) -> str:
-    """Without the space that masking leaves out: between a blank and a token that is not Chinese there is none."""
-    if not self.bilingual:
-      return part
-    if left and part.startswith(' ') and not part.startswith('  ') and not _HAN.match(part[1:2]):
-      part = part[1:]
-    if right and part.endswith(' ') and not part.endswith('  ') and not _HAN.match(part[-2:-1]):
-      part = part[:-1]
-    return part
-
-  def _match(self, word: str) -> tuple[int, ...]:
-    """The ids of a word, longest piece first."""
+  def _match(self, word: str) -> str:
+    """The tokens of a word."""
+    if len(word) > self._longest_word:
+      return self._unknown
     word = word.translate(MARKS)
-    ids: list[int] = []
-    place = 0
+    return self._start.get(word) or self._match_parts(word, self._start)
+
+  def _match_parts(self, word: str, table: dict[str, str]) -> str:
+    """The tokens of a word, longest piece first; those at its beginning are looked up in `table`."""
+    chinese = not self.bilingual or _ONLY_HAN.fullmatch(word) is not None
+    mixed = not chinese and not word.isascii()
+    tokens, place = '', 0
     while place < len(word):
-      for end in range(min(len(word), place + self._longest), place, -1):
+      for end in range(min(len(word), place + self._longest_piece), place, -1):
         part = word[place:end]
-        continues = place > 0 and self.bilingual and not _is_chinese(part)
-        token = (self._continued if continues else self._start).get(part)
+        token = (self._start if mixed and _HAN.search(part) else table).get(part)
         if token is not None:
-          ids.append(token)
+          tokens += token
           break
       else:
         end = place + 1
-        ids += self._fallback(word[place])
+        tokens += self._fallback(word[place])
       place = end
-    return tuple(ids)
+      table = self._start if chinese else self._continued
+    return tokens
 
-  def _fallback(self, character: str) -> list[int]:
-    return [self.unk_id]
+  def _fallback(self, character: str) -> str:
+    return self._unknown
 
-  def _decode_run(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Iterable[int]) -> str:
+    first, second = self._joins if self.bilingual else ([False] * self.size,) * 2
     out: list[str] = []
-    before: int | None = None
-    for token in ids:
-      if not 0 <= token < self.size or token == self.unk_id:
-        out.append('<unk>')
-        before = None
+    octets = bytearray()
+    before = -1
+    for token in map(int, ids):
+      if not 0 <= token < self.size:
+        token = self.unk_id
+      if token in self._silent:
         continue
-      if token in self._special:
-        continue
-      piece = self.pieces[token]
-      continues = self.bilingual and piece.startswith('##') and len(piece) > 2
-      if continues:
-        piece = piece[2:]
-      elif before is not None and self.bilingual and self._implies_space(before, token):
-        piece = ' ' + piece
-      out.append(piece)
+      if token in self._byte_value:
+        octets.append(self._byte_value[token])
+      else:
+        if octets:
+          out.append(octets.decode('utf-8', 'replace'))
+          octets.clear()
+        piece = self.pieces[token]
+        if self.bilingual and _continues(piece):
+          piece = piece[2:]
+        elif before >= 0 and first[before] and second[token]:
+          out.append(' ')
+        out.append(piece.translate(UNMARKS) if len(piece) == 1 else piece)
       before = token
-    return ''.join(out).translate(UNMARKS)
+    out.append(octets.decode('utf-8', 'replace'))
+    return ''.join(out)
 
   def piece(self, token: int) -> str:
     return self.pieces[token]
 
 
 class Lossless(Cpm2):
-  """A bilingual vocabulary with byte pieces: decode(encode(text)) == text for every valid text.
+  """A bilingual vocabulary with byte pieces: decode(encode(text)) == text for every text that UTF-8 can hold.
 
-  A space is left out only between two tokens of ASCII letters and digits, and put back there and nowhere else; two such words
-  that touch are one word, whose second part is written with '##'. What has no piece is written as its UTF-8 bytes.
+  A space is left out only between two tokens of ASCII letters and digits, and put back there and nowhere else; of two such
+  words that touch, the second is written with '##'. What has no piece is written as its UTF-8 bytes.
   """
+
+  _longest_word = 1 << 60
 
   def __init__(self, path: str, options: dict[str, str]):
     super().__init__(path, options)
-    self._begins_latin = [_is_latin(piece[:1]) for piece in self.pieces]
-    self._ends_latin = [_is_latin(piece[-1:]) for piece in self.pieces]
+    missing = [piece for value, piece in enumerate(_BYTES) if value not in self._byte_value.values()]
+    if missing:
+      raise ConfigError(f'{path}: no piece {missing[0]}; a vocabulary with pieces for bytes needs all 256.')
+    byte = {value: chr(token) for token, value in self._byte_value.items()}
+    self._as_bytes = lambda text: ''.join(byte[value] for value in text.encode('utf-8', 'surrogatepass'))
+    # In the middle of a word such a piece would seem to begin another one.
+    self._start = {p: t for p, t in self._start.items() if not (_is_latin(p[0]) and _HAN.search(p))}
 
-  def encode(self, text: str) -> list[int]:
-    words = word_cut.lcut(text)
-    if len(self._words) > _REMEMBERED:
-      self._words.clear()
-    joined: list[str] = []
-    for word in words:
-      if joined and _is_latin(word[:1]) and _is_latin(joined[-1][-1:]):
-        joined[-1] += word
-      else:
-        joined.append(word)
-    return list(itertools.chain.from_iterable(map(self._words.__getitem__, self._drop_spaces(joined))))
+  @functools.cached_property
+  def _joins(self) -> tuple[list[bool], list[bool]]:
+    # A sentinel joins: the token that it hides mostly did.
+    sentinels = set(self.sentinels)
+    silent = {*self._byte_value, *self._silent}
+    first = [t in sentinels or t not in silent and _is_latin(piece[-1]) for t, piece in enumerate(self.pieces)]
+    second = [t in sentinels or _is_latin(piece[0]) for t, piece in enumerate(self.pieces)]
+    return first, second
 
-  def _implies_space(self, before: int, after: int) -> bool:
-    return self._ends_latin[before] and self._begins_latin[after]
+  @functools.cached_property
+  def _touching(self) -> re.Pattern[str]:
+    first, second = self._joins
+    sentinels = set(self.sentinels)
+    return re.compile(f'(?<={_any(first)}){_any([joins and t not in sentinels for t, joins in enumerate(second)])}')
 
-  def _match(self, word: str) -> tuple[int, ...]:
-    return tuple(self._fallback(word)) if word in (SPACE, LINE_FEED) else super()._match(word)
+  def _join(self, tokens: str) -> str:
+    continued = self._touching.sub(lambda match: self._match_parts(self.pieces[ord(match[0])], self._continued), tokens)
+    return super()._join(continued)
 
-  def _fallback(self, character: str) -> list[int]:
-    return [self._bytes[value] for value in character.encode('utf-8', 'replace')]
+  def _match(self, word: str) -> str:
+    return self._as_bytes(word) if word in (SPACE, LINE_FEED) else super()._match(word)
 
-  def _decode_run(self, ids: Sequence[int]) -> str:
-    out = []
-    for is_byte, run in itertools.groupby(ids, self._byte_value.__contains__):
-      tokens = list(run)
-      if is_byte:
-        out.append(bytes(self._byte_value[token] for token in tokens).decode('utf-8', 'replace'))
-      else:
-        out.append(super()._decode_run(tokens))
-    return ''.join(out)
-
-
-class _Words(dict):
-  """Word -> ids, computed when asked for the first time."""
-
-  def __init__(self, match: Any):
-    super().__init__()
-    self._match = match
-
-  def __missing__(self, word: str) -> tuple[int, ...]:
-    self[word] = ids = self._match(word)
-    return ids
+  def _fallback(self, character: str) -> str:
+    return self._start[character] if character in (SPACE, LINE_FEED) else self._as_bytes(character)
 
 
-def _is_chinese(piece: str) -> bool:
-  """The released code's test: a Chinese character in it, or the space."""
-  return piece == SPACE or _HAN.search(piece) is not None
+def _continues(piece: str) -> bool:
+  return len(piece) > 2 and piece.startswith('##')
 
 
 def _is_latin(character: str) -> bool:
   return character.isascii() and character.isalnum()
 
 
+def _numbers(tokens: str) -> list[int]:
+  return list(map(ord, tokens))
+
+
+def _any(members: list[bool]) -> str:
+  """An expression for one token that is a member."""
+  ranges = []
+  for joins, group in itertools.groupby(enumerate(members), lambda item: item[1]):
+    if joins:
+      tokens = [token for token, _ in group]
+      ranges.append(f'{re.escape(chr(tokens[0]))}-{re.escape(chr(tokens[-1]))}')
+  return f'[{"".join(ranges)}]' if ranges else '(?!.).'
+
+
+def _sentinels(path: str, index: dict[str, int]) -> tuple[int, ...]:
+  numbers = {int(match[1]): token for piece, token in index.items() if (match := _SENTINEL.fullmatch(piece))}
+  for number in range(max(len(numbers), 1)):
+    if number not in numbers:
+      raise ConfigError(f'{path}: sentinel <s_{number}> is missing; {len(numbers)} are there, expected <s_0>, <s_1> ... '
+                        'without a gap.')
+  return tuple(numbers[number] for number in range(len(numbers)))
+
+
 def _read_pieces(path: str) -> list[str]:
+  content = read(path)
   try:
-    text = read(path).decode('utf-8')
+    text = content.decode('utf-8')
   except UnicodeDecodeError as error:
-    raise ConfigError(
-        f'{path} is not UTF-8 (byte {error.start}): expected one piece a line. Check TaskConfig.vocabulary.') from None
+    line = content.count(b'\n', 0, error.start) + 1
+    raise ConfigError(f'{path}:{line}: not UTF-8; expected one piece a line. Check TaskConfig.vocabulary.') from None
+  text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as some editors save it
   pieces = text.removesuffix('\n').split('\n')  # not splitlines(): a piece may be another kind of line break
   seen: dict[str, int] = {}
   for number, piece in enumerate(pieces, 1):

@@ -72,6 +72,9 @@ class Rule(Protocol):
   @property
   def width(self) -> int: ...
 
+  @property
+  def max_new_tokens(self) -> int: ...
+
   def init(self, stop_BE: jax.Array, *, seed: Any = 0, rows_B: jax.Array | None = None,
            allowed: jax.Array | None = None) -> Any: ...
 
@@ -193,6 +196,7 @@ class Sample(Greedy):
       log_prob_NV = jax.nn.log_softmax(_keep(log_prob_NV, jnp.ones_like(log_prob_NV), self.top_k))
     if self.top_p < 1.0:
       log_prob_NV = _keep(log_prob_NV, jnp.exp(log_prob_NV), self.top_p)
+    assert state.key is not None
     key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key, state.step)
     noise_NV = jax.vmap(lambda key: jax.random.gumbel(key, logits_NV.shape[-1:], jnp.float32))(key_B)
     return _largest(log_prob_NV + noise_NV)
@@ -207,8 +211,9 @@ class Beam:
   with the score sum / length ** length_penalty, where length counts every generated token, the stop token included and the
   decoder's start token not; the pool keeps the K best. The K best that do not end stay open. A row is done when its
   pool is full and, with early_stopping, at once; without, as soon as the best open hypothesis, scored at its present length,
-  would not beat the worst one of the pool. Equal tokens and scores to transformers 5.x (their ``early_stopping`` False and
-  True; ``max_new_tokens`` as here); ties may be broken differently.
+  would not beat the worst one of the pool. Tokens and scores equal those of transformers 5.23 (``early_stopping`` False and
+  True; ``max_new_tokens`` as here) up to ties, and to the filling after the stop token, which is theirs, not pad_id, where
+  their pad_token_id is 0.
 
   Attributes:
     width: K.

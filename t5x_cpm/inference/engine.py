@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_cpm import backend
 from t5x_cpm.config import Config, ConfigError, DecodeConfig
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import decode, score, text
@@ -119,7 +119,7 @@ class Engine:
       result += [hidden[i, :len(row)] for i, row in enumerate(batch_rows)]
     return result
 
-  def stream(self, line: str, **overrides: Any) -> Iterator[str]:
+  def stream(self, line: str, **overrides: Any) -> Generator[str, None, Answer]:
     """Yields pieces of text as they are generated; the generator's value is the Answer.
 
     Where there are several blanks, the k-th is announced by '<s_k>'. Beam search knows its answer only at the end and yields
@@ -127,14 +127,14 @@ class Engine:
     """
     config = self.decode_config(**overrides)
     request = self.codec.request(line)
-    rule = decode.make_rule(config, self.vocabulary.pad_id)
+    rule: decode.Rule = decode.make_rule(config, self.vocabulary.pad_id)
     batch, stop, allowed = self._decode_inputs([request])
     cache, forced = self._start(self.params, batch, max_len=rule.max_new_tokens)
     prefix = jnp.concatenate([jnp.full((1, 1), self.vocabulary.bos_id, jnp.int32), forced], axis=1)
     ids: list[int] = []
     shown, state = '', None
-    for state in decode.python_loop(functools.partial(self._step, self.params), cache, rule, prefix, stop, take=attention.take,
-                                    seed=config.seed, allowed=allowed):
+    for state in decode.python_loop(functools.partial(self._step, self.params), cache, rule, prefix, jnp.asarray(stop),
+                                    take=attention.take, seed=config.seed, allowed=jnp.asarray(allowed)):
       if rule.width > 1:
         continue
       ids.append(int(state.next[0]))
@@ -142,8 +142,9 @@ class Engine:
       if whole.startswith(shown) and not whole.endswith('\ufffd'):  # else the last character is not complete yet
         yield whole[len(shown):]
         shown = whole
-    out = rule.result(state)
-    answer = self._answer(request, out.tokens[0, :int(out.length[0])], out.score[0])
+    assert state is not None
+    out = jax.device_get(rule.result(state))
+    answer = self._answer(request, out.tokens[0, :out.length[0]], out.score[0])
     if rule.width > 1:
       yield self._shown(request, answer.ids)
     return answer
@@ -248,18 +249,9 @@ def _generate(model: encoder_decoder.Model, start: int, params: Any, batch: dict
       allowed=allowed_BV)
 
 
-def keep_compiled_programs() -> None:
-  """Lets a second start find what the first compiled, unless the user set a folder for that already."""
-  if jax.config.jax_compilation_cache_dir:
-    return
-  root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  jax.config.update('jax_compilation_cache_dir', os.path.join(root, 't5x_cpm', 'compiled'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-
-
 def load(model_dir: Any, *, step: int | None = None, config: Config | None = None) -> Engine:
   """See `t5x_cpm.inference.load`."""
-  keep_compiled_programs()
+  backend.keep_compiled_programs()
   run = run_directory.read_run(model_dir, step)
   config = run.config if config is None else config
   folder = run_directory.resolve(model_dir) / 'vocabulary'

@@ -47,11 +47,14 @@ def task_config(config: Config, name: str) -> Config:
 
 
 def has_inputs(config: Config) -> bool:
-  """Whether a task has inputs of its own. Imports TensorFlow unless the task is cached."""
+  """Whether a task has inputs of its own. Imports TensorFlow only for a task that needs it to be read, and is not cached."""
   path = cache_lib.directory(config)
   if cache_lib.is_ready(path):
     return 'inputs' in cache_lib.components(path)[0][1].features
-  return 'inputs' in tasks.get(config).output_features
+  parts = tasks.parts(config)
+  if parts:
+    return has_inputs(task_config(config, next(iter(parts))))
+  return 'inputs' in tasks.tokens(config).features
 
 
 # Text: masked tokens.
@@ -83,13 +86,18 @@ def _sums(model: Any, params: Any, batch: dict[str, jax.Array]) -> dict[str, tup
 
 def read_examples(task: Any, engine: engine_lib.Engine, config: Config) -> list[Example]:
   """The examples of a SeqIO task, in order, inputs cut to TaskConfig.encoder_length as in training."""
+  import seqio
+  import tensorflow as tf
+
   from t5x_cpm.tasks import sources
 
+  tf.random.set_seed(0)  # for preprocessors that draw; a function as a source need not take a seed
+  seed = None if isinstance(task.source, seqio.FunctionDataSource) else 0
   limits = dataclasses.replace(config.infer, input_length=config.task.encoder_length, truncate=True)
   codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task))
   examples = []
   with sources.errors():
-    for features in task.get_dataset(None, config.eval.split, shuffle=False, seed=0).as_numpy_iterator():
+    for features in task.get_dataset(None, config.eval.split, shuffle=False, seed=seed).as_numpy_iterator():
       examples.append(_example(task, features, codec))
       if len(examples) == config.eval.max_examples:
         break
@@ -157,7 +165,7 @@ def _plain(value: Any) -> Any:
 def _numbers(values: Mapping[str, Any]) -> Metrics:
   """Metrics as floats. SeqIO allows its own wrappers around numbers; what is no number has no place in a table."""
   plain = {name: getattr(value, 'value', value) for name, value in values.items()}
-  return {name: float(value) for name, value in plain.items() if np.isscalar(value) and not isinstance(value, str | bytes)}
+  return {name: float(value) for name, value in plain.items() if isinstance(value, int | float | np.number)}
 
 
 # Runs.
@@ -172,22 +180,20 @@ def evaluate_task(engine: engine_lib.Engine, config: Config, name: str) -> dict[
   config = task_config(config, name)
   if not has_inputs(config):
     return {name: (evaluate_text(engine, config), [])}
-  provider = tasks.get(config)
-  theirs = tasks.vocabulary(config, provider)
+  parts = tasks.parts(config)
+  if parts:
+    return {label: result for part in parts for label, result in evaluate_task(engine, config, part).items()}
+  theirs = tasks.vocabulary(config)
   if theirs.fingerprint != engine.vocabulary.fingerprint:
     raise ConfigError(f'task {name!r} was made with the vocabulary {theirs.spec!r}, but the model uses '
                       f'{engine.vocabulary.spec!r}: set TaskConfig.vocabulary to the vocabulary of the model.')
-  parts = getattr(provider, 'tasks', [provider])
-  results = {}
-  for task in parts:
-    label = name if len(parts) == 1 else tasks.public_name(task.name)
-    if config.eval.split not in task.splits:
-      raise ConfigError(
-          f'task {label!r} has no split {config.eval.split!r}: set EvalConfig.split to one of {", ".join(task.splits)}.')
-    if not task.metric_fns:
-      raise ConfigError(f'task {label!r} has inputs and targets, but no metric.')
-    results[label] = evaluate_pairs(engine, task, read_examples(task, engine, config), config)
-  return results
+  task = tasks.get(config)
+  if config.eval.split not in task.splits:
+    raise ConfigError(
+        f'task {name!r} has no split {config.eval.split!r}: set EvalConfig.split to one of {", ".join(task.splits)}.')
+  if not task.metric_fns:
+    raise ConfigError(f'task {name!r} has inputs and targets, but no metric.')
+  return {name: evaluate_pairs(engine, task, read_examples(task, engine, config), config)}
 
 
 def table(step: int, results: Mapping[str, Metrics]) -> str:

@@ -284,6 +284,7 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   engine = inference.load(model_dir, step=step, config=config)
   is_terminal = sys.stdin.isatty()
   if is_terminal:
-    print(f'{model_dir} at step {engine.step}. Write a blank as {vocabulary_lib.BLANK}; a line without one is continued. Ctrl-D ends.',
+    blank = vocabulary_lib.BLANK
+    print(f'{model_dir} at step {engine.step}. Write a blank as {blank}; a line without one is continued. Ctrl-D ends.',
           file=sys.stderr, flush=True)
   interact(engine, sys.stdin.buffer, is_terminal)
