@@ -54,7 +54,7 @@ def train_until_stopped(command: list[str], metrics: pathlib.Path, at_step: int)
 
 
 def answers(path: pathlib.Path) -> list[str]:
-  return [json.loads(line)['filled'] for line in path.read_text(encoding='utf-8').splitlines()]
+  return [json.loads(line)['output'] for line in path.read_text(encoding='utf-8').splitlines()]
 
 
 def accuracy(model_dir: pathlib.Path) -> float:

@@ -11,19 +11,22 @@ half-width and keeps every space as a token. The bilingual one writes what conti
 folds nothing, and leaves out a space between two tokens that are not Chinese. `tools/train_vocabulary.py` makes a third: the
 bilingual one with the 256 bytes as pieces, in which nothing is lost (see `Lossless`).
 
-Left out of the released code on purpose: its bilingual encoder repeats the token of a text of one token; it makes a word of
-more than 200 characters one `<unk>`; it crashes on an empty text; and a piece such as '<s>' or '##a' standing in a text could
-become a special token.
+Ids are those of the released code (CPM-2: tokenization_enc_dec.py of CPM-2-Finetune for Chinese, its _encn variant for the
+bilingual form), also where they lose something: a word of more than 200 characters is one `<unk>`, and in the bilingual form
+so is a character inside a word for which there is no '##' piece, such as the % of '5%'. `tools/tokenize_report.py` counts
+what a vocabulary loses. Left out on purpose: the bilingual encoder repeats the token of a text of one token.
 """
 
 import difflib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import word_cut
-from t5x_cpm.data.vocabulary_base import BLANK, MARKS, SPECIALS, UNMARKS, Vocabulary, no_options, read
+from t5x_cpm.data.vocabulary_base import BLANK, MARKS, SPECIALS, UNMARKS, Vocabulary, Words, no_options, read
 from t5x_cpm.data.vocabulary_cpm2 import Cpm2, Lossless
 
 __all__ = ['BLANK', 'Vocabulary', 'load', 'load_saved']
@@ -45,13 +48,16 @@ class Cpm1(Vocabulary):
       raise ConfigError(f'{path}: no piece {", ".join(unknown)}: it is not the vocabulary of CPM-1.')
     self.unk_id, self.bos_id, self.pad_id, self.eos_id = ids['<unk>'], ids['<s>'], ids['<pad>'], ids['<eod>']
     self.sentinels = ()
+    # No piece reaches over a space, so that the words can be given to SentencePiece one by one.
+    self._words = Words(lambda word: ''.join(map(chr, _encode(self._model, word.translate(MARKS)))))
 
   def encode(self, text: str) -> list[int]:
-    return self._model.encode(' '.join(word.translate(MARKS) for word in word_cut.lcut(text)))
+    return list(map(ord, ''.join([''.join(map(self._words.__getitem__, words)) for words in word_cut.cut(text)])))
 
-  def _decode_run(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Iterable[int]) -> str:
     special = {self.bos_id, self.pad_id, self.eos_id}
-    return self._model.decode([token for token in ids if token not in special]).replace(' ', '').translate(UNMARKS)
+    kept = [token for token in map(int, ids) if token not in special and 0 <= token < self.size]
+    return self._model.decode(kept).replace(' ', '').translate(UNMARKS)
 
   def piece(self, token: int) -> str:
     return self._model.id_to_piece(token)
@@ -76,26 +82,47 @@ class SentencePiece(Vocabulary):
     if self.eos_id < 0:
       raise ConfigError(f'{path}: the model has no end of sequence (it was trained with eos_id=-1); T5 needs one.')
     self.pad_id = self.bos_id = max(self._model.pad_id(), 0)
-    inside = []
-    while (token := self._model.piece_to_id(f'<extra_id_{len(inside)}>')) != self.unk_id:
-      inside.append(token)
+    inside = self._sentinels_inside()
     self.size = own if inside else own + int(extra)
-    self.sentinels = tuple(inside) or tuple(range(self.size - 1, own - 1, -1))
+    self.sentinels = inside or tuple(range(self.size - 1, own - 1, -1))
+    self._own = own
+
+  def _sentinels_inside(self) -> tuple[int, ...]:
+    for form in ('<extra_id_{}>', '\u2581<extra_id_{}>'):
+      tokens = map(self._model.piece_to_id, map(form.format, itertools.count()))
+      inside = tuple(itertools.takewhile(lambda token: token != self.unk_id, tokens))
+      if inside:
+        return inside
+    return ()
 
   def encode(self, text: str) -> list[int]:
-    return self._model.encode(text)
+    ids = _encode(self._model, text)
+    if not self._sentinel_number.keys().isdisjoint(ids):  # the text has '<extra_id_0>' in it
+      return [token for part in re.split('(?<=<)(?=extra_id_)', text) for token in _encode(self._model, part)]
+    return ids
 
-  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-    return self._model.encode(list(texts))
-
-  def _decode_run(self, ids: Sequence[int]) -> str:
-    special, own = {self.pad_id, self.eos_id}, self._model.get_piece_size()
-    return self._model.decode([token for token in ids if token not in special and 0 <= token < own])
+  def decode(self, ids: Iterable[int]) -> str:
+    out = ''
+    left_out = {self.pad_id, self.eos_id} - {self.unk_id}
+    known = [token if 0 <= token < self.size else self.unk_id for token in map(int, ids) if token not in left_out]
+    for number, group in itertools.groupby(known, self._sentinel_number.get):
+      for run in [list(group)] if number is None else [[token] for token in group]:
+        text = self._model.decode(run) if number is None else f'<s_{number}>'
+        apart = number is not None or self.piece(run[0]).startswith('\u2581')
+        out += f' {text}' if out and apart else text
+    return out
 
   def piece(self, token: int) -> str:
     if token in self._sentinel_number:
       return f'<extra_id_{self._sentinel_number[token]}>'
     return self._model.id_to_piece(token)
+
+
+def _encode(model: Any, text: str) -> list[int]:
+  try:
+    return model.encode(text)
+  except UnicodeEncodeError:  # half of a surrogate pair
+    return model.encode(text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace'))
 
 
 def _sentencepiece(path: str) -> Any:
@@ -113,7 +140,7 @@ _KINDS: dict[str, type[Vocabulary]] = {cls.kind: cls for cls in (Cpm2, Cpm1, Sen
 
 
 def _make(kind: str, path: str, options: dict[str, str]) -> Vocabulary:
-  if kind == 'cpm2' and b'\n<0x00>\n' in read(path):
+  if kind == 'cpm2' and b'<0x00>' in read(path):
     return Lossless(path, options)
   return _KINDS[kind](path, options)
 

@@ -174,8 +174,7 @@ class Lossless(Cpm2):
     missing = [piece for value, piece in enumerate(_BYTES) if value not in self._byte_value.values()]
     if missing:
       raise ConfigError(f'{path}: no piece {missing[0]}; a vocabulary with pieces for bytes needs all 256.')
-    byte = {value: chr(token) for token, value in self._byte_value.items()}
-    self._as_bytes = lambda text: ''.join(byte[value] for value in text.encode('utf-8', 'surrogatepass'))
+    self._byte = {value: chr(token) for token, value in self._byte_value.items()}
     # In the middle of a word such a piece would seem to begin another one.
     self._start = {p: t for p, t in self._start.items() if not (_is_latin(p[0]) and _HAN.search(p))}
 
@@ -203,6 +202,13 @@ class Lossless(Cpm2):
 
   def _fallback(self, character: str) -> str:
     return self._start[character] if character in (SPACE, LINE_FEED) else self._as_bytes(character)
+
+  def _as_bytes(self, character: str) -> str:
+    try:
+      octets = character.encode('utf-8')
+    except UnicodeEncodeError:  # half of a surrogate pair
+      octets = b'\xef\xbf\xbd'
+    return ''.join(self._byte[value] for value in octets)
 
 
 def _continues(piece: str) -> bool:
