@@ -55,7 +55,7 @@ class Template(NamedTuple):
 
 
 # Counted things are (singular, plural) in English and (noun, measure word) in Chinese.
-_WORDS = {
+_WORDS: dict[str, dict[str, Any]] = {
   'en': {
     'person': ['Anna', 'Emma', 'Grace', 'Helen', 'Julia', 'Kate', 'Lily', 'Lucy', 'Maria', 'Nora', 'Rose', 'Sarah',
                'Ben', 'David', 'Henry', 'Jack', 'James', 'Leo', 'Max', 'Oscar', 'Paul', 'Peter', 'Sam', 'Tom'],

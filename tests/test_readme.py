@@ -26,8 +26,16 @@ def test_every_command_is_run_or_says_why_not():
 def test_names_in_the_text_exist():
   for path in set(re.findall(r'\b((?:gin|tools|tasks|tests|t5x_cpm)/[\w./]+\.(?:gin|py|sh|txt|md))\b', README)):
     assert (ROOT / path).is_file(), path
-  for name in gin_utils.shipped_files('models'):
-    assert name in README, f'gin/models/{name}.gin is not in the table of models'
+
+
+def test_the_table_of_models_is_true():
+  rows = {row[0]: tuple(row[1:]) for row in re.findall(r'^\| `(\w+)` ' + r'\| ([^|]+?) ' * 6 + r'\|$', README, re.MULTILINE)}
+  assert set(rows) == set(gin_utils.shipped_files('models'))
+  for name, row in rows.items():
+    c = gin_utils.load([f'gin/models/{name}.gin']).model
+    assert f' {row[0]} parameters' in gin_utils.summary('models', name)  # which another test compares with the model
+    assert row[1:] == (f'{c.vocab_size:,}', f'{c.num_encoder_layers} + {c.num_decoder_layers}', str(c.d_model), str(c.d_ff),
+                       f'{c.num_heads} x {c.head_dim}'), name
 
 
 @pytest.mark.slow

@@ -128,6 +128,7 @@ for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 2)):
 """
 
 
+@pytest.mark.slow
 def test_meshes_agree_in_float64():
   env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.'}
   done = subprocess.run([sys.executable, '-c', EIGHT_DEVICES], env=env, capture_output=True, text=True, check=False)

@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . tools/setup_env.sh
+setup_env
 exec "$PYTHON" tools/quickstart.py "$@"

@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh:  . tools/setup_env.sh [EXTRA]
-# Makes .venv with everything installed, or finds in a moment that it is there, and sets PYTHON to its interpreter.
+# Sourced by quickstart.sh and test.sh, which then call  setup_env [EXTRA]
+# It makes .venv with everything installed, or finds in a moment that it is there, and sets PYTHON to its interpreter.
 # T5X_CPM_VENV names another folder than .venv; EXTRA is one of setup.py's extras, installed beside the rest.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -40,5 +40,3 @@ PY
     echo "$want" > "$stamp"  # last, so that an install that was interrupted starts again
   fi
 }
-
-setup_env "${1:-}" || exit 1

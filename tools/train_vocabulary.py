@@ -1,8 +1,9 @@
 """Trains a CPM-2 style vocabulary from text files.
 
-The recipe of CPM-2 (Zhang et al. 2021, section 2.2): text is cut into words, SentencePiece learns a unigram model of the words, and
-pieces that differ only in standing at the start of a word are merged. What continues a word that is not Chinese is written '##piece',
-as in CPM-2's bilingual vocabulary. Order of ids: special tokens, pieces by frequency, bytes (with --byte_fallback), sentinels.
+The recipe of CPM-2 (Zhang et al. 2021, section 2.2): text is cut into words, SentencePiece learns a unigram model of the words,
+and pieces that differ only in standing at the start of a word are merged. What continues a word that is not Chinese is written
+'##piece', as in CPM-2's bilingual vocabulary. Order of ids: special tokens, pieces by frequency, bytes (with --byte_fallback),
+sentinels.
 
 The result is used as TaskConfig.vocabulary = 'cpm2:FILE'. The same text gives the same file.
 """
@@ -59,8 +60,8 @@ def count_words(texts: Iterator[str]) -> collections.Counter[str]:
 def unigram_pieces(counts: collections.Counter[str], size: int) -> collections.Counter[str]:
   """How often each piece of a SentencePiece unigram model is used in the words.
 
-  A piece is counted as it will be written: the same one, Chinese or at the start of a word, 'piece', otherwise '##piece'. SentencePiece
-  itself is given bare words: with its mark of word starts it learns most pieces twice, and often the mark alone.
+  A piece is counted as it will be written: 'piece' where it is Chinese or starts a word, otherwise '##piece'. SentencePiece is
+  given bare words: with its mark of word starts it learns most pieces twice, and often the mark alone.
   """
   model = io.BytesIO()
   with tempfile.NamedTemporaryFile('w', suffix='.tsv', encoding='utf-8') as file:
@@ -92,7 +93,8 @@ def _usage(segmented: dict[str, list[str]], counts: collections.Counter[str]) ->
   return used
 
 
-def assemble(pieces: collections.Counter[str], counts: collections.Counter[str], size: int, sentinels: int, byte_fallback: bool) -> list[str]:
+def assemble(pieces: collections.Counter[str], counts: collections.Counter[str], *, size: int, sentinels: int,
+             byte_fallback: bool) -> list[str]:
   """The lines of the vocabulary file.
 
   Every character of the text has a piece (the most frequent ones where there is no room for all), and so has every letter and
@@ -122,7 +124,7 @@ def assemble(pieces: collections.Counter[str], counts: collections.Counter[str],
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--input', action='append', required=True, help='glob of .txt, .tsv or .jsonl files, also .gz; repeatable')
+  parser.add_argument('--input', action='append', required=True, help='glob of .txt, .tsv or .jsonl, also .gz; repeatable')
   parser.add_argument('--field', default='text', help='of .jsonl (default: text)')
   parser.add_argument('--size', type=int, default=8000, help='pieces in all, special tokens included (default: 8000)')
   parser.add_argument('--sentinels', type=int, default=100, help='marks of masked spans (default: 100)')
@@ -135,7 +137,8 @@ def main() -> None:
   if not counts:
     raise SystemExit('error: there is no word in the input.')
   print(f'{sum(counts.values()):,} words, {len(counts):,} different', file=sys.stderr)
-  lines = assemble(unigram_pieces(counts, args.size), counts, args.size, args.sentinels, args.byte_fallback)
+  lines = assemble(
+      unigram_pieces(counts, args.size), counts, size=args.size, sentinels=args.sentinels, byte_fallback=args.byte_fallback)
   args.output.parent.mkdir(parents=True, exist_ok=True)
   temporary = args.output.with_name(args.output.name + '.tmp')
   temporary.write_text('\n'.join(lines) + '\n', encoding='utf-8')

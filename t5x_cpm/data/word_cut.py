@@ -3,16 +3,16 @@
 Every CPM tokenizer starts with ``jieba.cut``. It is made of four steps:
 
 1. Runs of Chinese characters (U+4E00-9FD5), ASCII letters, digits and ``+#&._%-`` are cut each by itself; any other
-   character is a word, and so is ``\\r\\n``.
+   character is a word, and so is a carriage return with its line feed.
 2. A run becomes the most probable sequence of words by the frequencies of the dictionary.
 3. Neighbouring words of one character are joined again. What is Chinese of them is cut by a Hidden Markov Model, unless
    all of it is a word of the dictionary.
 4. What is not Chinese of them is cut by an expression for names and numbers.
 
-rjieba, the same program in Rust, serves step 2. In the others its version 0.2 differs: it counts the CJK extension blocks
-as part of a run, keeps 'WES-5.4.5' whole, and has the model in rounded numbers, so that it decides otherwise where two
-ways are nearly or exactly as probable ('\u5e38\u5728\u5403', '\u54c8\u54c8\u54c8\u54c8\u54c8'). Here the model runs with jieba's own numbers, added in the
-same order, over all that a text needs it for at once.
+rjieba, the same program in Rust, serves step 2. In the others its version 0.2 differs: it counts the CJK extension
+blocks as part of a run, keeps 'WES-5.4.5' whole, and has the model in rounded numbers, so that it decides otherwise where
+two ways are nearly or exactly as probable ('常在吃', '哈哈哈哈哈'). Here the model runs with jieba's own numbers, added in
+the same order, over all that a text needs it for at once.
 """
 
 import functools
@@ -30,10 +30,15 @@ _ASCII = 'a-zA-Z0-9+#&._%\\-'
 _CHUNK_END = re.compile(f'[^\u4e00-\u9fd5{_ASCII}\r]')
 # Words for jieba that rjieba would join with a neighbour, surrogates, which it refuses, and the separator used below.
 _ALONE = re.compile('([\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f\ud800-\udfff\0])')
-# Step 4. Words are followed by NUL; of ASCII, rjieba's step 2 joins letters and digits only. No word of the dictionary
-# matches: those in pure ASCII have a sign ('C++', 'AT&T') beside a letter.
+# Step 4, on words with NUL between them; of ASCII, rjieba's step 2 joins letters and digits only. The first expression finds
+# where that and jieba's expression, the third, may differ. The second takes all neighbours; no word of the dictionary
+# matches it: those in pure ASCII have a sign beside a letter ('C++', 'AT&T').
+_NOT_AS_JIEBA = re.compile('[+#&._-]\0[+#&._%-]|\\.\0[0-9]|%')
 _NOT_CHINESE = re.compile('(?<![^\0])(?:[a-zA-Z0-9]+\0)?(?:[+#&._%-]\0(?:[a-zA-Z0-9]+\0)?)+')
 _NAME_OR_NUMBER = re.compile(r'([a-zA-Z0-9]+(?:\.\d+)?%?)')
+_NAME_CHARACTERS = frozenset('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+#&._%-\0')
+# The dictionary has no longer word that is less probable than its characters one by one, which is what step 3 asks for.
+_LONGEST_UNLIKELY_WORD = 3
 
 
 def cut(text: str) -> Iterator[list[str]]:
@@ -62,26 +67,46 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 @functools.cache
-def _dictionary() -> Any:
-  """rjieba, which loads its dictionary at import, 0.15 s (jieba's takes 0.7 s)."""
+def _dictionary() -> tuple[Any, Any]:
+  """rjieba's cut and look-up. It loads its dictionary at import, 0.15 s (jieba's takes 0.7 s)."""
   import rjieba
   # jieba's dictionary has one line twice, of frequency 3, and counts it twice in the total. The total changes no
   # comparison but the rounding of equal ones. NUL never reaches the dictionary.
   rjieba.add_word('\0', 3, '')
-  return rjieba
+  return rjieba.cut, functools.lru_cache(1 << 17)(rjieba.has_word)
 
 
 def _cut(text: str) -> list[str]:
-  dictionary = _dictionary()
-  words = dictionary.cut(text, False)
+  most_probable, in_dictionary = _dictionary()
+  words = most_probable(text, False)
   if not words:
     return words
-  joined = _cut_single_characters('\0'.join(['', *words, '']), dictionary.has_word)
-  words = _NOT_CHINESE.sub(_cut_not_chinese, joined).split('\0')
+  joined = '\0'.join(['', *words, ''])
+  if not joined.isascii():
+    joined = _cut_single_characters(joined, in_dictionary)
+  words = _cut_not_chinese(joined).split('\0')
   return words[1:-1]
 
 
-def _cut_not_chinese(match: re.Match[str]) -> str:
+def _cut_not_chinese(joined: str) -> str:
+  """Step 4, on words with a NUL before, between and after them."""
+  out, done = [], 0
+  for match in _NOT_AS_JIEBA.finditer(joined):
+    start, end = match.span()
+    if start < done:
+      continue
+    while start > done and joined[start - 1] in _NAME_CHARACTERS:
+      start -= 1
+    if start > done and joined[start] != '\0' != joined[start - 1]:  # inside a word that begins in Chinese
+      start = joined.index('\0', start)
+    while end < len(joined) and joined[end] in _NAME_CHARACTERS:
+      end += 1
+    out += joined[done:start], _NOT_CHINESE.sub(_cut_names, joined[start:end])
+    done = end
+  return ''.join([*out, joined[done:]]) if out else joined
+
+
+def _cut_names(match: re.Match[str]) -> str:
   words = _NAME_OR_NUMBER.split(match.group().replace('\0', ''))
   return '\0'.join([word for word in words if word]) + '\0'
 
@@ -100,10 +125,10 @@ def _cut_single_characters(joined: str, in_dictionary: Any) -> str:
   characters = codes[where]
   text = characters.tobytes().decode('utf-16-le')
   for_model = np.ones(len(first), bool)
-  for i, (start, length) in enumerate(zip(first.tolist(), lengths.tolist())):
-    if in_dictionary(text[start:start + length]):
-      before, after = where[start] - 2, where[start + length - 1] + 2
-      for_model[i] = _is_left_over(codes, before, -1) or _is_left_over(codes, after, 1)
+  for i in np.flatnonzero(lengths <= _LONGEST_UNLIKELY_WORD).tolist():
+    start, end = first[i], first[i] + lengths[i]
+    if in_dictionary(text[start:end]):
+      for_model[i] = _is_left_over(codes, where[start] - 2, -1) or _is_left_over(codes, where[end - 1] + 2, 1)
   keep = np.ones(len(codes), bool)
   keep[where + 1] = _word_ends(characters, first[for_model], lengths[for_model])
   return codes[keep].tobytes().decode('utf-16-le')
@@ -143,9 +168,9 @@ def _model() -> tuple[Any, Any, Any, Any]:
   for state, name in enumerate('BEMS'):
     known = {ord(character) - 0x4e00: value for character, value in emit[name].items() if '\u4e00' <= character <= '\u9fd5'}
     emission[state, list(known)] = list(known.values())
-  column = lambda values: np.array(values)[:, None]
-  return (column([start[y] for y in 'BEMS']), column([step[x][y] for x, y in zip('EBBE', 'BEMS')]),
-          column([step[x][y] for x, y in zip('SMMS', 'BEMS')]), emission)
+  steps = ([step[x][y] for x, y in zip(before, 'BEMS')] for before in ('EBBE', 'SMMS'))
+  first, from_first, from_second = (np.array(values)[:, None] for values in ([start[y] for y in 'BEMS'], *steps))
+  return first, from_first, from_second, emission
 
 
 _FIRST, _SECOND = (1, 0, 0, 1), (3, 2, 2, 3)  # the states that may come before B, E, M and S, in the order of the alphabet

@@ -29,9 +29,9 @@ class Context:
 
   self_bias: jax.Array  # relative positions, broadcastable to [B, H, T, S]
   self_mask: jax.Array  # additive
-  cross_mask: jax.Array | None = None
-  encoded: jax.Array | None = None  # [B, S, D]; None when decoding, where the cache holds what is needed of it
-  positions: jax.Array | None = None  # [B, T] of the tokens of a decoding step
+  cross_mask: Any = None  # additive; None in an encoder
+  encoded: Any = None  # [B, S, D]; None when decoding, where the cache holds what is needed of it
+  positions: Any = None  # [B, T] of the tokens of a decoding step
   dropout_rate: float = 0.0
   key: jax.Array | None = None  # of this layer; None outside training
 
@@ -98,14 +98,11 @@ class EncoderDecoder(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.token_embedder = Embedding(config, rngs)
-    self.encoder, self.decoder = nnx.Dict(), nnx.Dict()
-    self.experts = nnx.Dict()
+    self.experts: Any = nnx.Dict()
     for name, num_layers in (('encoder', config.num_encoder_layers), ('decoder', config.num_decoder_layers)):
-      layers, mlps = _stacked_layers(config, num_layers, name == 'decoder', rngs)
-      part = nnx.Dict(
-          relative_bias=RelativeBias(config, name == 'encoder', rngs), layers=layers, final_norm=RMSNorm(config))
-      setattr(self, name, part)
-      self.experts[name] = mlps
+      layers, self.experts[name] = _stacked_layers(config, num_layers, name == 'decoder', rngs)
+      bias = RelativeBias(config, name == 'encoder', rngs)
+      setattr(self, name, nnx.Dict(relative_bias=bias, layers=layers, final_norm=RMSNorm(config)))
     if not config.tie_embeddings:
       std = config.init_std if config.initializer == 'cpm2' else config.d_model**-0.5
       self.lm_head = normal(rngs, (config.d_model, config.vocab_size), std, ('embed', 'vocab'), config)
@@ -124,7 +121,6 @@ class Model:
     config.validate()
     self.config = config
     self.experts = experts
-    self._make = lambda key: EncoderDecoder(config, nnx.Rngs(params=key))
 
     def graph(make: Callable[[nnx.Rngs], Any]) -> Any:
       return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))[0]
@@ -132,8 +128,15 @@ class Model:
     self._embedding = graph(lambda rngs: Embedding(config, rngs))
     self._norm = graph(lambda rngs: RMSNorm(config))
     self._mlp = graph(lambda rngs: MLP(config, 1, rngs))
-    self._block = {name: graph(lambda rngs, d=d: Block(config, 1, d, rngs)) for name, d in (('encoder', False), ('decoder', True))}
-    self._bias = {name: graph(lambda rngs, b=b: RelativeBias(config, b, rngs)) for name, b in (('encoder', True), ('decoder', False))}
+    self._block = {
+        'encoder': graph(lambda rngs: Block(config, 1, False, rngs)),
+        'decoder': graph(lambda rngs: Block(config, 1, True, rngs))}
+    self._bias = {
+        'encoder': graph(lambda rngs: RelativeBias(config, True, rngs)),
+        'decoder': graph(lambda rngs: RelativeBias(config, False, rngs))}
+
+  def _make(self, key: jax.Array) -> EncoderDecoder:
+    return EncoderDecoder(self.config, nnx.Rngs(params=key))
 
   # Parameters.
 

@@ -109,7 +109,7 @@ class MLP(nnx.Module):
     return dense(dropout(hidden, dropout_rate, key), self.wo[...])
 
 
-def relative_position_bucket(distance: Any, *, bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray | jax.Array:
+def relative_position_bucket(distance: Any, *, bidirectional: bool, num_buckets: int, max_distance: int) -> Any:
   """The bucket of key position minus query position (T5, Raffel et al. 2020, section 2.1; T5's own rounding).
 
   Half of the buckets (of each direction, when bidirectional) are exact distances, the rest grow logarithmically up to

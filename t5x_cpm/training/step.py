@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import losses, optimizer, stability
 
@@ -85,20 +85,25 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   tx = optimizer.make(config.optimizer, config.train.steps, axes, abstract_params)
   schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
 
-  def loss_sums(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
+  def loss_sums(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, losses.Pairs]:
+    """The sum of the losses of the targets, the auxiliary losses of the layers, and pairs for the metrics."""
     logits, auxiliary, _, _ = model.apply(params, batch, key=key)
-    total, sums = losses.cross_entropy(
+    total, pairs = losses.cross_entropy(
         logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], config.optimizer.z_loss)
-    return total, sums | {name: (value, 1.0) for name, value in auxiliary.items()}
+    pairs |= {name: (value, jnp.ones_like(value)) for name, value in auxiliary.items()}
+    return total, sum(auxiliary.values(), jnp.zeros_like(total)), pairs
 
-  def gradients(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients of the mean loss over the weighted targets of the whole batch, and sums for the metrics."""
+  def gradients(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, losses.Pairs]:
+    """Gradients of the mean loss over the weighted targets of the whole batch, and pairs for the metrics."""
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1e-9)
 
-    def part(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
-      (_, sums), grads = jax.value_and_grad(
-          lambda p: (lambda total, sums: (total / weight, sums))(*loss_sums(p, batch, key)), has_aux=True)(params)
-      return grads, sums
+    def part(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, losses.Pairs]:
+      def objective(params: Any) -> tuple[jax.Array, losses.Pairs]:
+        total, auxiliary, pairs = loss_sums(params, batch, key)
+        return total / weight + auxiliary / config.train.microbatches, pairs
+
+      grads, pairs = jax.grad(objective, has_aux=True)(params)
+      return grads, pairs
 
     count = config.train.microbatches
     if count == 1:
@@ -110,7 +115,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
       return jax.tree.map(jnp.add, carry, part(params, micro, own)), None
 
     micro = _microbatches(batch, count)
-    shapes = jax.eval_shape(part, params, jax.tree.map(lambda x: x[0], micro), key)
+    shapes: Any = jax.eval_shape(part, params, jax.tree.map(lambda x: x[0], micro), key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(body, zeros, (jnp.arange(count), micro))[0]
 
@@ -157,20 +162,18 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   state_axes = {'step': (), 'params': axes, 'opt_state': optimizer.state_axes(tx, abstract_params, axes), 'halted': ()}
   state_shardings = mesh_lib.shardings(mesh, state_axes)
   shapes = batch_shapes(config)
-  batch_shardings = mesh_lib.shardings(mesh, {name: ('batch', 'length') for name in shapes})
+  batch_shardings = mesh_lib.shardings(mesh, dict.fromkeys(shapes, ('batch', 'length')))
 
   def on_mesh(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-  if jax.tree.structure(abstract) != jax.tree.structure(state_shardings):
-    raise ConfigError(f'OptimizerConfig.name = {config.optimizer.name!r}: its state has no layout on the mesh.')
   return Step(
       model=model,
       fn=jax.jit(
           train_step, donate_argnums=0, in_shardings=(state_shardings, None, batch_shardings),
           out_shardings=(state_shardings, None)),
       evaluate=jax.jit(
-          lambda params, batch: loss_sums(params, batch, None)[1], in_shardings=(state_shardings['params'], batch_shardings)),
+          lambda params, batch: loss_sums(params, batch, None)[2], in_shardings=(state_shardings['params'], batch_shardings)),
       explain=explain,
       init=jax.jit(init_state, out_shardings=state_shardings),
       abstract_state=on_mesh(abstract, state_shardings),

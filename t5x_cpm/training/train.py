@@ -187,12 +187,13 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
       return
     number, values, batch = pending
     pending = None
-    values = {name: value.item() for name, value in jax.device_get(values).items()}
-    if values.pop('halted'):
+    numbers = {name: value.item() for name, value in jax.device_get(values).items()}
+    if numbers.pop('halted'):
       raise FloatingPointError(
-          f'step {number}: loss {values["loss"]}, gradient norm {values["gradient_norm"]}; the first tensor that is not finite is '
-          f'{step.explain(state, {}, batch)}. The last checkpoint is intact. Try a lower OptimizerConfig.learning_rate or more warmup_steps.')
-    writers.step(number, values)
+          f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
+          f'finite is {step.explain(state, {}, batch)}. The last checkpoint is intact. Try a lower '
+          'OptimizerConfig.learning_rate or more OptimizerConfig.warmup_steps.')
+    writers.step(number, numbers)
 
   def validation(number: int) -> None:
     nonlocal evaluation, evaluated

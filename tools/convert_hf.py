@@ -1,0 +1,312 @@
+"""Models between this project and transformers' T5: T5 1.1, mT5, T5, and CPM-2 written as T5.
+
+    python tools/convert_hf.py import --hf=DIR --vocabulary=sentencepiece:DIR/spiece.model --model_dir=OUT
+    python tools/convert_hf.py export --model_dir=DIR [--step=N] --hf=OUT
+
+`import` reads config.json and the .safetensors files of a folder (or pytorch_model*.bin, which needs torch and is read without
+unpickling code) and writes a model_dir with a checkpoint of step 0: answer with `infer --model_dir=OUT`, train on with
+`--init_from=OUT`. `export` writes what `T5ForConditionalGeneration.from_pretrained` reads, and the vocabulary beside it.
+
+Parameters are converted in memory, in float32 unless the configuration of the run says otherwise. Kernels here are
+[in, out] and stacked over layers, there [out, in] and one a layer; query, key and value are never scaled on either side.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t5x_cpm.config import Config, ConfigError, ModelConfig, TaskConfig
+
+SHARD_BYTES = 4 * 2**30
+# ModelConfig field -> key of config.json. Where transformers has a default, files may leave the key out.
+FIELDS = {
+    'vocab_size': 'vocab_size', 'd_model': 'd_model', 'd_ff': 'd_ff', 'num_heads': 'num_heads', 'head_dim': 'd_kv',
+    'num_encoder_layers': 'num_layers', 'num_decoder_layers': 'num_decoder_layers',
+    'num_buckets': 'relative_attention_num_buckets', 'max_distance': 'relative_attention_max_distance',
+    'norm_epsilon': 'layer_norm_epsilon', 'dropout_rate': 'dropout_rate'}
+DEFAULTS = {'relative_attention_num_buckets': 32, 'relative_attention_max_distance': 128, 'layer_norm_epsilon': 1e-6,
+            'dropout_rate': 0.1}
+# Their 'gelu' is exact, which no published T5 uses; their 'gelu_new' is the tanh approximation, our 'gelu'.
+ACTIVATIONS = {'gated-gelu': 'gated_gelu', 'gated-gelu_new': 'gated_gelu', 'gated-silu': 'gated_silu', 'relu': 'relu',
+               'gelu_new': 'gelu'}
+# Copies of other tensors, and one table that T5 never used: in files of some versions.
+REDUNDANT = re.compile(
+    r'(en|de)coder\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight')
+
+
+class Tensor(NamedTuple):
+  """Where one parameter stands on both sides."""
+
+  path: str  # here: 'encoder/layers/attention/query'
+  name: str  # there; {} is the number of the layer where this is stacked
+  layers: int  # 0: not stacked
+  transposed: bool
+
+
+def tensors(config: ModelConfig) -> Iterator[Tensor]:
+  """Every parameter of a model."""
+  yield Tensor('token_embedder/embedding', 'shared.weight', 0, False)
+  gated = config.mlp_activation.startswith('gated')
+  for stack, layers in (('encoder', config.num_encoder_layers), ('decoder', config.num_decoder_layers)):
+    block = f'{stack}.block.{{}}.layer.'
+    parts = [('attention', 'SelfAttention')] + ([('cross_attention', 'EncDecAttention')] if stack == 'decoder' else [])
+    for index, (ours, theirs) in enumerate(parts):
+      yield Tensor(f'{stack}/layers/{ours}_norm/scale', f'{block}{index}.layer_norm.weight', layers, False)
+      for kernel in ('query', 'key', 'value', 'output'):
+        yield Tensor(f'{stack}/layers/{ours}/{kernel}', f'{block}{index}.{theirs}.{kernel[0]}.weight', layers, True)
+    last = len(parts)
+    yield Tensor(f'{stack}/layers/mlp_norm/scale', f'{block}{last}.layer_norm.weight', layers, False)
+    for kernel in ('wi_0', 'wi_1', 'wo') if gated else ('wi_0', 'wo'):
+      theirs = kernel if gated else kernel.removesuffix('_0')
+      yield Tensor(f'experts/{stack}/{kernel}', f'{block}{last}.DenseReluDense.{theirs}.weight', layers, True)
+    yield Tensor(f'{stack}/relative_bias/table', f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight', 0, False)
+    yield Tensor(f'{stack}/final_norm/scale', f'{stack}.final_layer_norm.weight', 0, False)
+  if not config.tie_embeddings:
+    yield Tensor('lm_head', 'lm_head.weight', 0, True)
+
+
+def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
+  """The ModelConfig of a config.json. Tied means here: tied and scaled by 1 / sqrt(d_model), as in the first T5.
+
+  Raises:
+    ConfigError: it is not a T5, or uses an activation that this project does not have.
+  """
+  kind = theirs.get('model_type')
+  if kind not in ('t5', 'mt5'):
+    raise ConfigError(f"config.json: model_type = {kind!r}: expected 't5' or 'mt5'.")
+  activation = theirs.get('feed_forward_proj', 'relu' if kind == 't5' else 'gated-gelu')
+  if activation not in ACTIVATIONS:
+    raise ConfigError(f'config.json: feed_forward_proj = {activation!r}: expected one of {", ".join(ACTIVATIONS)}.')
+  values: dict[str, Any] = {}
+  for ours, key in FIELDS.items():
+    value = theirs.get(key, DEFAULTS.get(key))
+    if value is None and key == 'num_decoder_layers':
+      value = theirs.get('num_layers')
+    if value is None:
+      raise ConfigError(f'config.json: {key} is missing.')
+    values[ours] = value
+  return ModelConfig(
+      mlp_activation=ACTIVATIONS[activation], tie_embeddings=is_scaled(theirs), initializer='t5', **values)
+
+
+def is_scaled(theirs: Mapping[str, Any]) -> bool:
+  """Whether a config.json says that the decoder's output is divided by sqrt(d_model)."""
+  if theirs.get('model_type') == 'mt5':
+    return False
+  # Version 5 ties always and keeps the old meaning of the other key here.
+  return bool(theirs.get('scale_decoder_outputs', theirs.get('tie_word_embeddings', True)))
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+  """The config.json of a ModelConfig, without the special tokens."""
+  activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp_activation)
+  return {
+      'model_type': 't5', 'architectures': ['T5ForConditionalGeneration'], 'is_encoder_decoder': True,
+      'feed_forward_proj': activation, 'tie_word_embeddings': config.tie_embeddings,
+  } | {key: getattr(config, ours) for ours, key in FIELDS.items()}
+
+
+def head_to_ours(config: ModelConfig, given: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+  """Brings the four combinations of (tied or not, scaled or not) to the two of ModelConfig.tie_embeddings.
+
+  Args:
+    config: tie_embeddings says whether they scale.
+    given: the tensors; a head that equals the embedding table is tied.
+
+  Returns:
+    The configuration, and tensors that fit it.
+  """
+  given = {name: value for name, value in given.items() if not REDUNDANT.fullmatch(name)}
+  shared = given.get('shared.weight')
+  own = given.pop('lm_head.weight', None)
+  tied = own is None or (shared is not None and np.array_equal(own, shared))
+  if shared is None or tied == config.tie_embeddings:
+    return config, given if tied else given | {'lm_head.weight': own}
+  head = np.asarray(shared if tied else own)
+  if config.tie_embeddings:  # a head of its own, and scaled: put the scale into the head
+    head = head * np.asarray(config.d_model**-0.5, head.dtype)
+  return ModelConfig(**{**vars(config), 'tie_embeddings': False}), given | {'lm_head.weight': head}
+
+
+def to_params(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Our parameters, numpy in ModelConfig.param_dtype, from their tensors.
+
+  Raises:
+    ConfigError: with every tensor that is missing, left over, or of another shape than the configuration says (up to 5).
+  """
+  import jax
+
+  from t5x_cpm.models import encoder_decoder
+
+  abstract = encoder_decoder.build(config).abstract()[0]
+  table = {tensor.path: tensor for tensor in tensors(config)}
+  wrong, used = [], set()
+
+  def convert(path: Any, leaf: Any) -> np.ndarray:
+    tensor = table[jax.tree_util.keystr(path, simple=True, separator='/')]
+    value = np.empty(leaf.shape, leaf.dtype)
+    for index, part in enumerate(value if tensor.layers else [value]):
+      name = tensor.name.format(index)
+      used.add(name)
+      found = given.get(name)
+      shape = part.shape[::-1] if tensor.transposed else part.shape
+      if found is None:
+        wrong.append(f'{name}: missing')
+      elif tuple(found.shape) != shape:
+        wrong.append(f'{name}: {list(found.shape)}, expected {list(shape)}')
+      else:
+        part[...] = found.T if tensor.transposed else found
+    return value
+
+  params = jax.tree_util.tree_map_with_path(convert, abstract)
+  wrong += [f'{name}: not of a T5 of this configuration' for name in given if name not in used]
+  if wrong:
+    more = [f'and {len(wrong) - 5} more'] if len(wrong) > 5 else []
+    raise ConfigError('the tensors do not fit config.json:\n  ' + '\n  '.join(wrong[:5] + more))
+  return params
+
+
+def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+  """Their tensors, one at a time, from our parameters."""
+  for tensor in tensors(config):
+    value = params
+    for key in tensor.path.split('/'):
+      value = value[key]
+    stacked = np.asarray(value)
+    for index, part in enumerate(stacked if tensor.layers else [stacked]):
+      yield tensor.name.format(index), np.ascontiguousarray(part.T if tensor.transposed else part)
+
+
+def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tensors of a folder: .safetensors if there are any, otherwise .bin files of torch.
+
+  Raises:
+    ConfigError: there is neither; or only the latter and torch is not installed.
+  """
+  import safetensors.numpy
+
+  result: dict[str, np.ndarray] = {}
+  safe, binary = sorted(folder.glob('model*.safetensors')), sorted(folder.glob('pytorch_model*.bin'))
+  for file in safe:
+    result |= safetensors.numpy.load_file(file)
+  if safe:
+    return result
+  if not binary:
+    raise ConfigError(f'{folder} has no model*.safetensors and no pytorch_model*.bin.')
+  try:
+    import torch
+  except ImportError:
+    raise ConfigError(f'{binary[0]} needs torch to be read: pip install t5x_cpm[torch], or save it as .safetensors.') from None
+  for file in binary:
+    for name, value in torch.load(file, map_location='cpu', weights_only=True, mmap=True).items():
+      result[name] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+  return result
+
+
+def write_tensors(folder: pathlib.Path, pairs: Iterator[tuple[str, np.ndarray]], limit: int = SHARD_BYTES) -> None:
+  """Writes .safetensors files of at most `limit` bytes (or one tensor) and their index."""
+  import safetensors.numpy
+
+  shards: list[dict[str, int]] = []
+  part: dict[str, np.ndarray] = {}
+
+  def flush() -> None:
+    safetensors.numpy.save_file(part, folder / f'part-{len(shards):05}', metadata={'format': 'pt'})
+    shards.append({name: value.nbytes for name, value in part.items()})
+    part.clear()
+
+  for name, value in pairs:
+    if part and sum(other.nbytes for other in part.values()) + value.nbytes > limit:
+      flush()
+    part[name] = value
+  flush()
+  if len(shards) == 1:
+    (folder / 'part-00000').replace(folder / 'model.safetensors')
+    return
+  places = {}
+  for index, shard in enumerate(shards):
+    file = f'model-{index + 1:05}-of-{len(shards):05}.safetensors'
+    (folder / f'part-{index:05}').replace(folder / file)
+    places |= dict.fromkeys(shard, file)
+  total = sum(sum(shard.values()) for shard in shards)
+  index_json = {'metadata': {'total_size': total}, 'weight_map': places}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index_json, indent=2) + '\n')
+
+
+def import_hf(hf: pathlib.Path, vocabulary_spec: str, objective: str, model_dir: str) -> None:
+  """Writes a model_dir from a folder of transformers."""
+  import jax.numpy as jnp
+
+  from t5x_cpm.data import vocabulary as vocabulary_lib
+  from t5x_cpm.training import checkpoint, train
+
+  if not (hf / 'config.json').is_file():
+    raise ConfigError(f'--hf={hf}: there is no config.json in it.')
+  vocabulary = vocabulary_lib.load(vocabulary_spec) if vocabulary_spec else vocabulary_lib.load_saved(hf / 'vocabulary')
+  model, given = head_to_ours(read_config(json.loads((hf / 'config.json').read_text())), read_tensors(hf))
+  objective = objective or ('t5' if vocabulary.kind == 'sentencepiece' else 'isolated')
+  config = Config(model=model, task=TaskConfig(name='imported', vocabulary=vocabulary.spec, objective=objective))
+  config.validate()
+  train.check_vocabulary(config, vocabulary)
+  params = to_params(model, given)
+  with checkpoint.Manager(model_dir, config, info={'vocabulary': vocabulary.fingerprint}) as manager:
+    if manager.latest_step() is not None:
+      raise ConfigError(f'--model_dir={model_dir} has a checkpoint already: give a new directory.')
+    vocabulary.save(pathlib.Path(model_dir) / 'vocabulary')
+    manager.save(0, {'step': jnp.int32(0), 'params': params})
+
+
+def export_hf(model_dir: str, step: int | None, hf: pathlib.Path) -> None:
+  """Writes a folder of transformers from a checkpoint."""
+  from t5x_cpm.data import vocabulary as vocabulary_lib
+  from t5x_cpm.training import checkpoint, run_directory
+
+  run = run_directory.read_run(model_dir, step)
+  saved = pathlib.Path(model_dir) / 'vocabulary'
+  vocabulary = vocabulary_lib.load_saved(saved)
+  if hf.exists() and any(hf.iterdir()):
+    raise ConfigError(f'--hf={hf} is not empty: give a new directory.')
+  hf.mkdir(parents=True, exist_ok=True)
+  tokens = {'pad_token_id': vocabulary.pad_id, 'eos_token_id': vocabulary.eos_id, 'decoder_start_token_id': vocabulary.bos_id}
+  (hf / 'config.json').write_text(json.dumps(write_config(run.config.model) | tokens, indent=2) + '\n')
+  write_tensors(hf, from_params(run.config.model, checkpoint.load_params(model_dir, step=run.step)))
+  shutil.copytree(saved, hf / 'vocabulary')
+  if vocabulary.kind == 'sentencepiece':  # where transformers' tokenizer looks for it
+    with contextlib.suppress(shutil.SameFileError):
+      shutil.copyfile(saved / pathlib.Path(vocabulary.files[0]).name, hf / 'spiece.model')
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  modes = parser.add_subparsers(dest='mode', required=True)
+  reads = modes.add_parser('import', help='from transformers')
+  reads.add_argument('--hf', required=True, type=pathlib.Path, help='folder with config.json and weights')
+  reads.add_argument('--vocabulary', default='', help="such as sentencepiece:FILE; default: what `export` left in the folder")
+  reads.add_argument('--objective', default='', help="how it was trained; default 't5', for CPM vocabularies 'isolated'")
+  reads.add_argument('--model_dir', required=True, help='new folder')
+  writes = modes.add_parser('export', help='to transformers')
+  writes.add_argument('--model_dir', required=True)
+  writes.add_argument('--step', type=int, default=None, help='default: the last checkpoint')
+  writes.add_argument('--hf', required=True, type=pathlib.Path, help='new folder')
+  given = vars(parser.parse_args(argv))
+  run: Callable[..., None] = import_hf if given.pop('mode') == 'import' else export_hf
+  if 'vocabulary' in given:
+    given['vocabulary_spec'] = given.pop('vocabulary')
+  try:
+    run(**given)
+  except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
