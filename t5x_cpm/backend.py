@@ -41,7 +41,7 @@ def keep_compiled_programs() -> None:
   """
   import jax
 
-  if not jax.config.read('jax_compilation_cache_dir'):
+  if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     root = pathlib.Path(os.environ.get('T5X_CPM_CACHE', '~/.cache/t5x_cpm')).expanduser()
     jax.config.update('jax_compilation_cache_dir', str(root / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+from t5x_cpm.config import ConfigError
+from t5x_cpm.training import train
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -104,6 +107,28 @@ def test_a_reached_step_count_is_said_and_changes_nothing(folder):
   done = run(folder, 'whole', 30)
   assert done.returncode == 0 and 'nothing to do' in done.stdout
   assert (folder / 'whole' / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_run_that_diverges_names_the_first_bad_tensor_and_keeps_its_checkpoints(folder):
+  done = run(folder, 'diverged', 30, '--gin.OptimizerConfig.learning_rate=1e37', '--gin.OptimizerConfig.clip_norm=0.0')
+  assert done.returncode == 1, done.stderr[-3000:]
+  assert 'the first tensor that is not finite is' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+  with train.prefetch(lambda index: index * 2, 3, 8) as items:
+    assert list(items) == [6, 8, 10, 12, 14]
+
+  def fail(index):
+    if index == 2:
+      raise ConfigError('bad piece')
+    return index
+
+  with pytest.raises(ConfigError, match='bad piece'), train.prefetch(fail, 0, 9) as items:
+    assert [next(items), next(items)] == [0, 1]
+    next(items)
+  with train.prefetch(lambda index: index, 0, 10**9) as items:
+    next(items)  # leaving early ends the thread
 
 
 def test_another_identity_is_refused_and_a_free_field_is_not(folder):

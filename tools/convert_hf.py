@@ -12,7 +12,7 @@ Parameters are converted in memory, in float32 unless the configuration of the r
 """
 
 import argparse
-import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -67,7 +67,8 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     for kernel in ('wi_0', 'wi_1', 'wo') if gated else ('wi_0', 'wo'):
       theirs = kernel if gated else kernel.removesuffix('_0')
       yield Tensor(f'experts/{stack}/{kernel}', f'{block}{last}.DenseReluDense.{theirs}.weight', layers, True)
-    yield Tensor(f'{stack}/relative_bias/table', f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight', 0, False)
+    table = f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+    yield Tensor(f'{stack}/relative_bias/table', table, 0, False)
     yield Tensor(f'{stack}/final_norm/scale', f'{stack}.final_layer_norm.weight', 0, False)
   if not config.tie_embeddings:
     yield Tensor('lm_head', 'lm_head.weight', 0, True)
@@ -133,7 +134,7 @@ def head_to_ours(config: ModelConfig, given: Mapping[str, Any]) -> tuple[ModelCo
   head = np.asarray(shared if tied else own)
   if config.tie_embeddings:  # a head of its own, and scaled: put the scale into the head
     head = head * np.asarray(config.d_model**-0.5, head.dtype)
-  return ModelConfig(**{**vars(config), 'tie_embeddings': False}), given | {'lm_head.weight': head}
+  return dataclasses.replace(config, tie_embeddings=False), given | {'lm_head.weight': head}
 
 
 def to_params(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,8 +281,7 @@ def export_hf(model_dir: str, step: int | None, hf: pathlib.Path) -> None:
   write_tensors(hf, from_params(run.config.model, checkpoint.load_params(model_dir, step=run.step)))
   shutil.copytree(saved, hf / 'vocabulary')
   if vocabulary.kind == 'sentencepiece':  # where transformers' tokenizer looks for it
-    with contextlib.suppress(shutil.SameFileError):
-      shutil.copyfile(saved / pathlib.Path(vocabulary.files[0]).name, hf / 'spiece.model')
+    shutil.copyfile(saved / pathlib.Path(vocabulary.files[0]).name, hf / 'spiece.model')
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -254,7 +254,7 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
   """
   config.eval.validate()
   config.decode.validate()
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   names = [name.strip() for name in names if name.strip()]
   if not names:
     raise ConfigError('eval needs --tasks=NAME,...; `t5x_cpm tasks` lists them.')

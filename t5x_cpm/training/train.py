@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from t5x_cpm import backend
+from t5x_cpm import backend, gin_utils
 from t5x_cpm import config as config_lib
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError
@@ -159,7 +158,8 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   manager = checkpoint.Manager(model_dir, config, info=info)
-  reader.vocabulary.save(epath.Path(model_dir) / 'vocabulary')
+  reader.vocabulary.save(manager.model_dir / 'vocabulary')
+  run_directory.write_atomically(manager.model_dir / 'config.gin', gin_utils.dump(config).encode())
   latest = manager.latest_step()
   if latest is not None and latest >= config.train.steps:
     print(f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '

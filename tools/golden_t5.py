@@ -1,0 +1,130 @@
+"""Makes tests/golden/t5_parity.npz: what transformers' T5ForConditionalGeneration computes from given weights.
+
+    pip install -e .[torch] && python tools/golden_t5.py
+
+The model is T5 1.1 in small (gated-gelu, untied head), with a head_dim that is not d_model / num_heads, stacks of different
+depth and sequences longer than max_distance. Weights are drawn so that logits have a standard deviation above 1: with the tiny
+initial weights of CPM-2 almost any mistake would pass. One row is padded on the right, one on the left; the decoder on the
+right. `tests/test_parity.py` compares this project with the file, and where torch and transformers are installed it makes
+the figures anew.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+CONFIG = {
+    'vocab_size': 67, 'd_model': 32, 'd_kv': 12, 'd_ff': 48, 'num_layers': 3, 'num_decoder_layers': 2, 'num_heads': 2,
+    'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 16, 'feed_forward_proj': 'gated-gelu',
+    'tie_word_embeddings': False, 'dropout_rate': 0.0, 'layer_norm_epsilon': 1e-6, 'pad_token_id': 0, 'eos_token_id': 1,
+    'decoder_start_token_id': 0}
+GREEDY = {'num_beams': 1, 'max_new_tokens': 16}
+# length_penalty and early_stopping of the beam searches; the first are transformers' own defaults.
+BEAMS = [
+    {'num_beams': 4, 'max_new_tokens': 16, 'length_penalty': 1.0, 'early_stopping': False},
+    {'num_beams': 4, 'max_new_tokens': 16, 'length_penalty': 0.6, 'early_stopping': True},
+    {'num_beams': 4, 'max_new_tokens': 16, 'length_penalty': 2.0, 'early_stopping': False},
+]
+PREFIX = {'weight': 'weight/', 'gradient': 'gradient/'}
+
+
+def draw(model: Any, rng: np.random.Generator) -> None:
+  """Replaces the weights of a model: every part matters, and no softmax is saturated."""
+  import torch
+
+  head = 1.5 if not model.config.scale_decoder_outputs else 1.5 * model.config.d_model**0.5
+  with torch.no_grad():
+    for name, value in sorted(model.named_parameters()):
+      shape = tuple(value.shape)
+      if name.endswith('layer_norm.weight'):
+        drawn = 1.0 + 0.3 * rng.standard_normal(shape)
+      elif name.endswith('relative_attention_bias.weight'):
+        drawn = rng.standard_normal(shape)
+      elif name == 'shared.weight':
+        drawn = rng.standard_normal(shape) * (head * shape[1]**-0.5 if model.lm_head.weight is value else 1.0)
+      elif name == 'lm_head.weight':
+        drawn = head * rng.standard_normal(shape) * shape[1]**-0.5
+        drawn[1] *= 1.5  # makes the end of sequence come now and then
+      else:
+        gain = model.config.d_kv**-0.5 if name.endswith('.q.weight') else 1.0
+        drawn = gain * rng.standard_normal(shape) * shape[1]**-0.5
+      value.copy_(torch.from_numpy(drawn.astype(np.float32)))
+
+
+def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int = 21) -> dict[str, np.ndarray]:
+  """Weights, inputs and results of one model, float32.
+
+  Args:
+    config: keys of config.json; 'tie_word_embeddings' False gives the model a head of its own.
+    seed: of weights and inputs.
+    rows, S, T: batch size and lengths.
+
+  Returns:
+    Arrays by name, fit for np.savez: config (JSON), input_ids, attention_mask [rows, S], labels [rows, T] (-100: none),
+    decoder_input_ids [rows, T], weight/NAME and gradient/NAME by the names of transformers, logits [rows, T, V], loss, greedy
+    [rows, n], beam/K/settings (JSON), beam/K/tokens, beam/K/scores.
+  """
+  import torch
+  import transformers
+
+  rng = np.random.default_rng(seed)
+  model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config)).eval()
+  if not config['tie_word_embeddings']:  # version 5 ties the tables whatever the configuration says
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+  draw(model, rng)
+  weights = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
+
+  V = config['vocab_size']
+  input_ids = rng.integers(2, V, (rows, S))
+  attention_mask = np.ones((rows, S), np.int64)
+  attention_mask[1, S - 7:] = 0
+  attention_mask[2, :5] = 0
+  input_ids[attention_mask == 0] = 0
+  labels = rng.integers(1, V, (rows, T))
+  labels[1, T - 4:] = -100
+  labels[3, T - 9:] = -100
+  encoder = {'input_ids': torch.from_numpy(input_ids), 'attention_mask': torch.from_numpy(attention_mask)}
+  out = model(**encoder, labels=torch.from_numpy(labels))
+  out.loss.backward()
+  result = {
+      'config': np.asarray(json.dumps(config)), 'input_ids': input_ids, 'attention_mask': attention_mask, 'labels': labels,
+      'decoder_input_ids': model.prepare_decoder_input_ids_from_labels(torch.from_numpy(labels)).numpy(),
+      'logits': out.logits.detach().numpy(), 'loss': out.loss.detach().numpy(),
+      'versions': np.asarray(f'torch {torch.__version__}, transformers {transformers.__version__}, seed {seed}'),
+  }
+  result |= {PREFIX['weight'] + name: value for name, value in weights.items()}
+  for name, value in model.named_parameters():
+    assert value.grad is not None
+    result[PREFIX['gradient'] + name] = value.grad.numpy()
+
+  def generate(settings: dict[str, Any]) -> Any:
+    return model.generate(**encoder, **settings, do_sample=False, return_dict_in_generate=True, output_scores=True)
+
+  result['greedy'] = generate(GREEDY).sequences.numpy()
+  for index, settings in enumerate(BEAMS):
+    found = generate(settings)
+    result[f'beam/{index}/settings'] = np.asarray(json.dumps(settings))
+    result[f'beam/{index}/tokens'] = found.sequences.numpy()
+    result[f'beam/{index}/scores'] = found.sequences_scores.numpy()
+  return {name: value.astype(np.int32) if value.dtype == np.int64 else value for name, value in result.items()}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  default = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'golden' / 't5_parity.npz'
+  parser.add_argument('--output', type=pathlib.Path, default=default)
+  parser.add_argument('--seed', type=int, default=1)
+  given = parser.parse_args()
+  result = make(CONFIG, given.seed)
+  given.output.parent.mkdir(parents=True, exist_ok=True)
+  np.savez_compressed(given.output, **result)
+  lengths = [int((row[1:] != 0).sum()) for row in result['greedy']]
+  print(f'{given.output}: {given.output.stat().st_size / 1e3:.0f} kB, {result["versions"]}, deviation of logits '
+        f'{result["logits"].std():.2f}, loss {float(result["loss"]):.4f}, lengths of greedy answers {lengths}')
+
+
+if __name__ == '__main__':
+  main()
