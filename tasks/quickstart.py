@@ -15,7 +15,7 @@ HELD_OUT = 20  # every 20th passage is for validation
 
 ROWS = (
     MixtureRow('quickstart', 'Chinese, English and parallel passages and arithmetic stories',
-               {'quickstart_zh': 1, 'quickstart_en': 1, 'quickstart_parallel': 1, 'quickstart_stories': 3},
+               {'quickstart_zh': 1, 'quickstart_en': 1, 'quickstart_parallel': 1, 'quickstart_stories': 6},
                vocabulary=VOCABULARY),
     Row('quickstart_zh', 'short Chinese passages', 'quickstart', 'zh', vocabulary=VOCABULARY),
     Row('quickstart_en', 'short English passages', 'quickstart', 'en', vocabulary=VOCABULARY),

@@ -44,7 +44,8 @@ def test_each_masked_token_counts_once(model_dir, capsys):
   # By hand: rows one by one.
   engine = inference.load(model_dir)
   config = evaluate.task_config(config_of(model_dir, batch_size=1), 'wiki_zh')
-  loss, correct, count, rows = 0.0, 0, 0, 0
+  marks = {*engine.vocabulary.sentinels, engine.vocabulary.eos_id}
+  loss, correct, count, rows, text_correct, text = 0.0, 0, 0, 0, 0, 0
   for batch in reader_lib.open_reader(config, 'validation').eval_batches():
     rows += 1
     logits = np.asarray(engine.model.apply(engine.params, batch)[0][0], np.float64)
@@ -54,13 +55,17 @@ def test_each_masked_token_counts_once(model_dir, capsys):
         loss -= log_probs[position, token]
         correct += int(logits[position].argmax() == token)
         count += 1
+        text += token not in marks
+        text_correct += token not in marks and logits[position].argmax() == token
+  assert 0 < text < count
   assert rows % 4, 'the last batch of 4 should be partial'
-  assert got['masked_tokens'] == count
+  assert got['targets'] == count
   assert got['loss'] == pytest.approx(loss / count, rel=1e-4)
   assert got['perplexity'] == pytest.approx(np.exp(loss / count), rel=1e-3)
   assert got['accuracy'] == pytest.approx(correct / count)
+  assert got['text_accuracy'] == pytest.approx(text_correct / text)
   out = capsys.readouterr().out.splitlines()
-  assert out[0].split() == ['step', '5', 'loss', 'perplexity', 'accuracy', 'masked_tokens']
+  assert out[0].split() == ['step', '5', 'loss', 'perplexity', 'accuracy', 'text_accuracy', 'targets']
   assert out[1].split()[0] == 'wiki_zh' and len({len(line) for line in out}) == 1
   saved = json.loads((model_dir / 'eval' / '5' / 'metrics.json').read_text())
   assert saved['wiki_zh']['metrics'] == got
@@ -96,7 +101,7 @@ def pairs_task(folder):
   seen = {}
 
   def source(split, shuffle_files, seed=None):
-    return tf.data.Dataset.from_tensor_slices({'inputs': [a for a, _ in PAIRS], 'targets': [b for _, b in PAIRS]})
+    return tf.data.Dataset.from_tensor_slices({'inputs': [a for a, _ in PAIRS], 'targets': [b for _, b in PAIRS]})  # type: ignore
 
   def hits(targets, predictions):
     seen['predict'] = (targets, predictions)
@@ -107,7 +112,7 @@ def pairs_task(folder):
     return {'mean_score': seqio.metrics.Scalar(np.mean(scores))}
 
   seqio.TaskRegistry.add(
-      'measured', seqio.FunctionDataSource(source, splits=['validation']),
+      'measured', seqio.FunctionDataSource(source, splits=['validation']),  # type: ignore
       preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
       output_features={name: seqio.Feature(adapter, add_eos=True) for name in ('inputs', 'targets')},
       postprocess_fn=lambda value, example, is_target: value + ('!' if is_target else '?' * (len(example['inputs']) > 0)),

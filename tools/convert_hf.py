@@ -232,7 +232,7 @@ def write_tensors(folder: pathlib.Path, pairs: Iterator[tuple[str, np.ndarray]],
   if len(shards) == 1:
     (folder / 'part-00000').replace(folder / 'model.safetensors')
     return
-  places = {}
+  places: dict[str, str] = {}
   for index, shard in enumerate(shards):
     file = f'model-{index + 1:05}-of-{len(shards):05}.safetensors'
     (folder / f'part-{index:05}').replace(folder / file)

@@ -58,9 +58,9 @@ def answers(path: pathlib.Path) -> list[str]:
 
 
 def accuracy(model_dir: pathlib.Path) -> float:
-  """Accuracy on masked tokens of the validation split, from the last evaluation in metrics.jsonl."""
-  records = [json.loads(line) for line in (model_dir / 'metrics.jsonl').read_text().splitlines()]
-  return [record['accuracy'] for record in records if record['split'] == 'eval'][-1]
+  """Accuracy on the masked tokens of the validation split, sentinels left out, as `eval` wrote it."""
+  newest = max((model_dir / 'eval').iterdir(), key=lambda folder: int(folder.name))
+  return json.loads((newest / 'metrics.json').read_text())['quickstart']['metrics']['text_accuracy']
 
 
 def main() -> None:
@@ -94,8 +94,8 @@ def main() -> None:
   run(*command)
 
   print('\n5. Evaluation, and blanks in sentences that the model has not read.')
-  run('-m', 't5x_cpm', 'eval', f'--model_dir={trained}', '--tasks=quickstart')
   for model_dir in (untrained, trained):
+    run('-m', 't5x_cpm', 'eval', f'--model_dir={model_dir}', '--tasks=quickstart')
     run('-m', 't5x_cpm', 'infer', f'--model_dir={model_dir}', f'--input={BLANKS}', f'--output={model_dir}/answers.jsonl')
   print('\n{:<12}{}'.format('', 'accuracy on masked tokens of held-out text'))
   for name, model_dir in (('untrained', untrained), ('trained', trained)):

@@ -26,7 +26,7 @@ from typing import Any
 
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import word_cut
-from t5x_cpm.data.vocabulary_base import BLANK, MARKS, SPECIALS, UNMARKS, Vocabulary, Words, no_options, read
+from t5x_cpm.data.vocabulary_base import BLANK, MARKS, SPECIALS, UNMARKS, Vocabulary, no_options, read
 from t5x_cpm.data.vocabulary_cpm2 import Cpm2, Lossless
 
 __all__ = ['BLANK', 'Vocabulary', 'load', 'load_saved']
@@ -48,11 +48,10 @@ class Cpm1(Vocabulary):
       raise ConfigError(f'{path}: no piece {", ".join(unknown)}: it is not the vocabulary of CPM-1.')
     self.unk_id, self.bos_id, self.pad_id, self.eos_id = ids['<unk>'], ids['<s>'], ids['<pad>'], ids['<eod>']
     self.sentinels = ()
-    # No piece reaches over a space, so that the words can be given to SentencePiece one by one.
-    self._words = Words(lambda word: ''.join(map(chr, _encode(self._model, word.translate(MARKS)))))
 
   def encode(self, text: str) -> list[int]:
-    return list(map(ord, ''.join([''.join(map(self._words.__getitem__, words)) for words in word_cut.cut(text)])))
+    # Not word by word: SentencePiece adds up in 32 bits, so that of nearly equal ways the text before decides.
+    return _encode(self._model, ' '.join([' '.join(words) for words in word_cut.cut(text.translate(MARKS))]))
 
   def decode(self, ids: Iterable[int]) -> str:
     special = {self.bos_id, self.pad_id, self.eos_id}

@@ -14,7 +14,6 @@ from t5x_cpm.data import word_cut
 from t5x_cpm.data.vocabulary_base import LINE_FEED, MARKS, SPACE, SPECIALS, UNMARKS, Vocabulary, Words, no_options, read
 
 _HAN = re.compile('[\u4e00-\u9fff]')
-_ONLY_HAN = re.compile('[\u4e00-\u9fff]+')
 _SENTINEL = re.compile(r'<s_(\d+)>')
 _BYTES = [f'<0x{value:02X}>' for value in range(256)]
 # Full-width ASCII to half-width, but for the punctuation that Chinese text is written with.
@@ -47,28 +46,35 @@ class Cpm2(Vocabulary):
     self._silent = {index[piece] for piece in ('<sep>', '<mask>', '<go>', *SPECIALS[1:]) if piece in index}
     not_text = {self.unk_id, *self._silent, *self.sentinels, *self._byte_value}
     tokens = {piece: chr(token) for piece, token in index.items() if token not in not_text}
-    self._continued = {piece[2:]: token for piece, token in tokens.items() if _continues(piece)}
-    self._start = {piece: token for piece, token in tokens.items() if not _continues(piece)}
-    self._longest_piece = max(map(len, tokens))
-    self.bilingual = bool(self._continued) or '<go>' in index
+    first = {piece: token for piece, token in tokens.items() if not _continues(piece)}
+    continued = {piece[2:]: token for piece, token in tokens.items() if _continues(piece) and not _is_chinese(piece[2:])}
+    self.bilingual = bool(continued) or '<go>' in index
+    self._space, self._line_feed = first[SPACE], first[LINE_FEED]
+    self._first = _prefixes(first)
+    self._next = self._first
+    if self.bilingual:
+      self._next = _prefixes(continued | {piece: token for piece, token in first.items() if self._stays(piece)})
     self._unknown = chr(self.unk_id)
     self._words = Words(self._match)
-    self._words_and_separator = Words(lambda word: _SEPARATOR_TOKEN if word == _SEPARATOR else self._words[word])
+
+  def _stays(self, piece: str) -> bool:
+    """Whether a piece may also stand inside a word as it is, without '##'."""
+    return _is_chinese(piece)
 
   @functools.cached_property
   def _joins(self) -> tuple[list[bool], list[bool]]:
     """Whether a token, as the first and as the second of two, takes part in leaving out the space between them."""
-    not_chinese = [not (_HAN.search(piece) or piece == SPACE) for piece in self.pieces]
+    not_chinese = [not _is_chinese(piece) for piece in self.pieces]
     return not_chinese, not_chinese
 
   @functools.cached_property
   def _implied_space(self) -> re.Pattern[str]:
     first, second = self._joins
-    space = re.escape(self._start[SPACE])
+    space = re.escape(self._space)
     return re.compile(f'{space}(?<={_any(first)}{space})(?={_any(second)})')
 
   def encode(self, text: str) -> list[int]:
-    return _numbers(self._join(self._tokens(text, self._words)))
+    return _numbers(self._join(self._tokens(text)))
 
   def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     ids: list[list[int]] = []
@@ -76,8 +82,8 @@ class Cpm2(Vocabulary):
     size = 0
     for text in itertools.chain(texts, [None]):
       if text is None or size + len(text) > _BATCH or _SEPARATOR in text:
-        tokens = self._join(self._tokens(_SEPARATOR.join(batch), self._words_and_separator))
-        ids += map(_numbers, tokens.split(_SEPARATOR_TOKEN)) if batch else []
+        if batch:
+          ids += map(_numbers, self._join(self._tokens(_SEPARATOR.join(batch), separated=True)).split(_SEPARATOR_TOKEN))
         batch, size = [], 0
       if text is not None and _SEPARATOR in text:
         ids.append(self.encode(text))
@@ -87,15 +93,19 @@ class Cpm2(Vocabulary):
     return ids
 
   def _encode_around_blanks(self, parts: list[str]) -> list[int]:
-    tokens = self._tokens(parts[0], self._words)
+    tokens = self._tokens(parts[0])
     for sentinel, part in zip(self.sentinels, parts[1:]):
-      tokens += chr(sentinel) + self._tokens(part, self._words)
+      tokens += chr(sentinel) + self._tokens(part)
     return _numbers(self._join(tokens))
 
-  def _tokens(self, text: str, words: Words) -> str:
+  def _tokens(self, text: str, separated: bool = False) -> str:
+    """The tokens of the words of a text, or of texts with separators between them."""
     if not self.bilingual:
       text = _FULL_WIDTH.sub(lambda match: _HALF_WIDTH[match[0]], text)
-    return ''.join([''.join(map(words.__getitem__, part)) for part in word_cut.cut(text)])
+    tokens = ''.join([''.join(map(self._words.__getitem__, words)) for words in word_cut.cut(text)])
+    if not separated and _SEPARATOR in text:
+      tokens = tokens.replace(_SEPARATOR_TOKEN, self._longest_first(_SEPARATOR, self._first))
+    return tokens
 
   def _join(self, tokens: str) -> str:
     """The tokens of a text from those of its words: without the spaces that decoding puts back."""
@@ -103,28 +113,27 @@ class Cpm2(Vocabulary):
 
   def _match(self, word: str) -> str:
     """The tokens of a word."""
+    if word == _SEPARATOR:
+      return _SEPARATOR_TOKEN
     if len(word) > self._longest_word:
       return self._unknown
-    word = word.translate(MARKS)
-    return self._start.get(word) or self._match_parts(word, self._start)
+    return self._longest_first(word.translate(MARKS), self._first)
 
-  def _match_parts(self, word: str, table: dict[str, str]) -> str:
-    """The tokens of a word, longest piece first; those at its beginning are looked up in `table`."""
-    chinese = not self.bilingual or _ONLY_HAN.fullmatch(word) is not None
-    mixed = not chinese and not word.isascii()
-    tokens, place = '', 0
-    while place < len(word):
-      for end in range(min(len(word), place + self._longest_piece), place, -1):
-        part = word[place:end]
-        token = (self._start if mixed and _HAN.search(part) else table).get(part)
-        if token is not None:
-          tokens += token
+  def _longest_first(self, word: str, table: dict[str, str]) -> str:
+    """The tokens of a word, of which the first is looked up in `table` and the others in `self._next`."""
+    tokens, place, length = '', 0, len(word)
+    while place < length:
+      token = ''
+      match_end = end = place + 1
+      while end <= length:
+        entry = table.get(word[place:end])
+        if entry is None:
           break
-      else:
-        end = place + 1
-        tokens += self._fallback(word[place])
-      place = end
-      table = self._start if chinese else self._continued
+        if entry:
+          token, match_end = entry, end
+        end += 1
+      tokens += token or self._fallback(word[place])
+      place, table = match_end, self._next
     return tokens
 
   def _fallback(self, character: str) -> str:
@@ -175,8 +184,9 @@ class Lossless(Cpm2):
     if missing:
       raise ConfigError(f'{path}: no piece {missing[0]}; a vocabulary with pieces for bytes needs all 256.')
     self._byte = {value: chr(token) for token, value in self._byte_value.items()}
-    # In the middle of a word such a piece would seem to begin another one.
-    self._start = {p: t for p, t in self._start.items() if not (_is_latin(p[0]) and _HAN.search(p))}
+
+  def _stays(self, piece: str) -> bool:
+    return super()._stays(piece) and not _is_latin(piece[0])  # it would seem to begin another word
 
   @functools.cached_property
   def _joins(self) -> tuple[list[bool], list[bool]]:
@@ -194,14 +204,14 @@ class Lossless(Cpm2):
     return re.compile(f'(?<={_any(first)}){_any([joins and t not in sentinels for t, joins in enumerate(second)])}')
 
   def _join(self, tokens: str) -> str:
-    continued = self._touching.sub(lambda match: self._match_parts(self.pieces[ord(match[0])], self._continued), tokens)
+    continued = self._touching.sub(lambda match: self._longest_first(self.pieces[ord(match[0])], self._next), tokens)
     return super()._join(continued)
 
   def _match(self, word: str) -> str:
     return self._as_bytes(word) if word in (SPACE, LINE_FEED) else super()._match(word)
 
   def _fallback(self, character: str) -> str:
-    return self._start[character] if character in (SPACE, LINE_FEED) else self._as_bytes(character)
+    return self._line_feed if character == LINE_FEED else self._as_bytes(character)  # the word is a carriage return with it
 
   def _as_bytes(self, character: str) -> str:
     try:
@@ -209,6 +219,17 @@ class Lossless(Cpm2):
     except UnicodeEncodeError:  # half of a surrogate pair
       octets = b'\xef\xbf\xbd'
     return ''.join(self._byte[value] for value in octets)
+
+
+def _is_chinese(piece: str) -> bool:
+  """The released code's test: a Chinese character in it, or the space."""
+  return piece == SPACE or _HAN.search(piece) is not None
+
+
+def _prefixes(tokens: dict[str, str]) -> dict[str, str]:
+  """The same with the beginnings of pieces in it, which have no token, so that a search knows when to stop."""
+  begun = {piece[:end]: '' for piece in tokens for end in range(1, len(piece))}
+  return begun | tokens
 
 
 def _continues(piece: str) -> bool:

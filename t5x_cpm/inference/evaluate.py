@@ -61,24 +61,31 @@ def has_inputs(config: Config) -> bool:
 
 
 def evaluate_text(engine: engine_lib.Engine, config: Config) -> Metrics:
-  """Loss (nats), perplexity and accuracy over the masked tokens of the split, each row once."""
+  """Loss (nats), perplexity and accuracy over the targets of the split, each row once.
+
+  Targets are the masked tokens and the sentinels between them, which are easy to predict; `text_accuracy` leaves the
+  sentinels and the end of sequence out.
+  """
   objective = config.task.objective if config.task.objective != 'pairs' else 'isolated'
   config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective))
   reader = reader_lib.open_reader(config, config.eval.split, vocabulary=engine.vocabulary)
   totals: dict[str, np.ndarray] = {}
   batches = -(-config.eval.max_examples // config.eval.batch_size)
+  marks = np.asarray([*engine.vocabulary.sentinels, engine.vocabulary.eos_id])
   for batch in reader.eval_batches(batches):
-    for name, pair in jax.device_get(_sums(engine.model, engine.params, batch)).items():
+    is_text = batch['decoder_loss_weights'] * ~np.isin(batch['decoder_target_tokens'], marks)
+    for name, pair in jax.device_get(_sums(engine.model, engine.params, batch, is_text)).items():
       totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
   means = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in totals.items()}
   return {'loss': means['loss'], 'perplexity': math.exp(min(means['loss'], 700.0)), 'accuracy': means['accuracy'],
-          'masked_tokens': float(totals['loss'][1])}
+          'text_accuracy': means['text_accuracy'], 'targets': float(totals['loss'][1])}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(model: Any, params: Any, batch: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-  logits = model.apply(params, batch)[0]
-  return losses.cross_entropy(logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], 0.0)[1]
+def _sums(model: Any, params: Any, batch: dict[str, jax.Array], is_text_BT: jax.Array) -> dict[str, Any]:
+  logits, targets = model.apply(params, batch)[0], batch['decoder_target_tokens']
+  sums = losses.cross_entropy(logits, targets, batch['decoder_loss_weights'], 0.0)[1]
+  return sums | {'text_accuracy': losses.cross_entropy(logits, targets, is_text_BT, 0.0)[1]['accuracy']}
 
 
 # Inputs and targets: the task's SeqIO metrics.
