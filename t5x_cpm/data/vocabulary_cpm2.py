@@ -4,9 +4,11 @@ Inside, a token is the character chr(id) and a sequence of tokens a string: stri
 than lists of numbers are. The tokens of a word come out of a table, so that a word is matched once.
 """
 
+import array
 import functools
 import itertools
 import re
+import sys
 from collections.abc import Iterable
 
 from t5x_cpm.config import ConfigError
@@ -117,7 +119,9 @@ class Cpm2(Vocabulary):
       return _SEPARATOR_TOKEN
     if len(word) > self._longest_word:
       return self._unknown
-    return self._longest_first(word.translate(MARKS), self._first)
+    if word[-1] in ' \n':
+      word = word.translate(MARKS)
+    return self._first.get(word) or self._longest_first(word, self._first)
 
   def _longest_first(self, word: str, table: dict[str, str]) -> str:
     """The tokens of a word, of which the first is looked up in `table` and the others in `self._next`."""
@@ -241,7 +245,9 @@ def _is_latin(character: str) -> bool:
 
 
 def _numbers(tokens: str) -> list[int]:
-  return list(map(ord, tokens))
+  ids = array.array('I' if array.array('I').itemsize == 4 else 'L')
+  ids.frombytes(tokens.encode(f'utf-32-{sys.byteorder[0]}e', 'surrogatepass'))
+  return ids.tolist()
 
 
 def _any(members: list[bool]) -> str:

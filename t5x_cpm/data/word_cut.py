@@ -19,10 +19,12 @@ import functools
 import importlib.util
 import pathlib
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 _CHUNK = 1 << 17  # characters cut at a time, so that the words of a very long document are not all in memory
+_loading = threading.Lock()
 _NEVER = -3.14e100  # jieba's logarithm of zero
 _LONGEST = 1000  # characters given to the model at once, far above what text has; jieba's time grows with the square
 
@@ -67,13 +69,18 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 @functools.cache
-def _dictionary() -> tuple[Any, Any]:
+def _load_dictionary() -> tuple[Any, Any]:
   """rjieba's cut and look-up. It loads its dictionary at import, 0.15 s (jieba's takes 0.7 s)."""
   import rjieba
   # jieba's dictionary has one line twice, of frequency 3, and counts it twice in the total. The total changes no
   # comparison but the rounding of equal ones. NUL never reaches the dictionary.
   rjieba.add_word('\0', 3, '')
   return rjieba.cut, functools.lru_cache(1 << 17)(rjieba.has_word)
+
+
+def _dictionary() -> tuple[Any, Any]:
+  with _loading:  # two threads that come first at once would both change it
+    return _load_dictionary()
 
 
 def _cut(text: str) -> list[str]:
@@ -90,7 +97,8 @@ def _cut(text: str) -> list[str]:
 
 def _cut_not_chinese(joined: str) -> str:
   """Step 4, on words with a NUL before, between and after them."""
-  out, done = [], 0
+  out: list[str] = []
+  done = 0
   for match in _NOT_AS_JIEBA.finditer(joined):
     start, end = match.span()
     if start < done:

@@ -134,7 +134,8 @@ class Engine:
     ids: list[int] = []
     shown, state = '', None
     for state in decode.python_loop(functools.partial(self._step, self.params), cache, rule, prefix, jnp.asarray(stop),
-                                    take=attention.take, seed=config.seed, allowed=jnp.asarray(allowed)):
+                                    take=attention.take, reorder=attention.reorder, seed=config.seed,
+                                    allowed=jnp.asarray(allowed)):
       if rule.width > 1:
         continue
       ids.append(int(state.next[0]))
@@ -245,8 +246,8 @@ def _generate(model: encoder_decoder.Model, start: int, params: Any, batch: dict
   cache, forced_BF = model.start(params, batch, rule.max_new_tokens)
   prefix_BP = jnp.concatenate([jnp.full((stop_BE.shape[0], 1), start, jnp.int32), forced_BF], axis=1)
   return decode.while_loop(
-      functools.partial(model.step, params), cache, rule, prefix_BP, stop_BE, take=attention.take, seed=seed, rows_B=rows_B,
-      allowed=allowed_BV)
+      functools.partial(model.step, params), cache, rule, prefix_BP, stop_BE, take=attention.take, reorder=attention.reorder,
+      seed=seed, rows_B=rows_B, allowed=allowed_BV)
 
 
 def load(model_dir: Any, *, step: int | None = None, config: Config | None = None) -> Engine:

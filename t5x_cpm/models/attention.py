@@ -59,8 +59,9 @@ class Attention(nnx.Module):
     return y.reshape(*y.shape[:-1], self.num_heads, -1)
 
   def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, S, D] -> keys and values [B, S, H, K]."""
-    return self._heads(x_BSD, self.key[...]), self._heads(x_BSD, self.value[...])
+    """[B, S, D] -> keys and values [B, H, S, K]: heads first, so that a decoding step reads its cache as it lies there."""
+    k_BSHK, v_BSHK = self._heads(x_BSD, self.key[...]), self._heads(x_BSD, self.value[...])
+    return jnp.swapaxes(k_BSHK, 1, 2), jnp.swapaxes(v_BSHK, 1, 2)
 
   def __call__(self, x_BTD: jax.Array, keys_and_values: tuple[jax.Array, jax.Array], bias: jax.Array | None,
                mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
 
     Args:
       x_BTD: what asks.
-      keys_and_values: [B, S, H, K] each.
+      keys_and_values: [B, H, S, K] each.
       bias: of relative positions, broadcastable to [B, H, T, S]; None in cross-attention.
       mask: additive, likewise.
       key: for the dropout of the probabilities.
@@ -76,25 +77,33 @@ class Attention(nnx.Module):
     Returns:
       [B, T, D].
     """
-    k_BSHK, v_BSHK = keys_and_values
+    k_BHSK, v_BHSK = keys_and_values
     q_BTHK = self._heads(x_BTD, self.query[...])
     q_BTHK = shard(q_BTHK, 'batch', 'length', 'heads', None)
     wide = at_least_float32(x_BTD.dtype)
-    scores_BHTS = jnp.einsum('BTHK,BSHK->BHTS', q_BTHK, k_BSHK, preferred_element_type=wide)
+    scores_BHTS = jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, preferred_element_type=wide)
     scores_BHTS += mask if bias is None else bias + mask
     weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(x_BTD.dtype)
     weights_BHTS = dropout(weights_BHTS, self.dropout_rate, key)
-    y_BTHK = jnp.einsum('BHTS,BSHK->BTHK', weights_BHTS, v_BSHK)
+    y_BTHK = jnp.einsum('BHTS,BHSK->BTHK', weights_BHTS, v_BHSK)
     B, T = x_BTD.shape[:2]
     return dense(y_BTHK.reshape(B, T, -1), self.output[...])
 
 
-def write(cache_BSHK: jax.Array, new_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:
+def write(cache_BHSK: jax.Array, new_BHTK: jax.Array, positions_BT: jax.Array) -> jax.Array:
   """The cache with each row's new entries at that row's positions."""
-  rows = jnp.arange(cache_BSHK.shape[0])[:, None]
-  return cache_BSHK.at[rows, positions_BT].set(new_BTHK.astype(cache_BSHK.dtype), mode='drop', unique_indices=True)
+  rows = jnp.arange(cache_BHSK.shape[0])[:, None, None]
+  heads = jnp.arange(cache_BHSK.shape[1])[:, None]
+  return cache_BHSK.at[rows, heads, positions_BT[:, None, :]].set(
+      new_BHTK.astype(cache_BHSK.dtype), mode='drop', unique_indices=True)
 
 
 def take(cache: Cache, rows: jax.Array) -> Cache:
   """The cache of the given rows of the batch, in that order, for beam search. Axis 1 of every leaf is the batch."""
   return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=1), cache)
+
+
+def reorder(cache: Cache, rows: jax.Array) -> Cache:
+  """`take` where every row is exchanged for one with the same input: what was computed from the input stays in place."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: jnp.take(leaf, rows, axis=1) if path[-1].key in ('self_key', 'self_value') else leaf, cache)

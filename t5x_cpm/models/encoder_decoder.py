@@ -251,7 +251,7 @@ class Model:
     def layer_cache(block_params: Params) -> Cache:
       block = nnx.merge(self._block['decoder'], block_params)
       keys, values = block.cross_attention.keys_and_values(encoded)
-      empty = jnp.zeros((B, max_len, *keys.shape[2:]), keys.dtype)
+      empty = jnp.zeros((B, keys.shape[1], max_len, keys.shape[3]), keys.dtype)
       return {'self_key': empty, 'self_value': empty, 'cross_key': keys, 'cross_value': values}
 
     layers = stack.each(layer_cache, params['decoder']['layers'])
@@ -260,7 +260,7 @@ class Model:
   def step(self, params: Params, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Cache]:
     """Consumes tokens at the given positions of each row and returns the logits [B, T, V] after each of them."""
     wide = at_least_float32(compute_dtype(self.config))
-    max_len = stack.first(cache['layers'])['self_key'].shape[1]
+    max_len = stack.first(cache['layers'])['self_key'].shape[2]
     ctx = Context(
         self_bias=self._bias_of('decoder', params).at(positions_BT, max_len, wide),
         self_mask=additive_mask(jnp.arange(max_len) <= positions_BT[:, None, :, None], wide),

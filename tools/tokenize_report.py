@@ -1,0 +1,89 @@
+"""How well a vocabulary fits some text: unknown tokens, length, speed, and what does not come back from encode and decode.
+
+python tools/tokenize_report.py --vocabulary=cpm2:vocab.txt --input='data/*.txt'
+"""
+
+import argparse
+import collections
+import difflib
+import sys
+import time
+import unicodedata
+
+from train_vocabulary import read_texts
+
+from t5x_cpm.config import ConfigError
+from t5x_cpm.data import vocabulary
+
+EXAMPLES = 3
+
+
+def cause(lost: str, found: str) -> str:
+  """Why one difference between a text and what came back is there. Characters without a piece are given by Unicode category."""
+  if '<unk>' in found:
+    return 'no piece: ' + ' '.join(sorted({unicodedata.category(character) for character in lost}) or ['?'])
+  if not lost and not found.strip(' '):
+    return 'space put in'
+  if not found and not lost.strip(' '):
+    return 'space left out'
+  if unicodedata.normalize('NFKC', lost) == unicodedata.normalize('NFKC', found):
+    return 'full-width form folded'
+  return 'other'
+
+
+def differences(text: str, back: str) -> list[tuple[str, str]]:
+  """(cause, context) of each difference between a text and what came back."""
+  found = []
+  for tag, a, b, c, d in difflib.SequenceMatcher(None, text, back, autojunk=False).get_opcodes():
+    if tag != 'equal':
+      found.append((cause(text[a:b], back[c:d]), f'{text[max(0, a - 8):b + 8]!r} -> {back[max(0, c - 8):d + 8]!r}'))
+  return found
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--vocabulary', required=True, help='KIND:FILE, as in TaskConfig.vocabulary')
+  parser.add_argument('--input', action='append', required=True, help='glob of .txt, .tsv or .jsonl, also .gz; repeatable')
+  parser.add_argument('--field', default='text', help='of .jsonl (default: text)')
+  parser.add_argument('--differences', type=int, default=2000, help='texts to compare in detail (default: 2000)')
+  args = parser.parse_args()
+  try:
+    vocab = vocabulary.load(args.vocabulary)
+  except ConfigError as error:
+    raise SystemExit(f'error: {error}') from None
+  texts = [text.rstrip('\n') for text in read_texts(args.input, args.field)]
+  vocab.encode('一二 a b')  # loads the dictionaries
+  start = time.perf_counter()
+  encoded = vocab.encode_batch(texts)
+  seconds = time.perf_counter() - start
+  back = [vocab.decode(ids) for ids in encoded]
+
+  characters, tokens = sum(map(len, texts)), sum(map(len, encoded))
+  size = sum(len(text.encode('utf-8', 'replace')) for text in texts)
+  unknown = sum(ids.count(vocab.unk_id) for ids in encoded)
+  changed = [(text, other) for text, other in zip(texts, back) if text != other]
+  rows = [
+      ('vocabulary', f'{vocab.spec}, {vocab.size:,} pieces, {len(vocab.sentinels)} sentinels'),
+      ('text', f'{len(texts):,} lines or documents, {characters:,} characters, {size / 1e6:.2f} MB'),
+      ('tokens', f'{tokens:,}'),
+      ('pieces per character', f'{tokens / max(characters, 1):.3f}'),
+      ('unknown tokens', f'{unknown:,} ({unknown / max(tokens, 1):.4%})'),
+      ('speed', f'{size / 1e6 / max(seconds, 1e-9):.2f} MB/s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, one process'),
+      ('not restored exactly', f'{len(changed):,} of {len(texts):,} ({len(changed) / max(len(texts), 1):.2%})'),
+  ]
+  for name, value in rows:
+    print(f'{name:<22}{value}')
+  causes: dict[str, list[str]] = collections.defaultdict(list)
+  for text, other in changed[:args.differences]:
+    for name, context in differences(text[:2000], other[:2000]):
+      causes[name].append(context)
+  if causes:
+    print(f'\n{"losses by cause":<40}{"count":>8}  examples')
+  for name, contexts in sorted(causes.items(), key=lambda item: -len(item[1])):
+    print(f'{name:<40}{len(contexts):>8,}  {contexts[0]}')
+    for context in contexts[1:EXAMPLES]:
+      print(f'{"":<50}{context}')
+
+
+if __name__ == '__main__':
+  sys.exit(main())
