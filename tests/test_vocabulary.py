@@ -156,7 +156,8 @@ def random_texts(seed: int, count: int) -> list[str]:
 def test_nothing_is_lost_with_byte_pieces():
   shipped = load(SHIPPED)
   texts = random_texts(1, 4000)
-  texts += ['', ' ', 'a', '<s_0> </s> ##a <0x41> <unk>', 'emoji 👨‍👩‍👧 ok', 'x' * 300, '\r\n\u2028\x85 café naïve', 'ＡＢＣ１２３，全角！']
+  texts += ['', ' ', 'a', '<s_0> </s> ##a <0x41> <unk>', 'emoji 👨‍👩‍👧 ok', 'x' * 300, '\r\n\u2028\x85 café naïve']
+  texts += ['ＡＢＣ１２３，全角！']
   texts += (ROOT / 'tasks/corpus/zh.txt').read_text(encoding='utf-8').splitlines()
   texts += (ROOT / 'tasks/corpus/en.txt').read_text(encoding='utf-8').splitlines()
   special = {shipped.bos_id, shipped.pad_id, shipped.eos_id, shipped.unk_id, *shipped.sentinels}
@@ -189,8 +190,8 @@ def test_plain_sentencepiece_counts_its_sentinels_from_the_end(tmp_path):
 
   (tmp_path / 'text').write_text('\n'.join(f'word{i} and another one' for i in range(200)))
   sentencepiece.SentencePieceTrainer.train(
-      input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'm'), vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
-      bos_id=-1, minloglevel=2)
+      input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'm'), vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1,
+      unk_id=2, bos_id=-1, minloglevel=2)
   vocab = vocabulary.load(f'sentencepiece:{tmp_path}/m.model?extra_ids=10')
   assert (vocab.pad_id, vocab.bos_id, vocab.eos_id) == (0, 0, 1)
   assert vocab.sentinels == tuple(range(vocab.size - 1, vocab.size - 11, -1))
@@ -200,7 +201,7 @@ def test_plain_sentencepiece_counts_its_sentinels_from_the_end(tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'\xff\xfe', 'UTF-8'), ('<unk>\n<s>\n<s>\n'.encode(), 'line 2'), ('<unk>\n\n'.encode(), ':2'), ('a\nb\n'.encode(), '<unk>')])
+    (b'\xff\xfe', 'UTF-8'), (b'<unk>\n<s>\n<s>\n', 'line 2'), (b'<unk>\n\n', ':2'), (b'a\nb\n', '<unk>')])
 def test_a_bad_file_is_refused_with_its_place(tmp_path, content, message):
   (tmp_path / 'vocab.txt').write_bytes(content)
   with pytest.raises(ConfigError, match=message):
@@ -215,7 +216,7 @@ def test_a_gap_in_the_sentinels_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('spec, message', [
-    ('cpm3:x', 'Did you mean'), ('vocab.txt', 'cpm2:FILE'), ('cpm2:/nowhere/vocab.txt', 'cannot be read|No such file|not found')])
+    ('cpm3:x', 'Did you mean'), ('vocab.txt', 'cpm2:FILE'), ('cpm2:/nowhere/vocab.txt', 'cannot be read|not found')])
 def test_a_bad_spec_is_refused(spec, message):
   with pytest.raises(ConfigError, match=message):
     vocabulary.load(spec)
