@@ -232,7 +232,9 @@ class Worker:
   """A process that runs one side of a case when asked to."""
 
   def __init__(self, side: str, command: str, index: int, threads: int):
-    arguments = [sys.executable, os.path.abspath(__file__), command, f'--worker={side}', f'--index={index}', f'--threads={threads}']
+    arguments = [sys.executable, os.path.abspath(__file__), command]
+    arguments += [f'--worker={side}', f'--index={index}', f'--threads={threads}']
+    self.side = side
     self.process = subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
     self.seconds: dict[str, list[tuple[float, float]]] = {'run': [], 'gemm': []}
@@ -242,7 +244,7 @@ class Worker:
     assert self.process.stdout is not None
     line = self.process.stdout.readline()
     if not line:
-      raise SystemExit(f'error: {" ".join(self.process.args)} ended with status {self.process.wait()}.')  # type: ignore[arg-type]
+      raise SystemExit(f'error: the process of {self.side} ended with status {self.process.wait()}.')
     return line
 
   def ask(self, what: str) -> None:

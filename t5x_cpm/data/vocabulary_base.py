@@ -100,7 +100,7 @@ class Vocabulary:
 class Words(dict[str, str]):
   """Word -> its tokens, computed when asked for the first time."""
 
-  _REMEMBERED = 1 << 18
+  _REMEMBERED = 1 << 19
 
   def __init__(self, match: Callable[[str], str]):
     super().__init__()

@@ -125,19 +125,15 @@ class Cpm2(Vocabulary):
 
   def _longest_first(self, word: str, table: dict[str, str]) -> str:
     """The tokens of a word, of which the first is looked up in `table` and the others in `self._next`."""
-    tokens, place, length = '', 0, len(word)
+    tokens, place, length, rest = '', 0, len(word), self._next
     while place < length:
-      token = ''
-      match_end = end = place + 1
-      while end <= length:
-        entry = table.get(word[place:end])
-        if entry is None:
-          break
+      token, end, longest = '', place + 1, place + 1
+      while end <= length and (entry := table.get(word[place:end])) is not None:
         if entry:
-          token, match_end = entry, end
+          token, longest = entry, end
         end += 1
       tokens += token or self._fallback(word[place])
-      place, table = match_end, self._next
+      place, table = longest, rest
     return tokens
 
   def _fallback(self, character: str) -> str:
