@@ -5,15 +5,14 @@ import sys
 
 import pytest
 
-# Twenty arrays of 32 MB, each freed before the next: without the setting every one of them is 8,192 pages new to the process.
+# Twenty blocks of 32 MB, each freed before the next: without the setting every one of them is 8,192 pages new to the process.
 FAULTS = """
 import resource
-import numpy as np
 from t5x_cpm import backend
 if {keep}:
   backend.keep_memory()
 for _ in range(20):
-  np.ones(4 * 2**20)
+  b'1' * 2**25
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 

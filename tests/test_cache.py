@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_data
 
+from t5x_cpm import tasks
 from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data import cache, cache_build, reader
 from t5x_cpm.data.cache import DataError
@@ -101,6 +102,16 @@ def test_a_changed_source_is_read_again(tmp_path, capfd):
   file = tmp_path / 'vocab.txt'
   file.write_text(file.read_text(encoding='utf-8').replace('!', '\u00e9', 1), encoding='utf-8')
   assert cache.stale(cache.directory(config)) == f'{file} changed'
+
+
+def test_a_cache_of_another_format_is_made_again(tmp_path, capfd):
+  write_texts(tmp_path / 'a.txt', np.random.default_rng(0), 20)
+  config = make_config(tmp_path, str(tmp_path / 'a.txt'))
+  path = cache.build(config, progress=False)
+  cache.write_json(path / 'cache.json', {'format': 0})
+  cache.build(config, progress=False)
+  assert 'it has format 0, expected 1' in capfd.readouterr().err
+  assert cache.is_ready(path)
 
 
 def test_the_source_may_change_while_a_build_is_unfinished(tmp_path, capfd):
@@ -211,6 +222,25 @@ def test_an_error_in_a_worker_arrives(large):
   config = make_config(folder, str(folder / 'bad' / '?.txt'), processes=2)
   with pytest.raises(DataError, match=r'[abc].txt:2: byte 1 of the line \(0xff\) is not valid UTF-8'):
     cache.build(config, progress=False)
+
+
+# In a worker only, whatever a user's module does when its documents are read.
+BROKEN = """
+import sys
+from t5x_cpm import tasks
+if 'pytest' not in sys.modules:
+  tasks.tokens = lambda config: {}['no such field']
+"""
+
+
+def test_an_exception_of_a_users_module_arrives_with_its_traceback(large, tmp_path, monkeypatch):
+  folder, _ = large
+  (folder / 'broken').mkdir()
+  (tmp_path / 'my_broken_task.py').write_text(BROKEN)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.setattr(tasks, '_modules', ['my_broken_task'])
+  with pytest.raises(RuntimeError, match=r"(?s)my_broken_task.py.*KeyError: 'no such field'"):
+    cache.build(make_large(folder, 'broken', processes=2), progress=False)
 
 
 BUILD = """

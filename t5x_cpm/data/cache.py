@@ -136,7 +136,10 @@ def file_states(paths) -> list[list]:
 
 def stale(path: pathlib.Path) -> str | None:
   """Why a complete cache must be made again, or None. A cache whose sources are all gone stays good."""
-  source = json.loads((path / 'cache.json').read_text())['source']
+  info = json.loads((path / 'cache.json').read_text())
+  if info['format'] != FORMAT:
+    return f'it has format {info["format"]}, expected {FORMAT}'
+  source = info['source']
   vocabulary = [name for name, *_ in source['vocabulary'] if os.path.exists(name)]
   before = {name: rest for name, *rest in source['files'] + source['vocabulary']}
   data = [name for name, *_ in source['files'] if os.path.exists(name)]

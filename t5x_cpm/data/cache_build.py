@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -191,6 +192,8 @@ def _work(results) -> None:
       send(documents=0, finished=True)
   except (ValueError, OSError) as error:
     send(error=str(error), kind=type(error).__name__)
+  except Exception:  # of a user's own task, say
+    send(error=traceback.format_exc(), kind='RuntimeError')
 
 
 def _join(name: str, path: pathlib.Path, units: list[Unit], features: list[str],
