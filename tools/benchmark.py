@@ -33,6 +33,7 @@ MODEL = ModelConfig(
 ROWS, S, T = 8, 256, 64
 NEW_TOKENS = 64
 GEMM = 2048  # size of the square product whose rate is the yardstick
+STREAM = 2**28  # bytes that are summed to learn how fast memory is read
 
 Run = Callable[[], Any]  # does the work once and waits for it
 
@@ -46,7 +47,8 @@ class Case:
     target: ratio to reach.
     ours, theirs: prepare, and return what is timed.
     work: tokens of one run.
-    flops: of one run; 0 where products are not what it waits for.
+    flops: of the products of many rows in one run.
+    bytes: of float32 weights and keys that one run reads again for every token.
   """
 
   title: str
@@ -54,7 +56,8 @@ class Case:
   ours: Callable[[], Run]
   theirs: Callable[[], Run]
   work: int
-  flops: float = 0.0
+  flops: float
+  bytes: float = 0.0
 
 
 def random_batch(rows: int) -> dict[str, np.ndarray]:
@@ -128,6 +131,15 @@ def our_gemm() -> Run:
   return lambda: product(x).block_until_ready()
 
 
+def our_stream() -> Run:
+  import jax
+  import jax.numpy as jnp
+
+  x = jnp.ones(STREAM // 4, jnp.float32)
+  total = jax.jit(jnp.sum)
+  return lambda: total(x).block_until_ready()
+
+
 # transformers.
 
 
@@ -186,6 +198,20 @@ def their_gemm() -> Run:
   return lambda: x @ x
 
 
+def their_stream() -> Run:
+  import torch
+
+  x = torch.ones(STREAM // 4)
+  return lambda: x.sum()
+
+
+def decoding_bytes(rows: int) -> float:
+  """What the tokens of one run read: the decoder's weights, the head, and the keys and values that are there."""
+  D, HK, L = MODEL.d_model, MODEL.num_heads * MODEL.head_dim, MODEL.num_decoder_layers
+  weights = L * (6 * D * HK + 3 * D * MODEL.d_ff) + D * MODEL.vocab_size
+  return 4.0 * NEW_TOKENS * (weights + L * rows * 2 * HK * (S + NEW_TOKENS / 2))
+
+
 def cases() -> dict[str, list[Case]]:
   """What each subcommand compares."""
   from t5x_cpm.training import flops
@@ -195,7 +221,8 @@ def cases() -> dict[str, list[Case]]:
       'train': [Case(f'training step, {ROWS} x ({S} + {T})', 1.3, our_training, their_training, ROWS * (S + T), needed)],
       'decode': [
           Case(f'greedy, {NEW_TOKENS} tokens, batch {rows}', target, functools.partial(our_decoding, rows),
-               functools.partial(their_decoding, rows), rows * NEW_TOKENS)
+               functools.partial(their_decoding, rows), rows * NEW_TOKENS,
+               flops.model_flops(MODEL, rows * S, 0, S, 0) / 3, decoding_bytes(rows))
           for rows, target in ((1, 2.0), (8, 3.0))],
   }
 
@@ -211,14 +238,14 @@ def work(side: str, command: str, index: int, threads: int) -> None:
   case = cases()[command][index]
   if side == 'ours':
     backend.keep_memory()
-    runs = {'run': case.ours(), 'gemm': our_gemm()}
+    runs = {'run': case.ours(), 'gemm': our_gemm(), 'stream': our_stream()}
   else:
     import torch
     import transformers
 
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    runs = {'run': case.theirs(), 'gemm': their_gemm()}
+    runs = {'run': case.theirs(), 'gemm': their_gemm(), 'stream': their_stream()}
   for run in (*runs.values(), *runs.values()):  # compiles, and fills caches
     run()
   print('ready', file=answers, flush=True)
@@ -237,7 +264,7 @@ class Worker:
     self.side = side
     self.process = subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-    self.seconds: dict[str, list[tuple[float, float]]] = {'run': [], 'gemm': []}
+    self.seconds: dict[str, list[tuple[float, float]]] = {'run': [], 'gemm': [], 'stream': []}
     self._answer()
 
   def _answer(self) -> str:
@@ -269,30 +296,35 @@ def compare(command: str, index: int, case: Case, repeats: int, threads: int) ->
   theirs = Worker('theirs', command, index, threads)
   for _ in range(repeats):
     for worker in (ours, theirs):
-      worker.ask('gemm')
-      worker.ask('run')
+      for what in ('gemm', 'stream', 'run'):
+        worker.ask(what)
   ours.close()
   theirs.close()
   mine, their = ours.median('run'), theirs.median('run')
   gemm = 2.0 * GEMM**3 / min(ours.median('gemm'), theirs.median('gemm'))
+  stream = STREAM / min(ours.median('stream'), theirs.median('stream'))
   return {
       'case': case.title, 'ours': mine, 'pytorch': their, 'ratio': their / mine, 'target': case.target,
       'ours cpu': ours.median('run', cpu=True), 'pytorch cpu': theirs.median('run', cpu=True),
       'cpu ratio': theirs.median('run', cpu=True) / ours.median('run', cpu=True),
-      'tokens/s': case.work / mine, 'gemm GFLOP/s': gemm / 1e9,
-      'share': case.flops / mine / gemm, 'pytorch share': case.flops / their / gemm}
+      'tokens/s': case.work / mine, 'gemm GFLOP/s': gemm / 1e9, 'stream GB/s': stream / 1e9,
+      'limit': their / (case.flops / gemm + case.bytes / stream),
+      'share': None if case.bytes else case.flops / mine / gemm,
+      'pytorch share': None if case.bytes else case.flops / their / gemm}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-  print(f'{"":36} {"ours s":>8} {"PyTorch s":>9} {"ratio":>6} {"target":>6}   {"CPU s":>14} {"ratio":>6} {"tokens/s":>9}')
+  head = f'{"":36} {"ours s":>8} {"PyTorch s":>9} {"ratio":>6} {"target":>6} {"limit":>6}'
+  print(head, f'{"CPU s":>14} {"ratio":>6} {"tokens/s":>9}')
   for row in rows:
     cpu = f'{row["ours cpu"]:.2f} / {row["pytorch cpu"]:.2f}'
-    print(f'{row["case"]:36} {row["ours"]:8.3f} {row["pytorch"]:9.3f} {row["ratio"]:6.2f} {row["target"]:6.1f}   {cpu:>14} '
-          f'{row["cpu ratio"]:6.2f} {row["tokens/s"]:9.0f}')
+    seconds = f'{row["case"]:36} {row["ours"]:8.3f} {row["pytorch"]:9.3f}'
+    print(seconds, f'{row["ratio"]:6.2f} {row["target"]:6.1f} {row["limit"]:6.2f} {cpu:>14} {row["cpu ratio"]:6.2f} '
+          f'{row["tokens/s"]:9.0f}')
   for row in rows:
+    print(f'{row["case"]}: in this run products at {row["gemm GFLOP/s"]:.0f} GFLOP/s, memory at {row["stream GB/s"]:.0f} GB/s')
     if row['share']:
-      print(f'share of the float32 GEMM rate measured in this run ({row["gemm GFLOP/s"]:.0f} GFLOP/s): {row["case"]}: '
-            f'ours {row["share"]:.0%}, PyTorch {row["pytorch share"]:.0%}')
+      print(f'  share of that rate of products: ours {row["share"]:.0%}, PyTorch {row["pytorch share"]:.0%}')
 
 
 def main() -> None:
