@@ -8,6 +8,7 @@ import collections
 import difflib
 import time
 import unicodedata
+import warnings
 
 from train_vocabulary import read_texts
 
@@ -42,7 +43,9 @@ def differences(text: str, back: str) -> list[tuple[str, str]]:
 
 def jieba_speed(texts: list[str]) -> float:
   """Bytes per second that jieba cuts, of a sample of the texts: what a tokenizer built on it cannot pass."""
-  import jieba
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # it imports pkg_resources
+    import jieba
   jieba.setLogLevel('WARNING')
   jieba.initialize()
   size = sum(len(text.encode('utf-8', 'replace')) for text in texts)
