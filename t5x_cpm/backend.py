@@ -20,9 +20,9 @@ def keep_memory() -> None:
 
   XLA:CPU allocates the temporaries of a program, often hundreds of MB, anew for each execution. glibc would give them back to
   the kernel each time, which then clears every page again: measured 14 % of the CPU time of a training step. The price is
-  that the process keeps its peak, and now and then a second block of temporaries where a small one lies in the way of the first.
-  (Huge pages save as much while memory is plenty, and cost more where the kernel must first compact it.) Only for a process
-  that is ours alone, before JAX makes its client; does nothing on other C libraries and beside an accelerator.
+  that the process keeps its peak, and now and then a second block of temporaries, where a small one lies in the way of the
+  first. (Huge pages save as much while memory is plenty, and cost more where the kernel must first compact it.) Only for a
+  process that is ours alone, before JAX makes its client; does nothing on other C libraries and beside an accelerator.
   """
   if os.environ.get('JAX_PLATFORMS', 'cpu') != 'cpu':
     return
