@@ -87,7 +87,7 @@ def main() -> None:
       ('speed', f'{size / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s, one process'),
       ('not restored exactly', f'{len(changed):,} of {len(texts):,} ({len(changed) / max(len(texts), 1):.2%})'),
   ]
-  if vocab.kind.startswith('cpm'):
+  if vocab.kind.startswith('cpm') and size:
     plain = jieba_speed(texts)
     rows.insert(-1, ('jieba, cut alone', f'{plain / 1e6:.2f} MB/s: the speed above is {size / seconds / plain:.1f} times that'))
   for name, value in rows:

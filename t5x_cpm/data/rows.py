@@ -4,6 +4,7 @@ A row is found by its number, without a list of rows: a keyed permutation says w
 which pieces are in it, the index where their tokens are.
 """
 
+import abc
 import hashlib
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class Part(NamedTuple):
   segments: Segments
 
 
-class Component:
+class Component(abc.ABC):
   """One task's stream of rows: epoch after epoch, each in another order.
 
   Attributes:
@@ -43,13 +44,13 @@ class Component:
     self.salt = int.from_bytes(hashlib.blake2b(cache.name.encode(), digest_size=7).digest(), 'big')
     self.sentinels = np.asarray(vocabulary.sentinels, np.int32)
 
+  @abc.abstractmethod
   def summarize(self) -> dict:
     """Pieces, slots used on both sides in an epoch, and what was cut or left out."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def read(self, rows: np.ndarray, seed: int) -> Part:
     """Rows of the stream, by number from its beginning."""
-    raise NotImplementedError
 
   def read_once(self, rows: np.ndarray) -> Part:
     """Rows of the one pass that evaluation makes: 0 .. rows_once - 1, with masks that never change."""

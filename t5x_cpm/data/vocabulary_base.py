@@ -1,5 +1,6 @@
 """What every vocabulary gives: attributes, encoding with blanks, decoding, saving. See `vocabulary` for the kinds."""
 
+import abc
 import functools
 import hashlib
 import json
@@ -16,7 +17,7 @@ UNMARKS = str.maketrans({SPACE: ' ', LINE_FEED: '\n'})
 SPECIALS = ('<unk>', '<s>', '</s>', '<pad>', '<eod>')
 
 
-class Vocabulary:
+class Vocabulary(abc.ABC):
   """What a tokenizer knows.
 
   Attributes:
@@ -51,9 +52,9 @@ class Vocabulary:
   def _sentinel_number(self) -> dict[int, int]:
     return {token: number for number, token in enumerate(self.sentinels)}
 
+  @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
     """The ids of a text, without start or end. Nothing written in the text becomes a special token."""
-    raise NotImplementedError
 
   def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     """encode() of each text; for many short texts several times faster."""
@@ -76,13 +77,13 @@ class Vocabulary:
       ids += [sentinel, *self.encode(part)]
     return ids
 
+  @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids. Sentinels are printed '<s_k>', other special tokens are left out; an unknown id is '<unk>'."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def piece(self, token: int) -> str:
     """How an id is written in the vocabulary's file."""
-    raise NotImplementedError
 
   def save(self, directory: Any) -> None:
     """Copies the vocabulary to a folder, from which `load_saved` reads it."""
