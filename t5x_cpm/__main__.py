@@ -120,7 +120,7 @@ def print_help() -> None:
     notes = [*flag.modes, *(['repeat'] if flag.repeat else [])]
     print(f'  {left:<29}{flag.text}' + (f' ({", ".join(notes)})' if notes else ''))
   print(f'  {"--gin.CLASS.FIELD=VALUE":<29}bind a field, as in --gin.TrainConfig.steps=200 (repeat)')
-  for folder in ('models', 'runs'):
+  for folder in ('models', 'runs', 'mesh'):
     print(f'\n{folder} (--gin_file=gin/{folder}/NAME.gin)')
     for name in gin_utils.shipped_files(folder):
       print(f'  {name:<15}{gin_utils.summary(folder, name)}')

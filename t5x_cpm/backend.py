@@ -1,8 +1,11 @@
 """What depends on the platform that JAX runs on: the one place where CPU and accelerators are told apart."""
 
+import contextlib
 import ctypes
 import os
 import pathlib
+
+from t5x_cpm.config import ConfigError
 
 # glibc's names for the first argument of mallopt().
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
@@ -34,6 +37,25 @@ def keep_memory() -> None:
   mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap too
   mallopt(M_TRIM_THRESHOLD, -1)  # never give back: the temporaries of a step are a single block, easily above 2 GB
   mallopt(M_TOP_PAD, 64 * 2**20)
+
+
+def use_cpu_devices(count: int) -> None:
+  """Runs on the CPU as `count` devices, so that a mesh can be tried on any machine; 0 leaves everything as it is.
+
+  Raises:
+    ConfigError: JAX has already started with other devices.
+  """
+  if not count:
+    return
+  import jax
+
+  with contextlib.suppress(RuntimeError):  # JAX has started: what counts is what it has
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', count)
+  if not on_cpu() or jax.local_device_count() != count:
+    raise ConfigError(
+        f'MeshConfig.cpu_devices = {count}, but JAX has started with {jax.local_device_count()} {jax.default_backend()} '
+        'devices: set it before anything runs, in a new process.')
 
 
 def keep_compiled_programs() -> None:

@@ -88,7 +88,7 @@ def find(path: str) -> Any:
   for place in places:
     if place.is_file():
       return place
-  known = {f'gin/{folder}/{name}.gin': name for folder in ('runs', 'models') for name in shipped_files(folder)}
+  known = {f'gin/{folder}/{name}.gin': name for folder in ('runs', 'models', 'mesh') for name in shipped_files(folder)}
   known |= {str(file): file.stem for file in pathlib.Path(path).parent.glob('*.gin')}
   matches = difflib.get_close_matches(path.rsplit('/', 1)[-1].removesuffix('.gin'), known.values(), n=3)
   near = [full for full, name in known.items() if name in matches]
@@ -98,7 +98,7 @@ def find(path: str) -> Any:
 
 
 def shipped_files(folder: str) -> list[str]:
-  """Names of the gin files of the package in 'models' or 'runs', without '.gin'."""
+  """Names of the gin files of the package in 'models', 'runs' or 'mesh', without '.gin'."""
   return sorted(file.stem for file in (PACKAGE / folder).glob('*.gin'))
 
 

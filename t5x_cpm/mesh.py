@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_cpm.config import ConfigError, MeshConfig
 
 AXES = ('data', 'model', 'expert')
+Rules = dict[str, str | tuple[str, ...] | None]
 
 # Logical axis -> mesh axis (or axes). What is absent or None is not split. `heads` is the joint axis num_heads * head_dim.
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: Rules = {
     'batch': ('data', 'expert'),
     'length': None,
     'embed': None,
@@ -23,6 +25,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     'layers': None,
     'buckets': None,
 }
+
+# With MeshConfig.sharding, where parameters or the optimizer's state are split over data: each along d_model, over what its
+# other axes leave of these two (an expert's weights are already split over experts). They are gathered where they are used.
+OVER_DATA: Rules = RULES | {'embed': ('data', 'expert')}
+
+# MeshConfig.sharding -> rules of the parameters, and of the optimizer's state.
+STATE_RULES: dict[str, tuple[Rules, Rules]] = {
+    'none': (RULES, RULES), 'optimizer': (RULES, OVER_DATA), 'full': (OVER_DATA, OVER_DATA)}
 
 # The gin field that sets the size of a logical axis, for messages.
 FIELDS = {
@@ -37,25 +47,51 @@ FIELDS = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh data x model x expert over the given devices (default: all).
 
+  With MeshConfig.slices, neighbours along `data` are in one slice as far as possible and `model` and `expert` never leave it.
+
   Raises:
-    ConfigError: the three sizes do not multiply to the number of devices.
+    ConfigError: the three sizes do not multiply to the number of devices, or the slices do not divide `data`.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [config.data, config.model, config.expert]
   known = math.prod(size for size in sizes if size > 0)
   if -1 in sizes:
     sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+  given = f'MeshConfig data={config.data}, model={config.model}, expert={config.expert}'
   if math.prod(sizes) != len(devices):
-    raise ConfigError(
-        f'MeshConfig data={config.data}, model={config.model}, expert={config.expert}: the sizes must multiply to the '
-        f'number of devices, which is {len(devices)}.')
+    raise ConfigError(f'{given}: the sizes must multiply to the number of devices, which is {len(devices)}.')
   # Auto is stated because jax.make_mesh defaults to Explicit, under which constraints become assertions.
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  types = (AxisType.Auto,) * 3
+  if config.slices == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+  if sizes[0] % config.slices:
+    raise ConfigError(f'{given}, slices={config.slices}: the slices split the data axis, and do not divide its {sizes[0]}.')
+  by_process = getattr(devices[0], 'slice_index', None) is None  # elsewhere than on TPU, hosts stand for slices
+  try:
+    array = mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // config.slices, sizes[1], sizes[2]), (config.slices, 1, 1), devices, process_is_granule=by_process)
+  except ValueError as error:
+    kind = 'processes' if by_process else 'slices'
+    count = len({device.process_index if by_process else device.slice_index for device in devices})
+    raise ConfigError(f'MeshConfig.slices = {config.slices}: the devices lie in {count} {kind}. ({error})') from None
+  return Mesh(array, AXES, axis_types=types)
 
 
-def spec(names: Sequence[str | None]) -> PartitionSpec:
+def _split(names: Sequence[str | None], rules: Rules) -> list[tuple[str, ...]]:
+  """The mesh axes that split each dimension. An axis splits one dimension: the first that names it."""
+  used: set[str] = set()
+  split = []
+  for name in names:
+    axes = (rules.get(name) if name else None) or ()
+    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if axis not in used)
+    used.update(axes)
+    split.append(axes)
+  return split
+
+
+def spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
   """The partition of an array whose axes have these logical names."""
-  return PartitionSpec(*(RULES.get(name) if name else None for name in names))
+  return PartitionSpec(*((axes[0] if len(axes) == 1 else axes or None) for axes in _split(names, rules)))
 
 
 def is_names(x: Any) -> bool:
@@ -63,35 +99,35 @@ def is_names(x: Any) -> bool:
   return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
 
 
-def shardings(mesh: Mesh, names_tree: Any) -> Any:
+def shardings(mesh: Mesh, names_tree: Any, rules: Rules = RULES) -> Any:
   """The tree of NamedShardings for a tree of tuples of logical axis names."""
-  return jax.tree.map(lambda names: NamedSharding(mesh, spec(names)), names_tree, is_leaf=is_names)
+  return jax.tree.map(lambda names: NamedSharding(mesh, spec(names, rules)), names_tree, is_leaf=is_names)
 
 
-def check_divides(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None], what: str) -> None:
+def check_divides(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None], what: str, rules: Rules = RULES) -> None:
   """Raises ConfigError where the mesh cannot split an array evenly, naming the dimension, the axis and the gin field."""
-  for size, name in zip(shape, names, strict=True):
-    axes = RULES.get(name) if name else None
-    if axes is None:
-      continue
-    axes = (axes,) if isinstance(axes, str) else axes
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    if size % parts:
+  for size, name, axes in zip(shape, names, _split(names, rules), strict=True):
+    if size % math.prod(mesh.shape[axis] for axis in axes):
       fields = ' * '.join(f'MeshConfig.{axis}={mesh.shape[axis]}' for axis in axes)
       raise ConfigError(
           f'{what}: dimension {name!r} has size {size}, which {fields} does not divide. Change '
           f'{FIELDS.get(str(name), "the model")} or the mesh.')
 
 
-def check_tree_divides(mesh: Mesh, abstract: Any, names_tree: Any) -> None:
+def check_tree_divides(mesh: Mesh, abstract: Any, names_tree: Any, rules: Rules = RULES) -> None:
   """check_divides() for every array of a tree, by its path."""
   names = jax.tree.leaves(names_tree, is_leaf=is_names)
   for (path, leaf), leaf_names in zip(jax.tree_util.tree_leaves_with_path(abstract), names, strict=True):
-    check_divides(mesh, leaf.shape, leaf_names, jax.tree_util.keystr(path, simple=True, separator='/'))
+    check_divides(mesh, leaf.shape, leaf_names, jax.tree_util.keystr(path, simple=True, separator='/'), rules)
+
+
+def inside(mesh: Mesh) -> Any:
+  """A context for tracing: within it `shard` refers to this mesh."""
+  return jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-  """Constrains an activation's sharding by its logical axis names; does nothing where no mesh is set."""
+  """Constrains an array's sharding, as an activation, by its logical axis names; does nothing where no mesh is set."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(names))

@@ -1,5 +1,6 @@
 """The gin files of the package: parameter counts, and that every file loads."""
 
+import dataclasses
 import time
 
 import jax
@@ -68,6 +69,13 @@ def test_runs_load_with_any_model_in_any_order(name):
   assert config == gin_utils.load([model, run], scope='train')
   assert config != Config()
   assert gin_utils.summary('runs', name)
+
+
+@pytest.mark.parametrize('name', gin_utils.shipped_files('mesh'))
+def test_mesh_files_bind_the_mesh_alone(name):
+  config = gin_utils.load([f'gin/mesh/{name}.gin'])
+  assert config.mesh != Config().mesh and dataclasses.replace(config, mesh=Config().mesh) == Config()
+  assert gin_utils.summary('mesh', name)
 
 
 def test_flags_of_the_documented_commands():

@@ -21,6 +21,7 @@ LIBRARY += [pathlib.Path('t5x_cpm') / file for file in SOURCES if file.parts[0] 
 # A module imports only from lines above its own, or from its own line.
 ORDER = (
     r't5x_cpm',
+    r't5x_cpm\.model_config',
     r't5x_cpm\.config',
     r't5x_cpm\.(gin_utils|mesh|backend)',
     r't5x_cpm\.data\.\w+',

@@ -43,7 +43,7 @@ def test_help_lists_modes_tasks_models_and_runs_without_jax():
   assert time.monotonic() - started < 3
   assert result.returncode == 0, result.stderr
   names = ['train', 'eval', 'infer', 'cache', 'tasks', 'quickstart', 'local', '--dry_run', '--init_from',
-           *gin_utils.shipped_files('models'), *gin_utils.shipped_files('runs')]
+           *(file for folder in ('models', 'runs', 'mesh') for file in gin_utils.shipped_files(folder))]
   for name in names:
     assert re.search(rf'^  {re.escape(name)}\b', result.stdout, re.MULTILINE), name
 

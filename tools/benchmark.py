@@ -82,15 +82,13 @@ def our_training() -> Run:
   config = Config(
       model=MODEL, train=TrainConfig(batch_size=ROWS), task=TaskConfig(encoder_length=S, decoder_length=T),
       optimizer=OptimizerConfig(name='adamw', learning_rate=1e-4, schedule='constant', clip_norm=0.0))
-  mesh = mesh_lib.make_mesh(config.mesh)
-  step = step_lib.build(config, mesh)
+  step = step_lib.build(config, mesh_lib.make_mesh(config.mesh))
   batch = jax.device_put(random_batch(ROWS))
   state = step.init(jax.random.key(0))
 
   def run() -> Any:
     nonlocal state
-    with jax.set_mesh(mesh):
-      state, metrics = step.fn(state, {}, batch)
+    state, metrics = step.fn(state, {}, batch)
     return jax.block_until_ready(metrics)
 
   return run

@@ -79,7 +79,9 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   """
   model = encoder_decoder.build(config.model)
   abstract_params, axes = model.abstract()
-  mesh_lib.check_tree_divides(mesh, abstract_params, axes)
+  param_rules, optimizer_rules = mesh_lib.STATE_RULES[config.mesh.sharding]
+  for rules in (param_rules, optimizer_rules):
+    mesh_lib.check_tree_divides(mesh, abstract_params, axes, rules)
   rows = config.train.batch_size // config.train.microbatches
   mesh_lib.check_divides(mesh, (rows,), ('batch',), 'a microbatch')
   tx = optimizer.make(config.optimizer, config.train.steps, axes, abstract_params)
@@ -124,7 +126,10 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
 
   def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     del frozen  # nothing of a plain run is frozen
-    grads, sums = gradients(state['params'], batch, dropout_key(state['step']))
+    with mesh_lib.inside(mesh):
+      grads, sums = gradients(state['params'], batch, dropout_key(state['step']))
+    if optimizer_rules is not mesh_lib.RULES:  # a device updates its part alone, so it needs that part of the sum alone
+      grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
     updates, opt_state = tx.update(grads, state['opt_state'], state['params'])
     params = optax.apply_updates(state['params'], updates)
     metrics = means(sums) | {
@@ -142,9 +147,14 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
       halted = state['halted']
     return new | {'halted': halted}, metrics | {'halted': halted}
 
+  def evaluate(params: Any, batch: Batch) -> losses.Pairs:
+    with mesh_lib.inside(mesh):
+      return loss_sums(params, batch, None)[2]
+
   @jax.jit
   def causes(state: State, batch: Batch) -> tuple[Any, Any]:
-    grads, sums = gradients(state['params'], batch, dropout_key(state['step']))
+    with mesh_lib.inside(mesh):
+      grads, sums = gradients(state['params'], batch, dropout_key(state['step']))
     return means(sums)['loss'], grads
 
   def explain(state: State, frozen: Any, batch: Batch) -> str | None:
@@ -158,9 +168,10 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     return {'step': jnp.int32(0), 'params': params, 'opt_state': tx.init(params), 'halted': jnp.bool(False)}
 
   abstract = jax.eval_shape(init_state, jax.random.key(0))
-  # Moments are laid out like their parameters; without shardings jit would put all of them on one device.
-  state_axes = {'step': (), 'params': axes, 'opt_state': optimizer.state_axes(tx, abstract_params, axes), 'halted': ()}
-  state_shardings = mesh_lib.shardings(mesh, state_axes)
+  # Without shardings jit would put all moments on one device.
+  state_shardings = mesh_lib.shardings(mesh, {'step': (), 'params': axes, 'halted': ()}, param_rules)
+  state_shardings['opt_state'] = mesh_lib.shardings(mesh, optimizer.state_axes(tx, abstract_params, axes), optimizer_rules)
+  gradient_shardings = mesh_lib.shardings(mesh, axes, optimizer_rules)
   shapes = batch_shapes(config)
   batch_shardings = mesh_lib.shardings(mesh, dict.fromkeys(shapes, ('batch', 'length')))
 
@@ -172,8 +183,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
       fn=jax.jit(
           train_step, donate_argnums=0, in_shardings=(state_shardings, None, batch_shardings),
           out_shardings=(state_shardings, None)),
-      evaluate=jax.jit(
-          lambda params, batch: loss_sums(params, batch, None)[2], in_shardings=(state_shardings['params'], batch_shardings)),
+      evaluate=jax.jit(evaluate, in_shardings=(state_shardings['params'], batch_shardings)),
       explain=explain,
       init=jax.jit(init_state, out_shardings=state_shardings),
       abstract_state=on_mesh(abstract, state_shardings),

@@ -145,6 +145,7 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
   """
   config.validate()
   started = time.monotonic()
+  backend.use_cpu_devices(config.mesh.cpu_devices)
   backend.keep_compiled_programs()
 
   # Mesh. Before the data, because a mesh that cannot work is found in no time and data may take hours to cache.
@@ -210,8 +211,7 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
     return put_batch(step, reader.batch(index))
 
   number = first
-  with jax.set_mesh(mesh), interrupted.watch(), writers, profile, manager, \
-      prefetch(make, first, config.train.steps) as batches:
+  with interrupted.watch(), writers, profile, manager, prefetch(make, first, config.train.steps) as batches:
     if number == config.train.steps:  # no step is asked for: the parameters as they are, evaluated and saved
       validation(number)
       save(number)
