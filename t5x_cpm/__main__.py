@@ -123,7 +123,7 @@ def print_help() -> None:
   for folder in ('models', 'runs', 'mesh'):
     print(f'\n{folder} (--gin_file=gin/{folder}/NAME.gin)')
     for name in gin_utils.shipped_files(folder):
-      print(f'  {name:<15}{gin_utils.summary(folder, name)}')
+      print(f'  {name:<17}{gin_utils.summary(folder, name)}')
   print('\ntasks (--gin.TaskConfig.name=NAME)')
   print_tasks()
 
@@ -215,7 +215,8 @@ def dry_run(config: Config) -> None:
 
   print(gin_utils.dump(config))
   facts = train.describe(config)
-  print(f'parameters        {facts["parameters"]:,}')
+  active = facts['active parameters']
+  print(f'parameters        {facts["parameters"]:,}' + (f', {active:,} for one token' if config.model.moe.num_experts else ''))
   print(f'tokens per step   {facts["slots per step"]:,} with padding: {config.train.batch_size} rows of '
         f'{config.task.encoder_length} + {config.task.decoder_length}')
   if cache.is_ready(cache.directory(config)):

@@ -8,6 +8,7 @@ A field is *identity* unless it is declared with ``free()``: a run may be resume
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from t5x_cpm.model_config import ConfigError, ModelConfig, choice, free, in_range
@@ -225,10 +226,12 @@ class InferConfig:
   truncate: bool = free(False)
   text_field: str = free('text')  # of .jsonl input
   skip_malformed: bool = free(False)
+  domain: int = free(0)  # of inputs and of other tasks, for a model with router 'domain': the number of a task in its mixture
 
   def validate(self) -> None:
     in_range(self, 'batch_size', 1)
     in_range(self, 'input_length', 4)
+    in_range(self, 'domain', 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,6 +270,10 @@ class Config:
     """Raises ConfigError for the first value that cannot work."""
     for part in dataclasses.fields(self):
       getattr(self, part.name).validate()
+    moe = self.model.moe
+    if moe.by_domain and self.infer.domain >= moe.num_experts:
+      raise ConfigError(
+          f'InferConfig.domain = {self.infer.domain}: expected a number below MoEConfig.num_experts = {moe.num_experts}.')
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -289,11 +296,12 @@ def from_dict(tree: dict[str, Any], cls: type = Config) -> Any:
 
 def identity_differences(saved: Config, given: Config) -> list[str]:
   """Lines 'ModelConfig.d_model: 128 in the checkpoint, 256 now' for every identity field that differs."""
-  lines = []
-  for part in dataclasses.fields(Config):
-    old, new = getattr(saved, part.name), getattr(given, part.name)
+  def compare(old: Any, new: Any) -> Iterator[str]:
     for field in dataclasses.fields(old):
       a, b = getattr(old, field.name), getattr(new, field.name)
-      if not field.metadata.get('free') and a != b:
-        lines.append(f'{type(old).__name__}.{field.name}: {a!r} in the checkpoint, {b!r} now')
-  return lines
+      if dataclasses.is_dataclass(a):
+        yield from compare(a, b)
+      elif not field.metadata.get('free') and a != b:
+        yield f'{type(old).__name__}.{field.name}: {a!r} in the checkpoint, {b!r} now'
+
+  return list(compare(saved, given))

@@ -10,6 +10,7 @@ everything has been read, so the order of files does not matter for them.
 
 import dataclasses
 import difflib
+import operator
 import pathlib
 import re
 import tokenize
@@ -25,8 +26,22 @@ from t5x_cpm.config import Config, ConfigError
 PACKAGE = pathlib.Path(__file__).parent / 'gin_files'
 SCOPES = ('train', 'eval')
 _KEY = re.compile(r'(?:(\w+)/)?([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?')
-_PARTS = {cls.__name__: part for part, cls in typing.get_type_hints(Config).items()}  # class name -> field of Config
-_TYPES = {cls.__name__: typing.get_type_hints(cls) for cls in typing.get_type_hints(Config).values()}
+# Class name -> path of its fields in Config ('train', 'model.moe'), and class name -> field -> type.
+_PARTS: dict[str, str] = {}
+_TYPES: dict[str, dict[str, Any]] = {}
+
+
+def _register(cls: Any, path: str) -> None:
+  fields = typing.get_type_hints(cls)
+  nested = {field: kind for field, kind in fields.items() if dataclasses.is_dataclass(kind)}
+  if path:
+    _PARTS[cls.__name__] = path
+    _TYPES[cls.__name__] = {field: kind for field, kind in fields.items() if field not in nested}
+  for field, kind in nested.items():
+    _register(kind, f'{path}.{field}'.lstrip('.'))
+
+
+_register(Config, '')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +297,13 @@ class _Macros:
     return value, text
 
 
+def _replace(config: Any, path: Sequence[str], fields: dict[str, Any]) -> Any:
+  """A copy of a dataclass, with fields of the one at `path` in it changed."""
+  if not path:
+    return dataclasses.replace(config, **fields)
+  return dataclasses.replace(config, **{path[0]: _replace(getattr(config, path[0]), path[1:], fields)})
+
+
 def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = '', base: Config | None = None) -> Config:
   """The configuration that gin files and flags describe, checked field by field and by Config.validate().
 
@@ -315,8 +337,8 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = ''
         where[binding.cls, binding.field] = binding.where
 
   config = base or Config()
-  parts = {_PARTS[cls]: dataclasses.replace(getattr(config, _PARTS[cls]), **fields) for cls, fields in values.items()}
-  config = dataclasses.replace(config, **parts)
+  for cls, fields in values.items():
+    config = _replace(config, _PARTS[cls].split('.'), fields)
   try:
     config.validate()
   except ConfigError as error:
@@ -329,6 +351,6 @@ def dump(config: Config) -> str:
   """Gin text that binds every field; `load` of it gives the same Config."""
   blocks = []
   for cls, part in _PARTS.items():
-    values = getattr(config, part)
+    values = operator.attrgetter(part)(config)
     blocks.append(''.join(f'{cls}.{field} = {getattr(values, field)!r}\n' for field in _TYPES[cls]))
   return '\n'.join(blocks)

@@ -41,6 +41,7 @@ FIELDS = {
     'mlp': 'ModelConfig.d_ff',
     'vocab': 'ModelConfig.vocab_size',
     'embed': 'ModelConfig.d_model',
+    'expert': 'MoEConfig.num_experts',
 }
 
 

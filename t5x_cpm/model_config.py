@@ -31,6 +31,103 @@ def in_range(owner: object, field: str, low: float, high: float = float('inf')) 
     raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected a number {expected}.')
 
 
+ROUTERS = (
+    'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+  """Experts in place of feed-forward networks: how many, where, and which tokens go to which (t5x_cpm/models/routing.py).
+
+  Tokens are routed in groups of at most `group_size`: parts of a row, or whole rows together. A group's balance, its
+  auxiliary losses and what overflows depend on nothing outside it. Outside training nothing overflows.
+  """
+
+  num_experts: int = 0  # of a layer that has them; 0: a dense model
+  router: str = 'switch'
+  decoder_router: str = ''  # '': the same as `router`
+  encoder_every: int = 1  # every so many layers have experts, the last of them first; 0: none
+  decoder_every: int = 1
+  top_k: int = 2  # experts of a token by 'top_k' and 'loss_free'; prototypes of 'prototypes'
+  renormalise: bool = False  # 'top_k', 'loss_free': the weights of a token's experts sum to 1
+  second_policy: str = 'random'  # 'top_2' keeps the second: 'all', 'none', 'threshold', 'random' (threshold outside training)
+  second_threshold: float = 0.2
+  capacity_factor: float = 1.25  # tokens that an expert takes of a group in training: this times its fair share
+  capacity_counts: str = 'tokens'  # a fair share: tokens / experts ('tokens'), or times the experts of a token ('assignments')
+  batch_prioritised: bool = False  # the most confident tokens of a group are placed first; only in an encoder
+  group_size: int = 512
+  dispatch: str = 'einsum'  # 'einsum' (within a capacity) or 'dropless' (without one: capacity_factor is not read)
+  jitter: float = 0.0  # in training the router's input is multiplied by U(1 - jitter, 1 + jitter)
+  balance_loss: float = 0.01  # weights of the auxiliary losses
+  router_z_loss: float = 0.0
+  expert_dropout: float = -1.0  # of the experts' hidden activations; -1: ModelConfig.dropout_rate
+  shared_experts: int = 0  # every token also passes a dense network so many times as wide as an expert
+  bias_rate: float = 0.001  # 'loss_free': step of its bias
+
+  def of(self, stack: str) -> str:
+    """The router of 'encoder' or 'decoder'."""
+    return self.decoder_router or self.router if stack == 'decoder' else self.router
+
+  @property
+  def by_domain(self) -> bool:
+    """Whether a router needs the domain of each row."""
+    return any(self.every(stack) and self.of(stack) == 'domain' for stack in ('encoder', 'decoder'))
+
+  def every(self, stack: str) -> int:
+    """Every so many layers of a stack have experts; 0: none."""
+    return (self.encoder_every if stack == 'encoder' else self.decoder_every) if self.num_experts else 0
+
+  def choices(self, router: str) -> int:
+    """How many experts a token has; of 'expert_choice', on average."""
+    return {'top_k': self.top_k, 'loss_free': self.top_k, 'prototypes': self.top_k, 'top_2': 2}.get(router, 1)
+
+  def capacity(self, router: str, tokens: int) -> int:
+    """Tokens that an expert takes of a group of `tokens` in training.
+
+    Raises:
+      ConfigError: less than one.
+    """
+    fair = tokens / self.num_experts * (self.choices(router) if self.capacity_counts == 'assignments' else 1)
+    capacity = round(self.capacity_factor * fair)
+    if capacity < 1:
+      raise ConfigError(
+          f'MoEConfig.capacity_factor = {self.capacity_factor}: an expert takes {self.capacity_factor * fair:.2f} tokens of a '
+          f'group of {tokens} with {self.num_experts} experts, less than one. Set a larger MoEConfig.group_size.')
+    return min(capacity, tokens)
+
+  def validate(self) -> None:
+    in_range(self, 'top_k', 1)
+    for field in ('num_experts', 'encoder_every', 'decoder_every', 'capacity_factor', 'second_threshold', 'balance_loss',
+                  'router_z_loss', 'shared_experts', 'bias_rate'):
+      in_range(self, field, 0)
+    choice(self, 'router', ROUTERS)
+    choice(self, 'decoder_router', ('', *ROUTERS))
+    choice(self, 'second_policy', ('all', 'none', 'threshold', 'random'))
+    choice(self, 'capacity_counts', ('tokens', 'assignments'))
+    choice(self, 'dispatch', ('einsum', 'dropless'))
+    in_range(self, 'jitter', 0.0, 0.99)
+    in_range(self, 'expert_dropout', -1.0, 0.99)
+    in_range(self, 'group_size', 1)
+    if not self.num_experts:
+      return
+    in_range(self, 'num_experts', 2)
+    if self.top_k > self.num_experts:
+      raise ConfigError(f'MoEConfig.top_k = {self.top_k}: expected at most MoEConfig.num_experts = {self.num_experts}.')
+    routers = {self.of(stack) for stack in ('encoder', 'decoder') if self.every(stack)}
+    if 'prototypes' in routers and self.num_experts % self.top_k:
+      raise ConfigError(
+          f"MoEConfig.num_experts = {self.num_experts}: router 'prototypes' divides the experts into MoEConfig.top_k = "
+          f'{self.top_k} groups of one size; expected a multiple.')
+    if self.decoder_every and self.of('decoder') == 'expert_choice':
+      raise ConfigError(
+          "MoEConfig.router = 'expert_choice' cannot be causal: in a decoder an expert would choose by tokens that are not "
+          "written yet. Set MoEConfig.decoder_router, for instance to 'top_k', or MoEConfig.decoder_every = 0.")
+    if self.decoder_every and self.batch_prioritised:
+      raise ConfigError(
+          "MoEConfig.batch_prioritised = True cannot be causal: a later token would take an earlier one's place in an expert "
+          'of the decoder. Set it to False, or MoEConfig.decoder_every = 0.')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """Hyperparameters of an encoder-decoder Transformer (CPM-2, T5 1.1, mT5; Raffel et al. 2020, Zhang et al. 2021).
@@ -58,6 +155,11 @@ class ModelConfig:
   param_dtype: str = 'float32'
   remat: str = free('none')  # what the backward pass recomputes: 'none', 'dots' (all but matrix products) or 'full'
   layer_loop: str = free('auto')  # 'scan', 'unroll', or 'auto': unrolled on CPU, where it is faster, scanned elsewhere
+  moe: MoEConfig = MoEConfig()
+
+  def num_layers(self, stack: str) -> int:
+    """Of 'encoder' or 'decoder'."""
+    return self.num_encoder_layers if stack == 'encoder' else self.num_decoder_layers
 
   def validate(self) -> None:
     for field in ('vocab_size', 'd_model', 'd_ff', 'num_heads', 'head_dim', 'num_encoder_layers', 'num_decoder_layers'):
@@ -74,6 +176,12 @@ class ModelConfig:
     in_range(self, 'norm_epsilon', 0.0)
     in_range(self, 'dropout_rate', 0.0, 0.99)
     in_range(self, 'init_std', 0.0)
+    self.moe.validate()
+    for stack in ('encoder', 'decoder'):
+      if self.moe.every(stack) and self.num_layers(stack) % self.moe.every(stack):
+        raise ConfigError(
+            f'MoEConfig.{stack}_every = {self.moe.every(stack)} does not divide ModelConfig.num_{stack}_layers = '
+            f'{self.num_layers(stack)}.')
     choice(self, 'mlp_activation', ('gated_gelu', 'gated_silu', 'relu', 'gelu'))
     choice(self, 'initializer', ('cpm2', 't5'))
     choice(self, 'dtype', ('auto', 'float32', 'bfloat16', 'float64'))

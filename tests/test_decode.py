@@ -318,4 +318,3 @@ def test_cached_decoding_is_teacher_forcing(model):
   logits = forced(params, batch, beam.tokens)
   log_probs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(beam.tokens)[..., None], -1)
   np.testing.assert_allclose(beam.score, log_probs.sum((1, 2)), atol=1e-4)
-  assert (np.asarray(beam.score) >= np.asarray(greedy.score) - 1e-4).all()

@@ -10,23 +10,30 @@ from t5x_cpm import gin_utils
 from t5x_cpm.config import Config, ModelConfig
 from t5x_cpm.models import encoder_decoder
 
-# Published: Zhang et al. 2021 for CPM-2; the T5 1.1 and mT5 checkpoints (transformers' num_parameters()).
+# Published: Zhang et al. 2021 for CPM-2 (198 billion with experts); the T5 1.1, mT5 and Switch checkpoints (transformers'
+# num_parameters()).
 PUBLISHED = {
     'cpm2_11b_zh': 11_087_097_856, 'cpm2_11b': 11_297_861_632,
     't5_1_1_small': 76_961_152, 't5_1_1_base': 247_577_856, 't5_1_1_large': 783_150_080, 't5_1_1_xl': 2_849_757_184,
     't5_1_1_xxl': 11_135_332_352,
     'mt5_small': 300_176_768, 'mt5_base': 582_401_280, 'mt5_large': 1_229_581_312, 'mt5_xl': 3_742_619_648,
-    'mt5_xxl': 12_921_057_280,
+    'mt5_xxl': 12_921_057_280, 'switch_base_8': 619_339_008, 'cpm2_moe_198b': 198_537_883_648,
 }
 MODELS = gin_utils.shipped_files('models')
 
 
 def closed_form(c: ModelConfig) -> int:
-  """Parameters of an untied encoder-decoder with gated feed-forward networks and no bias vectors."""
-  attention, mlp, norm = 4 * c.d_model * c.num_heads * c.head_dim, 3 * c.d_model * c.d_ff, c.d_model
+  """Parameters of an encoder-decoder without bias vectors; every router here has a matrix [d_model, experts]."""
+  attention, norm = 4 * c.d_model * c.num_heads * c.head_dim, c.d_model
+  mlp = (3 if c.mlp_activation.startswith('gated') else 2) * c.d_model * c.d_ff
   encoder = c.num_encoder_layers * (attention + mlp + 2 * norm)
   decoder = c.num_decoder_layers * (2 * attention + mlp + 3 * norm)
-  return encoder + decoder + 2 * norm + 2 * c.num_buckets * c.num_heads + 2 * c.vocab_size * c.d_model
+  E, routed = c.moe.num_experts, 0
+  if E:
+    routed = c.num_encoder_layers // c.moe.encoder_every + c.num_decoder_layers // c.moe.decoder_every
+  experts = routed * ((E - 1) * mlp + c.d_model * E)
+  tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.d_model
+  return encoder + decoder + experts + 2 * norm + 2 * c.num_buckets * c.num_heads + tables
 
 
 def model_config(name: str) -> ModelConfig:
@@ -44,10 +51,11 @@ def test_parameter_counts(name):
   if name in PUBLISHED:
     assert count == PUBLISHED[name]
   assert f'{count:,} parameters' in gin_utils.summary('models', name)  # what --help says
-  assert config.initializer == ('cpm2' if name.startswith('cpm2') and name not in ('cpm2_tiny', 'cpm2_small') else 't5')
+  assert config.initializer == ('cpm2' if name.startswith('cpm2') and 'tiny' not in name and 'small' not in name else 't5')
 
 
-@pytest.mark.parametrize('name', ['cpm2_tiny', 't5_1_1_small', 'mt5_xxl', 'cpm2_11b'])
+@pytest.mark.parametrize('name', [
+    'cpm2_tiny', 't5_1_1_small', 'mt5_xxl', 'cpm2_11b', 'cpm2_moe_198b', 'switch_base_32', 'm6t_prototype'])
 def test_the_model_has_as_many_parameters_without_making_one(name):
   config = model_config(name)
   started = time.monotonic()

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import ConfigError, MeshConfig
+from t5x_cpm.model_config import MoEConfig
 from t5x_cpm.training import step
 
 
@@ -64,6 +65,14 @@ class Chip:
     return (self.id % 2, self.id // 2 % 2, 0)
 
 
+def test_experts_are_split_over_their_axis():
+  model = dataclasses.replace(test_step.CONFIG.model, moe=MoEConfig(num_experts=4, group_size=8))
+  fake = AbstractMesh((1, 2, 4), mesh_lib.AXES)
+  built = step.build(dataclasses.replace(test_step.CONFIG, model=model), fake)
+  kernel = built.abstract_state['params']['experts']['encoder']['wi_0']
+  assert kernel.shape == (2, 4, 16, 32) and kernel.sharding.shard_shape(kernel.shape) == (2, 1, 16, 16)
+
+
 def test_slices_split_the_data_axis_alone():
   chips = [Chip(id=i, slice_index=i // 4) for i in range(8)]
   mesh = mesh_lib.make_mesh(MeshConfig(data=4, model=2, slices=2), chips)
@@ -93,12 +102,13 @@ sys.path.insert(0, 'tests')
 import test_step as t
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import MeshConfig, OptimizerConfig
+from t5x_cpm.model_config import MoEConfig
 
-dtype, dropout = sys.argv[1], float(sys.argv[2])
+dtype, dropout, experts = sys.argv[1], float(sys.argv[2]), eval(sys.argv[3])
 exact = dtype == 'float64'
 jax.config.update('jax_enable_x64', exact)
 model = dataclasses.replace(
-    t.CONFIG.model, num_heads=8, head_dim=4, dtype=dtype, param_dtype=dtype, dropout_rate=dropout)
+    t.CONFIG.model, num_heads=8, head_dim=4, dtype=dtype, param_dtype=dtype, dropout_rate=dropout, moe=MoEConfig(**experts))
 config = dataclasses.replace(t.CONFIG, model=model)
 if not exact:
   config = dataclasses.replace(config, optimizer=OptimizerConfig(
@@ -143,10 +153,18 @@ for sizes, sharding in [((1, 1, 1), 'none'), ((8, 1, 1), 'optimizer'), ((1, 8, 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype, dropout', [('float64', 0.0), ('float64', 0.2), ('float32', 0.2)])
-def test_meshes_agree(dtype, dropout):
+@pytest.mark.parametrize('dtype, dropout, experts', [
+    ('float64', 0.0, {}),
+    ('float64', 0.2, {}),
+    ('float32', 0.2, {}),
+    ('float64', 0.0, {'router': 'random_projection', 'dispatch': 'dropless'}),
+    ('float64', 0.2, {'router': 'top_k', 'jitter': 0.1, 'router_z_loss': 0.01, 'encoder_every': 2}),
+    ('float64', 0.2, {'router': 'loss_free', 'dispatch': 'dropless', 'shared_experts': 1}),
+    ('float32', 0.2, {'router': 'top_2', 'dispatch': 'dropless'})], ids=str)
+def test_meshes_agree(dtype, dropout, experts):
+  experts = {'num_experts': 4, 'group_size': 24} | experts if experts else {}
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.'}
-  command = [sys.executable, '-c', AGREE, dtype, str(dropout)]
+  command = [sys.executable, '-c', AGREE, dtype, str(dropout), str(experts)]
   done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
   print(done.stdout)
   assert done.stdout.count('ok') == 5, done.stderr[-3000:]

@@ -17,7 +17,7 @@ from etils import epath
 
 from t5x_cpm.config import Config, ConfigError, MetricsConfig, ModelConfig
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import flops, metrics
+from t5x_cpm.training import flops, metrics, plots
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -185,9 +185,9 @@ def test_profile_window(tmp_path):
 
 def test_plot(tmp_path):
   with pytest.raises(ConfigError, match='no metrics yet'):
-    metrics.plot_loss(tmp_path)
+    plots.plot_loss(tmp_path)
   run(tmp_path, 0, 10, evaluate=(5, 10))
-  path = metrics.plot_loss(tmp_path)
+  path = plots.plot_loss(tmp_path)
   assert path == epath.Path(tmp_path) / 'loss.png'
   data = path.read_bytes()
   assert data.startswith(b'\x89PNG') and len(data) > 10_000
@@ -237,7 +237,7 @@ def test_no_tensorflow(tmp_path):
       writers.step(1, {'loss': 1.0, 'encoder_tokens': 1, 'decoder_tokens': 1})
     with metrics.Writers(sys.argv[1], Config(), start_step=0, total_steps=2):
       pass
-    metrics.plot_loss
+    from t5x_cpm.training import plots
     assert 'tensorboard' in sys.modules
     assert not {'tensorflow', 'matplotlib', 'wandb', 'orbax', 'clu'} & set(sys.modules)
   '''

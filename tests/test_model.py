@@ -170,7 +170,7 @@ def test_packed_segments_equal_separate_rows(model, params):
     alone = logits_of(model, params, {
         'encoder_input_tokens': source[None], 'encoder_segment_ids': np.ones_like(source)[None],
         'decoder_input_tokens': target[None], 'decoder_segment_ids': np.ones_like(target)[None]})[0]
-    np.testing.assert_allclose(together[t:t + len(target)], alone, atol=1e-5)
+    np.testing.assert_allclose(together[t:t + len(target)], alone, atol=1e-5, rtol=1e-5)
     t += len(target)
 
 

@@ -134,6 +134,38 @@ def test_golden_greedy_and_beam_tokens(golden):
   check_tokens(golden)
 
 
+@pytest.fixture(scope='module')
+def switch() -> Reference:
+  with np.load(ROOT / 'tests' / 'golden' / 'switch_parity.npz') as file:
+    return Reference(dict(file))
+
+
+def check_auxiliary_losses(reference: Reference) -> None:
+  """Theirs are sums over encoder and decoder, ours means over layers; each stack has one layer with experts."""
+  losses = reference.model.apply(reference.params, reference.batch)[1]
+  for ours, theirs in (('balance_loss', 'aux'), ('router_z_loss', 'z')):
+    assert_equal(ours, 2 * losses[ours], sum(reference.file[f'{stack}_{theirs}_loss'] for stack in ('encoder', 'decoder')))
+
+
+def test_switch_transformers(switch):
+  assert switch.config.moe.num_experts == 4
+  check_figures(switch)
+  check_tokens(switch)
+  check_auxiliary_losses(switch)
+
+
+def test_switch_transformers_there_and_back(switch, tmp_path):
+  there = dict(convert_hf.from_params(switch.config, switch.params))
+  assert set(there) == set(switch.part('weight/'))
+  jax.tree.map(np.testing.assert_array_equal, convert_hf.to_params(switch.config, there), switch.params)
+  assert convert_hf.read_config(convert_hf.write_config(switch.config)) == switch.config
+  routed = dataclasses.replace(switch.config, moe=dataclasses.replace(switch.config.moe, router='top_k'))
+  with pytest.raises(ConfigError, match="router = 'top_k'.*SwitchTransformers"):
+    convert_hf.write_config(routed)
+  with pytest.raises(ConfigError, match='num_sparse_encoder_layers = 3 does not divide num_layers = 4'):
+    convert_hf.read_experts({'num_layers': 4})
+
+
 def test_weights_and_configuration_there_and_back(golden):
   there = dict(convert_hf.from_params(golden.config, golden.params))
   assert {name: value.shape for name, value in there.items()} == {
@@ -225,11 +257,22 @@ def test_live_against_transformers(seed, changes):
 
 
 @pytest.mark.slow
-def test_golden_file_is_what_transformers_computes(golden):
+def test_live_against_switch_transformers():
   pytest.importorskip('torch')
   pytest.importorskip('transformers')
-  live = golden_t5.make(golden_t5.CONFIG, golden_t5.SEED)
-  for name, value in golden.file.items():
+  reference = Reference(golden_t5.make(golden_t5.SWITCH_CONFIG, 14))
+  check_figures(reference)
+  check_tokens(reference)
+  check_auxiliary_losses(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('file', golden_t5.GOLDEN)
+def test_golden_file_is_what_transformers_computes(file):
+  pytest.importorskip('torch')
+  pytest.importorskip('transformers')
+  live = golden_t5.make(*golden_t5.GOLDEN[file])
+  for name, value in np.load(ROOT / 'tests' / 'golden' / f'{file}_parity.npz').items():
     if name.endswith(('tokens', 'greedy', 'settings', 'config', 'ids', 'mask', 'labels')):
       np.testing.assert_array_equal(live[name], value)
     elif name != 'versions':
@@ -253,5 +296,5 @@ def test_transformers_reads_what_is_exported(tmp_path, golden):
   jax.tree.map(np.testing.assert_array_equal, convert_hf.to_params(config, weights), golden.params)
 
 
-def test_golden_file_is_small():
-  assert (ROOT / 'tests' / 'golden' / 't5_parity.npz').stat().st_size < 1_000_000
+def test_golden_files_are_small():
+  assert sum(file.stat().st_size for file in (ROOT / 'tests' / 'golden').iterdir()) < 1_500_000

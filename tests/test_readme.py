@@ -34,8 +34,11 @@ def test_the_table_of_models_is_true():
   for name, row in rows.items():
     c = gin_utils.load([f'gin/models/{name}.gin']).model
     assert f' {row[0]} parameters' in gin_utils.summary('models', name)  # which another test compares with the model
-    assert row[1:] == (f'{c.vocab_size:,}', f'{c.num_encoder_layers} + {c.num_decoder_layers}', str(c.d_model), str(c.d_ff),
-                       f'{c.num_heads} x {c.head_dim}'), name
+    layers, experts = f'{c.num_encoder_layers} + {c.num_decoder_layers}', c.moe.num_experts
+    if experts:
+      assert c.moe.encoder_every == c.moe.decoder_every
+      layers += f', {experts} experts ' + {1: 'each', 2: 'in every other'}[c.moe.encoder_every]
+    assert row[1:] == (f'{c.vocab_size:,}', layers, str(c.d_model), str(c.d_ff), f'{c.num_heads} x {c.head_dim}'), name
 
 
 @pytest.mark.slow

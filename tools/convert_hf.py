@@ -1,4 +1,4 @@
-"""Models between this project and transformers' T5: T5 1.1, mT5, T5, and CPM-2 written as T5.
+"""Models between this project and transformers: T5 1.1, mT5, T5, CPM-2 written as T5, and SwitchTransformers.
 
     python tools/convert_hf.py import --hf=DIR --vocabulary=sentencepiece:DIR/spiece.model --model_dir=OUT
     python tools/convert_hf.py export --model_dir=DIR [--step=N] --hf=OUT
@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_cpm.config import Config, ConfigError, ModelConfig, TaskConfig
+from t5x_cpm.model_config import MoEConfig
 
 SHARD_BYTES = 4 * 2**30
+SWITCH = 'switch_transformers'
 # ModelConfig field -> key of config.json. Where transformers has a default, files may leave the key out.
 FIELDS = {
     'vocab_size': 'vocab_size', 'd_model': 'd_model', 'd_ff': 'd_ff', 'num_heads': 'num_heads', 'head_dim': 'd_kv',
@@ -46,17 +48,23 @@ class Tensor(NamedTuple):
   """Where one parameter stands on both sides."""
 
   path: str  # here: 'encoder/layers/attention/query'
-  name: str  # there; {} is the number of the layer where this is stacked
-  layers: int  # 0: not stacked
+  name: str  # there; {0} is the number of the layer and {1} of the expert, where this is stacked
+  stack: tuple[tuple[int, ...], ...]  # the numbers of layers, and of experts, that it is stacked over: (), (layers,) or both
   transposed: bool
+
+  def each(self, stacked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Their name of each part, and the part as a view."""
+    for index in np.ndindex(*map(len, self.stack)):
+      yield self.name.format(*(numbers[i] for numbers, i in zip(self.stack, index))), stacked[index]
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
   """Every parameter of a model."""
-  yield Tensor('token_embedder/embedding', 'shared.weight', 0, False)
+  yield Tensor('token_embedder/embedding', 'shared.weight', (), False)
   gated = config.mlp_activation.startswith('gated')
-  for stack, layers in (('encoder', config.num_encoder_layers), ('decoder', config.num_decoder_layers)):
-    block = f'{stack}.block.{{}}.layer.'
+  for stack in ('encoder', 'decoder'):
+    layers = (tuple(range(config.num_layers(stack))),)
+    block = f'{stack}.block.{{0}}.layer.'
     parts = [('attention', 'SelfAttention')] + ([('cross_attention', 'EncDecAttention')] if stack == 'decoder' else [])
     for index, (ours, theirs) in enumerate(parts):
       yield Tensor(f'{stack}/layers/{ours}_norm/scale', f'{block}{index}.layer_norm.weight', layers, False)
@@ -64,14 +72,25 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
         yield Tensor(f'{stack}/layers/{ours}/{kernel}', f'{block}{index}.{theirs}.{kernel[0]}.weight', layers, True)
     last = len(parts)
     yield Tensor(f'{stack}/layers/mlp_norm/scale', f'{block}{last}.layer_norm.weight', layers, False)
+    every = config.moe.every(stack)
+    routed = (tuple(number for number in layers[0] if every and (number + 1) % every == 0),)
+    dense = (tuple(number for number in layers[0] if number not in routed[0]),)
     for kernel in ('wi_0', 'wi_1', 'wo') if gated else ('wi_0', 'wo'):
       theirs = kernel if gated else kernel.removesuffix('_0')
-      yield Tensor(f'experts/{stack}/{kernel}', f'{block}{last}.DenseReluDense.{theirs}.weight', layers, True)
+      if dense[0]:
+        network = 'mlp' if config.moe.num_experts else 'DenseReluDense'
+        ours = f'{stack}_dense' if routed[0] else stack
+        yield Tensor(f'experts/{ours}/{kernel}', f'{block}{last}.{network}.{theirs}.weight', dense, True)
+      if routed[0]:
+        experts = (*routed, tuple(range(config.moe.num_experts)))
+        yield Tensor(f'experts/{stack}/{kernel}', f'{block}{last}.mlp.experts.expert_{{1}}.{theirs}.weight', experts, True)
+    if routed[0]:
+      yield Tensor(f'{stack}/routers/kernel', f'{block}{last}.mlp.router.classifier.weight', routed, True)
     table = f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
-    yield Tensor(f'{stack}/relative_bias/table', table, 0, False)
-    yield Tensor(f'{stack}/final_norm/scale', f'{stack}.final_layer_norm.weight', 0, False)
+    yield Tensor(f'{stack}/relative_bias/table', table, (), False)
+    yield Tensor(f'{stack}/final_norm/scale', f'{stack}.final_layer_norm.weight', (), False)
   if not config.tie_embeddings:
-    yield Tensor('lm_head', 'lm_head.weight', 0, True)
+    yield Tensor('lm_head', 'lm_head.weight', (), True)
 
 
 def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
@@ -81,11 +100,12 @@ def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
     ConfigError: it is not a T5, or uses an activation that this project does not have.
   """
   kind = theirs.get('model_type')
-  if kind not in ('t5', 'mt5'):
-    raise ConfigError(f"config.json: model_type = {kind!r}: expected 't5' or 'mt5'.")
-  activation = theirs.get('feed_forward_proj', 'relu' if kind == 't5' else 'gated-gelu')
+  if kind not in ('t5', 'mt5', SWITCH):
+    raise ConfigError(f"config.json: model_type = {kind!r}: expected 't5', 'mt5' or '{SWITCH}'.")
+  key = 'dense_act_fn' if kind == SWITCH else 'feed_forward_proj'
+  activation = theirs.get(key, 'gated-gelu' if kind == 'mt5' else 'relu')
   if activation not in ACTIVATIONS:
-    raise ConfigError(f'config.json: feed_forward_proj = {activation!r}: expected one of {", ".join(ACTIVATIONS)}.')
+    raise ConfigError(f'config.json: {key} = {activation!r}: expected one of {", ".join(ACTIVATIONS)}.')
   values: dict[str, Any] = {}
   for ours, key in FIELDS.items():
     value = theirs.get(key, DEFAULTS.get(key))
@@ -95,7 +115,24 @@ def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
       raise ConfigError(f'config.json: {key} is missing.')
     values[ours] = value
   return ModelConfig(
-      mlp_activation=ACTIVATIONS[activation], tie_embeddings=is_scaled(theirs), initializer='t5', **values)
+      mlp_activation=ACTIVATIONS[activation], tie_embeddings=is_scaled(theirs), initializer='t5',
+      moe=read_experts(theirs) if kind == SWITCH else MoEConfig(), **values)
+
+
+def read_experts(theirs: Mapping[str, Any]) -> MoEConfig:
+  """The MoEConfig of a SwitchTransformers config.json. Its capacity, in tokens, is not carried over."""
+  every = {}
+  for stack, layers, sparse in (('encoder', 'num_layers', 'num_sparse_encoder_layers'),
+                                ('decoder', 'num_decoder_layers', 'num_sparse_decoder_layers')):
+    number, of = theirs.get(sparse, 3), theirs.get(layers, 12)
+    if number and of % number:
+      raise ConfigError(f'config.json: {sparse} = {number} does not divide {layers} = {of}.')
+    every[f'{stack}_every'] = of // number if number else 0
+  if theirs.get('router_bias'):
+    raise ConfigError('config.json: router_bias = true: routers have no bias here.')
+  return MoEConfig(
+      num_experts=theirs.get('num_experts', 8), jitter=theirs.get('router_jitter_noise', 0.01),
+      balance_loss=theirs.get('router_aux_loss_coef', 0.001), router_z_loss=theirs.get('router_z_loss_coef', 0.001), **every)
 
 
 def is_scaled(theirs: Mapping[str, Any]) -> bool:
@@ -109,10 +146,29 @@ def is_scaled(theirs: Mapping[str, Any]) -> bool:
 def write_config(config: ModelConfig) -> dict[str, Any]:
   """The config.json of a ModelConfig, without the special tokens."""
   activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp_activation)
+  if config.moe.num_experts:
+    return write_switch(config, activation)
   return {
       'model_type': 't5', 'architectures': ['T5ForConditionalGeneration'], 'is_encoder_decoder': True,
       'feed_forward_proj': activation, 'tie_word_embeddings': config.tie_embeddings,
   } | {key: getattr(config, ours) for ours, key in FIELDS.items()}
+
+
+def write_switch(config: ModelConfig, activation: str) -> dict[str, Any]:
+  """The config.json of a model with experts, as SwitchTransformers: every token keeps a place, as outside training here."""
+  experts = config.moe
+  if {experts.of(stack) for stack in ('encoder', 'decoder')} != {'switch'} or experts.shared_experts or 'gated' in activation:
+    raise ConfigError(
+        f'MoEConfig.router = {experts.router!r}, mlp_activation = {config.mlp_activation!r}: SwitchTransformers has '
+        "router 'switch' without shared experts, and an activation that is not gated.")
+  layers = {f'num_sparse_{stack}_layers': config.num_layers(stack) // experts.every(stack) if experts.every(stack) else 0
+            for stack in ('encoder', 'decoder')}
+  return {
+      'model_type': SWITCH, 'architectures': ['SwitchTransformersForConditionalGeneration'], 'is_encoder_decoder': True,
+      'dense_act_fn': activation, 'tie_word_embeddings': config.tie_embeddings, 'num_experts': experts.num_experts,
+      'expert_capacity': 1 << 20, 'router_jitter_noise': experts.jitter, 'router_aux_loss_coef': experts.balance_loss,
+      'router_z_loss_coef': experts.router_z_loss,
+  } | layers | {key: getattr(config, ours) for ours, key in FIELDS.items()}
 
 
 def head_to_ours(config: ModelConfig, given: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
@@ -154,8 +210,7 @@ def to_params(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
   def convert(path: Any, leaf: Any) -> np.ndarray:
     tensor = table[jax.tree_util.keystr(path, simple=True, separator='/')]
     value = np.empty(leaf.shape, leaf.dtype)
-    for index, part in enumerate(value if tensor.layers else [value]):
-      name = tensor.name.format(index)
+    for name, part in tensor.each(value):
       used.add(name)
       found = given.get(name)
       shape = part.shape[::-1] if tensor.transposed else part.shape
@@ -181,9 +236,8 @@ def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Iterator[tupl
     value = params
     for key in tensor.path.split('/'):
       value = value[key]
-    stacked = np.asarray(value)
-    for index, part in enumerate(stacked if tensor.layers else [stacked]):
-      yield tensor.name.format(index), np.ascontiguousarray(part.T if tensor.transposed else part)
+    for name, part in tensor.each(np.asarray(value)):
+      yield name, np.ascontiguousarray(part.T if tensor.transposed else part)
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:

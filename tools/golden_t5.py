@@ -1,4 +1,4 @@
-"""Makes tests/golden/t5_parity.npz: what transformers' T5ForConditionalGeneration computes from given weights.
+"""Makes tests/golden/{t5,switch}_parity.npz: what transformers' T5 and SwitchTransformers compute from given weights.
 
     pip install -e .[torch] && python tools/golden_t5.py
 
@@ -21,6 +21,11 @@ CONFIG = {
     'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 16, 'feed_forward_proj': 'gated-gelu',
     'tie_word_embeddings': False, 'dropout_rate': 0.0, 'layer_norm_epsilon': 1e-6, 'pad_token_id': 0, 'eos_token_id': 1,
     'decoder_start_token_id': 0}
+# One layer of two has experts in each stack: the auxiliary losses of several layers are put together in another way there.
+SWITCH_CONFIG = {key: value for key, value in CONFIG.items() if key != 'feed_forward_proj'} | {
+    'model_type': 'switch_transformers', 'num_layers': 2, 'num_decoder_layers': 2, 'num_sparse_encoder_layers': 1,
+    'num_sparse_decoder_layers': 1, 'num_experts': 4, 'expert_capacity': 64, 'router_jitter_noise': 0.0,
+    'router_aux_loss_coef': 1.0, 'router_z_loss_coef': 1.0, 'tie_word_embeddings': True}
 GREEDY = {'num_beams': 1, 'max_new_tokens': 16}
 # length_penalty and early_stopping of the beam searches; the first are transformers' defaults.
 BEAMS = [
@@ -29,13 +34,16 @@ BEAMS = [
     {'num_beams': 4, 'max_new_tokens': 16, 'length_penalty': 2.0, 'early_stopping': False},
 ]
 SEED = 4  # the three searches give different answers
+SWITCH_SEED = 12  # every expert has tokens, and answers have more than one
+GOLDEN = {'t5': (CONFIG, SEED), 'switch': (SWITCH_CONFIG, SWITCH_SEED)}
 
 
 def draw(model: Any, rng: np.random.Generator) -> None:
   """Replaces the weights of a model: every part matters, and no softmax is saturated."""
   import torch
 
-  head = 1.5 if not model.config.scale_decoder_outputs else 1.5 * model.config.d_model**0.5
+  scaled = getattr(model.config, 'scale_decoder_outputs', model.config.tie_word_embeddings)
+  head = 1.5 if not scaled else 1.5 * model.config.d_model**0.5
   with torch.no_grad():
     for name, value in sorted(model.named_parameters()):
       shape = tuple(value.shape)
@@ -50,6 +58,8 @@ def draw(model: Any, rng: np.random.Generator) -> None:
         drawn[1] *= 1.5  # makes the end of sequence come now and then
       else:
         gain = model.config.d_kv**-0.5 if name.endswith('.q.weight') else 1.0
+        if model.lm_head.weight is model.shared.weight and name.endswith('o.weight'):
+          gain = 4.0  # or each token would be followed by itself
         drawn = gain * rng.standard_normal(shape) * shape[1]**-0.5
       value.copy_(torch.from_numpy(drawn.astype(np.float32)))
 
@@ -71,7 +81,11 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
   import transformers
 
   rng = np.random.default_rng(seed)
-  model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config)).eval()
+  switch = config.get('model_type') == 'switch_transformers'
+  if switch:
+    model: Any = transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(**config)).eval()
+  else:
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config)).eval()
   if not config['tie_word_embeddings']:  # version 5 ties the tables whatever the configuration says
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
   draw(model, rng)
@@ -80,12 +94,14 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
   V = config['vocab_size']
   input_ids = rng.integers(2, V, (rows, S))
   attention_mask = np.ones((rows, S), np.int64)
-  attention_mask[1, S - 7:] = 0
-  attention_mask[2, :5] = 0
+  if not switch:  # whose routers and auxiliary losses would count padding
+    attention_mask[1, S - 7:] = 0
+    attention_mask[2, :5] = 0
   input_ids[attention_mask == 0] = 0
   labels = rng.integers(1, V, (rows, T))
-  labels[1, T - 4:] = -100
-  labels[3, T - 9:] = -100
+  if not switch:
+    labels[1, T - 4:] = -100
+    labels[3, T - 9:] = -100
   encoder = {'input_ids': torch.from_numpy(input_ids), 'attention_mask': torch.from_numpy(attention_mask)}
   out = model(**encoder, labels=torch.from_numpy(labels))
   out.loss.backward()
@@ -96,9 +112,15 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
       'logits': out.logits.detach().numpy(), 'loss': out.loss.detach().numpy(),
       'versions': np.asarray(f'torch {torch.__version__}, transformers {transformers.__version__}, seed {seed}'),
   }
+  if switch:
+    with torch.no_grad():
+      routed = model(**encoder, labels=torch.from_numpy(labels), output_router_logits=True)
+    for stack in ('encoder', 'decoder'):
+      for loss in ('aux', 'z'):
+        result[f'{stack}_{loss}_loss'] = routed[f'{stack}_{loss}_loss'].numpy()
   result |= {f'weight/{name}': value for name, value in weights.items()}
   for name, value in model.named_parameters():
-    assert value.grad is not None
+    assert value.grad is not None, name
     result[f'gradient/{name}'] = value.grad.numpy()
 
   def generate(settings: dict[str, Any]) -> tuple[np.ndarray, Any]:
@@ -117,15 +139,16 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-  default = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'golden' / 't5_parity.npz'
-  parser.add_argument('--output', type=pathlib.Path, default=default)
+  default = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'golden'
+  parser.add_argument('--output', type=pathlib.Path, default=default, help='folder')
   given = parser.parse_args()
-  result = make(CONFIG, SEED)
-  given.output.parent.mkdir(parents=True, exist_ok=True)
-  np.savez_compressed(given.output, **result)
-  lengths = [int((row != 0).sum()) for row in result['greedy']]
-  print(f'{given.output}: {given.output.stat().st_size / 1e3:.0f} kB, {result["versions"]}, deviation of logits '
-        f'{result["logits"].std():.2f}, loss {float(result["loss"]):.4f}, lengths of greedy answers {lengths}')
+  given.output.mkdir(parents=True, exist_ok=True)
+  for name, (config, seed) in GOLDEN.items():
+    result, file = make(config, seed), given.output / f'{name}_parity.npz'
+    np.savez_compressed(file, **result)
+    lengths = [int((row != 0).sum()) for row in result['greedy']]
+    print(f'{file}: {file.stat().st_size / 1e3:.0f} kB, {result["versions"]}, deviation of logits '
+          f'{result["logits"].std():.2f}, loss {float(result["loss"]):.4f}, lengths of greedy answers {lengths}')
 
 
 if __name__ == '__main__':

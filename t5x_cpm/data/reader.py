@@ -70,7 +70,10 @@ class Reader:
     rows_per_epoch: rows that hold everything once, all components together.
   """
 
-  def __init__(self, config: Config, split: str, vocabulary: Vocabulary, components: list[Component], rates: list[float]):
+  def __init__(self, config: Config, split: str, vocabulary: Vocabulary, components: list[Component], rates: list[float],
+               domains: list[int] | None = None):
+    """domains: the label of each component's rows, for router 'domain'; by default their order."""
+    self.domains = list(range(len(components))) if domains is None else domains
     self.vocabulary, self.split, self.components = vocabulary, split, components
     self.config, self.task, self.seed, self.batch_size = config, config.task, config.train.seed, config.train.batch_size
     self.room = (self.task.encoder_length, self.task.decoder_length)
@@ -93,7 +96,8 @@ class Reader:
 
     Returns:
       encoder_input_tokens, encoder_segment_ids, encoder_positions [rows, encoder_length], decoder_input_tokens,
-      decoder_target_tokens, decoder_segment_ids, decoder_positions, decoder_loss_weights [rows, decoder_length].
+      decoder_target_tokens, decoder_segment_ids, decoder_positions, decoder_loss_weights [rows, decoder_length]; for router
+      'domain' also domain [rows]: which task of the mixture a row is of.
     """
     mine = np.arange(self.batch_size)[rows or slice(None)]
     component, stream_row = self.mixer.locate(mine + step * self.batch_size)
@@ -124,7 +128,10 @@ class Reader:
       mine = np.flatnonzero(component == number)
       part = read(self.components[number], stream_row[mine])
       parts.append(Part(mine[part.row], part.segments))
-    return assemble(parts, rows, self.room, self.vocabulary.pad_id, self.unpredicted)
+    batch = assemble(parts, rows, self.room, self.vocabulary.pad_id, self.unpredicted)
+    if self.config.model.moe.by_domain:
+      batch['domain'] = np.resize(np.asarray(self.domains, np.int32)[component], rows)  # empty rows have any
+    return batch
 
   def statistics(self) -> dict:
     """Sizes, and how well rows are filled.
@@ -166,8 +173,13 @@ def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = N
     raise ConfigError(f'task {config.task.name!r} was tokenized with {own.spec!r}, but the model uses {vocabulary.spec!r}: set '
                       'TaskConfig.vocabulary to the vocabulary of the model.')
   components: list[Component] = []
-  rates = []
-  for rate, cache in parts:
+  rates: list[float] = []
+  domains: list[int] = []
+  one_each = len(parts) == config.model.moe.num_experts
+  if config.model.moe.by_domain and split == 'train' and not one_each:
+    raise ConfigError(f"MoEConfig.router = 'domain' has an expert for each task of the mixture: {config.task.name!r} has "
+                      f'{len(parts)}, MoEConfig.num_experts = {config.model.moe.num_experts}.')
+  for domain, (rate, cache) in enumerate(parts):
     if split not in cache.splits:
       continue
     if ('inputs' in cache.features) != (config.task.objective == 'pairs'):
@@ -184,7 +196,8 @@ def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = N
       continue
     components.append(component)
     rates.append(rate)
+    domains.append(domain if one_each else config.infer.domain)
   if not components:
     raise ConfigError(f'task {config.task.name!r} has no documents in split {split!r}; for files of your own set '
                       'LocalTaskConfig.validation_files, or a larger validation_fraction.')
-  return Reader(config, split, own if vocabulary is None else vocabulary, components, rates)
+  return Reader(config, split, own if vocabulary is None else vocabulary, components, rates, domains)

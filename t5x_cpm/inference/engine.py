@@ -222,7 +222,10 @@ class Engine:
 
   def _encoder_batch(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     tokens, segments = score.pad(rows, round_up(max(map(len, rows))), self.vocabulary.pad_id)
-    return {'encoder_input_tokens': tokens, 'encoder_segment_ids': segments}
+    batch = {'encoder_input_tokens': tokens, 'encoder_segment_ids': segments}
+    if self.config.model.moe.by_domain:
+      batch['domain'] = np.full(len(tokens), self.config.infer.domain, np.int32)
+    return batch
 
   def _decode_inputs(self, requests: Sequence[text.Request]) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """The encoder batch, stop tokens [B, 2] and allowed tokens [B, V]."""

@@ -5,6 +5,7 @@ feed-forward part live in a tree of their own, params['experts'], so that a bloc
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,82 +16,29 @@ from flax import nnx
 
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.mesh import shard
-from t5x_cpm.models import stack
-from t5x_cpm.models.attention import Attention, Cache, additive_mask, segment_mask, write
+from t5x_cpm.models import moe, stack
+from t5x_cpm.models import routing as routing_lib
+from t5x_cpm.models.attention import Cache, additive_mask, segment_mask
+from t5x_cpm.models.block import Block, Context
 from t5x_cpm.models.layers import MLP, Embedding, RelativeBias, RMSNorm, at_least_float32, compute_dtype, dropout, normal
+from t5x_cpm.models.routing import Router, Routing
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Context:
-  """What every layer of a stack sees beside its own input."""
-
-  self_bias: jax.Array  # relative positions, broadcastable to [B, H, T, S]
-  self_mask: jax.Array  # additive
-  cross_mask: Any = None  # additive; None in an encoder
-  encoded: Any = None  # [B, S, D]; None when decoding, where the cache holds what is needed of it
-  positions: Any = None  # [B, T] of the tokens of a decoding step
-  dropout_rate: float = 0.0
-  key: jax.Array | None = None  # of this layer; None outside training
-
-  def key_of(self, site: int) -> jax.Array | None:
-    return None if self.key is None else jax.random.fold_in(self.key, site)
-
-  def dropout(self, x: jax.Array, site: int) -> jax.Array:
-    return dropout(x, self.dropout_rate, self.key_of(site))
+STACKS = ('encoder', 'decoder')
 
 
-class Block(nnx.Module):
-  """One layer without its feed-forward weights. Pre-norm: x + f(norm(x)) for each part."""
+def _stacked(count: int, name: str, make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
+  """`count` modules as one, whose parameters have a leading axis of that name."""
 
-  def __init__(self, config: ModelConfig, num_layers: int, is_decoder: bool, rngs: nnx.Rngs):
-    self.attention_norm = RMSNorm(config)
-    self.attention = Attention(config, num_layers, rngs)
-    if is_decoder:
-      self.cross_attention_norm = RMSNorm(config)
-      self.cross_attention = Attention(config, num_layers, rngs)
-    self.mlp_norm = RMSNorm(config)
-    self.is_decoder = is_decoder
+  @nnx.split_rngs(splits=count)
+  @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: name})
+  def stack(rngs: nnx.Rngs) -> Any:
+    return make(rngs)
 
-  def attend(self, x_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-    """Self-attention, and in a decoder cross-attention; with a cache, this step's keys and values are written to it."""
-    u = self.attention_norm(x_BTD)
-    keys, values = self.attention.keys_and_values(u)
-    if cache is not None:
-      keys, values = write(cache['self_key'], keys, ctx.positions), write(cache['self_value'], values, ctx.positions)
-      cache = cache | {'self_key': keys, 'self_value': values}
-    y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of(0))
-    x_BTD = x_BTD + ctx.dropout(y, 1)
-    if self.is_decoder:
-      u = self.cross_attention_norm(x_BTD)
-      if cache is None:
-        keys, values = self.cross_attention.keys_and_values(ctx.encoded)
-      else:
-        keys, values = cache['cross_key'], cache['cross_value']
-      y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of(2))
-      x_BTD = x_BTD + ctx.dropout(y, 3)
-    return x_BTD, cache
-
-  def route(self, h_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, None]:
-    """The input of the feed-forward part, and which expert each token goes to: None, there is one."""
-    return self.mlp_norm(h_BTD), None
-
-  def combine(self, h_BTD: jax.Array, y_BTD: jax.Array, routing: None, ctx: Context) -> jax.Array:
-    """The layer's output from what went into the feed-forward part and what came out of it."""
-    return h_BTD + ctx.dropout(y_BTD, 4)
-
-
-def _stacked_layers(config: ModelConfig, num_layers: int, is_decoder: bool, rngs: nnx.Rngs) -> tuple[Block, MLP]:
-  """The blocks and feed-forward networks of a stack; every parameter has a leading axis 'layers'."""
-
-  @nnx.split_rngs(splits=num_layers)
-  @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: 'layers'})
-  def make(rngs: nnx.Rngs) -> tuple[Block, MLP]:
-    return Block(config, num_layers, is_decoder, rngs), MLP(config, num_layers, rngs)
-
-  return make(rngs)
+  return stack(rngs)
 
 
 class EncoderDecoder(nnx.Module):
@@ -99,24 +47,49 @@ class EncoderDecoder(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.token_embedder = Embedding(config, rngs)
     self.experts: Any = nnx.Dict()
-    for name, num_layers in (('encoder', config.num_encoder_layers), ('decoder', config.num_decoder_layers)):
-      layers, self.experts[name] = _stacked_layers(config, num_layers, name == 'decoder', rngs)
-      bias = RelativeBias(config, name == 'encoder', rngs)
-      setattr(self, name, nnx.Dict(relative_bias=bias, layers=layers, final_norm=RMSNorm(config)))
+    for name in STACKS:
+      num_layers, is_decoder, every = config.num_layers(name), name == 'decoder', config.moe.every(name)
+      routed = num_layers // every if every else 0  # layers with experts
+
+      def mlp(rngs: nnx.Rngs, num_layers: int = num_layers, width: int = 1) -> MLP:
+        return MLP(config, num_layers, rngs, width)
+
+      def experts(rngs: nnx.Rngs, mlp: Callable[[nnx.Rngs], MLP] = mlp) -> MLP:
+        return _stacked(config.moe.num_experts, 'expert', mlp, rngs)
+
+      def block(rngs: nnx.Rngs, num_layers: int = num_layers, is_decoder: bool = is_decoder) -> Block:
+        return Block(config, num_layers, is_decoder, rngs)
+
+      stack = nnx.Dict(layers=_stacked(num_layers, 'layers', block, rngs))
+      self.experts[name] = _stacked(routed or num_layers, 'layers', experts if routed else mlp, rngs)
+      if routed and routed < num_layers:
+        self.experts[f'{name}_dense'] = _stacked(num_layers - routed, 'layers', mlp, rngs)
+      if routed and config.moe.shared_experts:
+        self.experts[f'{name}_shared'] = _stacked(
+            routed, 'layers', functools.partial(mlp, width=config.moe.shared_experts), rngs)
+      kind = config.moe.of(name)
+      if routed and routing_lib.has_parameters(kind):
+        stack.routers = _stacked(routed, 'layers', functools.partial(Router, config, kind), rngs)
+      stack.relative_bias = RelativeBias(config, name == 'encoder', rngs)
+      stack.final_norm = RMSNorm(config)
+      setattr(self, name, stack)
     if not config.tie_embeddings:
       std = config.init_std if config.initializer == 'cpm2' else config.d_model**-0.5
       self.lm_head = normal(rngs, (config.d_model, config.vocab_size), std, ('embed', 'vocab'), config)
 
 
-def dense_experts(mlp: MLP, u: jax.Array, routing: None, ctx: Context) -> jax.Array:
-  """Every token through the layer's one feed-forward network."""
-  return mlp(u, ctx.dropout_rate, ctx.key_of(5))
+def feed_forward(mlp: MLP, u_BTD: jax.Array, routing: Routing | None, ctx: Context) -> jax.Array:
+  """Every token through the layer's one feed-forward network, or through the experts it was sent to."""
+  if routing is None:
+    return mlp(u_BTD, lambda hidden: dropout(hidden, ctx.dropout_rate, ctx.key_of(5)))
+  u_GTD = u_BTD.reshape(*routing.expert_GTK.shape[:2], -1)
+  return moe.dispatch(mlp, u_GTD, routing, ctx.expert_dropout_rate, ctx.key_of(5)).reshape(u_BTD.shape)
 
 
 class Model:
   """Pure functions of plain parameter trees for one configuration. Holds no array."""
 
-  def __init__(self, config: ModelConfig, experts: Callable[..., jax.Array] = dense_experts):
+  def __init__(self, config: ModelConfig, experts: Callable[..., jax.Array] = feed_forward):
     """experts(mlp, u, routing, context) -> y: how the feed-forward part of a layer is computed."""
     config.validate()
     self.config = config
@@ -129,8 +102,8 @@ class Model:
     self._norm = graph(lambda rngs: RMSNorm(config))
     self._mlp = graph(lambda rngs: MLP(config, 1, rngs))
     self._block = {
-        'encoder': graph(lambda rngs: Block(config, 1, False, rngs)),
-        'decoder': graph(lambda rngs: Block(config, 1, True, rngs))}
+        (name, routed): graph(lambda rngs: Block(config, 1, name == 'decoder', rngs, routed))  # noqa: B023
+        for name in STACKS for routed in ((False, True) if config.moe.every(name) else (False,))}
     self._bias = {
         'encoder': graph(lambda rngs: RelativeBias(config, True, rngs)),
         'decoder': graph(lambda rngs: RelativeBias(config, False, rngs))}
@@ -151,8 +124,25 @@ class Model:
         lambda v: v.get_metadata('out_sharding'), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return nnx.to_pure_dict(state), nnx.to_pure_dict(names)
 
+  def labels(self) -> Params:
+    """'train', 'frozen' or 'state' (changed by `advance`) for every parameter: gradients and the optimizer see only 'train'."""
+    state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))[1]
+    label = {nnx.Param: 'train', routing_lib.Frozen: 'frozen', routing_lib.State: 'state'}
+    return nnx.to_pure_dict(jax.tree.map(
+        lambda v: v.replace(label[type(v)]), state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+
   def num_parameters(self) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()[0]))
+
+  def num_active_parameters(self) -> int:
+    """Parameters that one token of each stack uses: of a layer's experts, those it is sent to."""
+    shapes = self.abstract()[0]['experts']
+    idle = 0.0
+    for name in STACKS:
+      if self.config.moe.every(name):
+        share = self.config.moe.choices(self.config.moe.of(name)) / self.config.moe.num_experts
+        idle += (1 - share) * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[name]))
+    return self.num_parameters() - round(idle)
 
   def prepare(self, params: Params) -> Params:
     """Parameters for many calls without gradient: cast once, and unstacked where layers are not scanned."""
@@ -160,8 +150,24 @@ class Model:
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
     if stack.loop(self.config) == 'scan':
       return params
-    unstacked = {name: params[name] | {'layers': stack.unstack(params[name]['layers'])} for name in ('encoder', 'decoder')}
-    return params | unstacked | {'experts': {name: stack.unstack(params['experts'][name]) for name in params['experts']}}
+    unstacked = {
+        name: params[name] | {part: stack.unstack(params[name][part]) for part in ('layers', 'routers') if part in params[name]}
+        for name in STACKS}
+    return params | unstacked | {'experts': {name: stack.unstack(tree) for name, tree in params['experts'].items()}}
+
+  def group_rows(self, B: int, S: int, T: int) -> int:
+    """How many rows of a training batch, B encoder rows of S and decoder rows of T tokens, are routed together.
+
+    Raises:
+      ConfigError: a capacity of less than one token.
+    """
+    config, together = self.config.moe, 1
+    for name, length in zip(STACKS, (S, T)):
+      if config.every(name):
+        rows, parts = moe.rows_together(B, length, config.group_size)
+        config.capacity(config.of(name), rows * length // parts)
+        together = math.lcm(together, rows)
+    return together
 
   # Forward passes.
 
@@ -169,22 +175,45 @@ class Model:
     x_BTD = nnx.merge(self._embedding, params['token_embedder'])(tokens_BT, compute_dtype(self.config))
     return ctx.dropout(shard(x_BTD, 'batch', 'length', 'embed'), 0)
 
-  def _run(self, name: str, params: Params, x_BTD: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any]:
-    """The layers of one stack and its final norm."""
+  def _run(self, name: str, params: Params, x_BTD: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any, Any]:
+    """The layers of one stack and its final norm: the output, the cache, and losses and metrics stacked over routed layers."""
+    every = self.config.moe.every(name)
+    num_layers = self.config.num_layers(name)
+    period = every or 1  # layers, of which the last has experts
 
-    def layer(x: jax.Array, tree: Any, index: Any) -> tuple[jax.Array, Any]:
-      block_params, mlp_params, layer_cache = tree
-      block, mlp = nnx.merge(self._block[name], block_params), nnx.merge(self._mlp, mlp_params)
+    def layer(x: jax.Array, parts: stack.Parts, within: int, index: Any) -> tuple[jax.Array, Any, dict]:
+      routed = bool(every) and within == period - 1
+      block_params = parts['layers'][within]
+      if routed and 'routers' in parts:
+        block_params = block_params | {'router': parts['routers'][0]}
+      block = nnx.merge(self._block[name, routed], block_params)
+      mlp = nnx.merge(self._mlp, parts['dense' if every and not routed else 'experts'][0 if routed else within])
       own = ctx if ctx.key is None else dataclasses.replace(ctx, key=jax.random.fold_in(ctx.key, index))
-      h, layer_cache = block.attend(x, own, layer_cache)
+      h, layer_cache = block.attend(x, own, parts['cache'][within] if 'cache' in parts else None)
       u, routing = block.route(h, own)
       y = self.experts(mlp, u, routing, own)
-      return shard(block.combine(h, y, routing, own), 'batch', 'length', 'embed'), layer_cache
+      about: dict = {}
+      if routing is not None:
+        if 'shared' in parts:
+          y = y + feed_forward(nnx.merge(self._mlp, parts['shared'][0]), u, None, own)
+        about = {'losses': routing.losses, 'metrics': routing.metrics | {'left_behind': moe.left_behind(routing, own.valid)}}
+      return shard(block.combine(h, y, routing, own), 'batch', 'length', 'embed'), layer_cache, about
 
-    trees = (params[name]['layers'], params['experts'][name], cache)
-    x_BTD, cache = stack.run(layer, x_BTD, trees, self.config, remat=ctx.positions is None)
+    def fn(x: jax.Array, parts: stack.Parts, index: Any) -> tuple[jax.Array, stack.Parts]:
+      outs: stack.Parts = {'about': []}
+      for within in range(period):
+        x, layer_cache, about = layer(x, parts, within, index * period + within)
+        if cache is not None:
+          outs.setdefault('cache', []).append(layer_cache)
+      return x, outs | {'about': [about]}
+
+    experts = params['experts']
+    trees = {'layers': params[name]['layers'], 'routers': params[name].get('routers'), 'cache': cache, 'experts': experts[name],
+             'dense': experts.get(f'{name}_dense'), 'shared': experts.get(f'{name}_shared')}
+    trees = {part: tree for part, tree in trees.items() if tree is not None}
+    x_BTD, outs = stack.run(fn, x_BTD, trees, num_layers // period, self.config, remat=ctx.positions is None)
     x_BTD = nnx.merge(self._norm, params[name]['final_norm'])(x_BTD)
-    return ctx.dropout(x_BTD, 1), cache
+    return ctx.dropout(x_BTD, 1), outs.get('cache'), stack.stacked(outs['about'])
 
   def _logits(self, params: Params, x_BTD: jax.Array) -> jax.Array:
     wide = at_least_float32(x_BTD.dtype)
@@ -200,8 +229,11 @@ class Model:
   def _bias_of(self, name: str, params: Params) -> RelativeBias:
     return nnx.merge(self._bias[name], params[name]['relative_bias'])
 
-  def encode(self, params: Params, batch: Batch, *, key: jax.Array | None = None) -> jax.Array:
+  def encode(self, params: Params, batch: Batch) -> jax.Array:
     """encoder_input_tokens [B, S] (and encoder_segment_ids, 0 for padding) -> [B, S, D]."""
+    return self._encode(params, batch, None)[0]
+
+  def _encode(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Any]:
     tokens = batch['encoder_input_tokens']
     segments = batch.get('encoder_segment_ids')
     segments = jnp.ones_like(tokens) if segments is None else segments
@@ -209,31 +241,59 @@ class Model:
     ctx = Context(
         self_bias=self._bias_of('encoder', params).sequence(S, S, wide),
         self_mask=additive_mask(segment_mask(segments, segments), wide),
-        dropout_rate=self.config.dropout_rate, key=key)
-    return self._run('encoder', params, self._embed(params, tokens, ctx), ctx)[0]
+        **self._of_layers(key, tokens, segments != 0, batch.get('domain')))
+    x_BSD, _, about = self._run('encoder', params, self._embed(params, tokens, ctx), ctx)
+    return x_BSD, about
+
+  def _of_layers(self, key: Any, ids: jax.Array, valid: jax.Array, domain: Any) -> dict[str, Any]:
+    """Fields of Context that dropout and routers read."""
+    return {'key': key, 'dropout_rate': self.config.dropout_rate, 'expert_dropout': self.config.moe.expert_dropout,
+            'ids': ids, 'valid': valid, 'domain': None if domain is None else jnp.broadcast_to(domain[:, None], ids.shape)}
 
   def apply(self, params: Params, batch: Batch, *, key: jax.Array | None = None) -> tuple[jax.Array, dict, dict, dict]:
     """One pass with all targets known.
 
     Args:
       params: as from `init` or `prepare`.
-      batch: encoder_input_tokens, encoder_segment_ids [B, S], decoder_input_tokens, decoder_segment_ids [B, T].
-      key: of dropout; None outside training.
+      batch: encoder_input_tokens, encoder_segment_ids [B, S], decoder_input_tokens, decoder_segment_ids [B, T]; domain [B],
+        for router 'domain'.
+      key: of dropout and routers; None outside training.
 
     Returns:
-      logits [B, T, V] in at least float32, and the auxiliary losses, metrics and state updates of the layers.
+      logits [B, T, V] in at least float32; auxiliary losses, already weighted, means over the layers with experts; metrics of
+      these layers, pairs (sum, weight) [L, ...] by 'encoder/...' and 'decoder/...'; and what `advance` wants, sums that
+      add up over the parts of a batch.
     """
     keys = (None, None) if key is None else (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
-    encoded = self.encode(params, batch, key=keys[0])
+    encoded, about_encoder = self._encode(params, batch, keys[0])
     tokens, segments = batch['decoder_input_tokens'], batch['decoder_segment_ids']
     T, wide = tokens.shape[1], at_least_float32(encoded.dtype)
     ctx = Context(
         self_bias=self._bias_of('decoder', params).sequence(T, T, wide),
         self_mask=additive_mask(segment_mask(segments, segments, causal=True), wide),
         cross_mask=additive_mask(segment_mask(segments, batch['encoder_segment_ids']), wide),
-        encoded=encoded, dropout_rate=self.config.dropout_rate, key=keys[1])
-    x_BTD, _ = self._run('decoder', params, self._embed(params, tokens, ctx), ctx)
-    return self._logits(params, x_BTD), {}, {}, {}
+        encoded=encoded, **self._of_layers(keys[1], tokens, segments != 0, batch.get('domain')))
+    x_BTD, _, about_decoder = self._run('decoder', params, self._embed(params, tokens, ctx), ctx)
+    abouts = {name: about for name, about in zip(STACKS, (about_encoder, about_decoder)) if about}
+    losses: dict[str, jax.Array] = {}
+    for name, values_L in [item for about in abouts.values() for item in about['losses'].items()]:
+      losses[name] = losses.get(name, 0.0) + values_L.sum() / self._routed_layers
+    metrics = {f'{stack}/{name}': pair for stack, about in abouts.items() for name, pair in about['metrics'].items()}
+    updates = {name: about['metrics']['load'][0] for name, about in abouts.items() if self.config.moe.of(name) == 'loss_free'}
+    return self._logits(params, x_BTD), losses, metrics, updates
+
+  @property
+  def _routed_layers(self) -> int:
+    moe_config = self.config.moe
+    return sum(self.config.num_layers(name) // moe_config.every(name) for name in STACKS if moe_config.every(name))
+
+  def advance(self, params: Params, updates: dict[str, jax.Array]) -> Params:
+    """Parameters after a step, where a rule of their own changes them: the biases of router 'loss_free'."""
+    for name, load_LE in updates.items():
+      routers = params[name]['routers']
+      bias_LE = routing_lib.next_bias(routers['bias'], load_LE, self.config.moe.bias_rate)
+      params = params | {name: params[name] | {'routers': routers | {'bias': bias_LE}}}
+    return params
 
   # Decoding protocol.
 
@@ -249,27 +309,31 @@ class Model:
     valid = jnp.ones((B, S), bool) if segments is None else segments != 0
 
     def layer_cache(block_params: Params) -> Cache:
-      block = nnx.merge(self._block['decoder'], block_params)
+      block = nnx.merge(self._block['decoder', False], block_params)
       keys, values = block.cross_attention.keys_and_values(encoded)
       empty = jnp.zeros((B, keys.shape[1], max_len, keys.shape[3]), keys.dtype)
       return {'self_key': empty, 'self_value': empty, 'cross_key': keys, 'cross_value': values}
 
     layers = stack.each(layer_cache, params['decoder']['layers'])
-    return {'layers': layers, 'encoder_valid': valid[None]}, jnp.zeros((B, 0), jnp.int32)
+    cache = {'layers': layers, 'encoder_valid': valid[None]}
+    if 'domain' in batch:
+      cache['domain'] = batch['domain'][None]
+    return cache, jnp.zeros((B, 0), jnp.int32)
 
   def step(self, params: Params, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Cache]:
     """Consumes tokens at the given positions of each row and returns the logits [B, T, V] after each of them."""
     wide = at_least_float32(compute_dtype(self.config))
     max_len = stack.first(cache['layers'])['self_key'].shape[2]
+    domain = cache['domain'][0] if 'domain' in cache else None
     ctx = Context(
         self_bias=self._bias_of('decoder', params).at(positions_BT, max_len, wide),
         self_mask=additive_mask(jnp.arange(max_len) <= positions_BT[:, None, :, None], wide),
         cross_mask=additive_mask(cache['encoder_valid'][0][:, None, None, :], wide),
-        positions=positions_BT)
-    x_BTD, layers = self._run('decoder', params, self._embed(params, tokens_BT, ctx), ctx, cache['layers'])
+        positions=positions_BT, **self._of_layers(None, tokens_BT, jnp.ones(tokens_BT.shape, bool), domain))
+    x_BTD, layers, _ = self._run('decoder', params, self._embed(params, tokens_BT, ctx), ctx, cache['layers'])
     return self._logits(params, x_BTD), cache | {'layers': layers}
 
 
-def build(config: ModelConfig, experts: Callable[..., jax.Array] = dense_experts) -> Model:
+def build(config: ModelConfig, experts: Callable[..., jax.Array] = feed_forward) -> Model:
   """The model of a configuration."""
   return Model(config, experts)

@@ -87,26 +87,38 @@ class Embedding(nnx.Module):
     return jnp.take(self.embedding[...], tokens_BT, axis=0).astype(dtype)
 
 
+MLP_AXES = {'wi_0': ('embed', 'mlp'), 'wi_1': ('embed', 'mlp'), 'wo': ('mlp', 'embed')}
+
+
 class MLP(nnx.Module):
   """wo(act(wi_0 x) * wi_1 x), or wo(act(wi_0 x)) for an activation that is not gated; no bias vectors."""
 
-  def __init__(self, config: ModelConfig, num_layers: int, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, num_layers: int, rngs: nnx.Rngs, width: int = 1):
+    """width: d_ff times this."""
     self.activation = config.mlp_activation
-    d, f = config.d_model, config.d_ff
+    d, f = config.d_model, config.d_ff * width
     std_in, std_out = d**-0.5, f**-0.5
     if config.initializer == 'cpm2':
       std_in, std_out = config.init_std, config.init_std / math.sqrt(2 * num_layers)
-    self.wi_0 = normal(rngs, (d, f), std_in, ('embed', 'mlp'), config)
+    self.wi_0 = normal(rngs, (d, f), std_in, MLP_AXES['wi_0'], config)
     if ACTIVATIONS[config.mlp_activation][1]:
-      self.wi_1 = normal(rngs, (d, f), std_in, ('embed', 'mlp'), config)
-    self.wo = normal(rngs, (f, d), std_out, ('mlp', 'embed'), config)
+      self.wi_1 = normal(rngs, (d, f), std_in, MLP_AXES['wi_1'], config)
+    self.wo = normal(rngs, (f, d), std_out, MLP_AXES['wo'], config)
 
-  def __call__(self, x: jax.Array, dropout_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, drop: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
+               product: Callable[[jax.Array, jax.Array], jax.Array] = dense) -> jax.Array:
+    """Of weights that are stacks, one matrix an expert, with a product that knows them.
+
+    Args:
+      x: [..., D].
+      drop: dropout of the hidden activations.
+      product: (rows, kernel) -> rows.
+    """
     activation, gated = ACTIVATIONS[self.activation]
-    hidden = activation(dense(x, self.wi_0[...]))
+    hidden = activation(product(x, self.wi_0[...]))
     if gated:
-      hidden = hidden * dense(x, self.wi_1[...])
-    return dense(dropout(hidden, dropout_rate, key), self.wo[...])
+      hidden = hidden * product(x, self.wi_1[...])
+    return product(drop(hidden), self.wo[...])
 
 
 def relative_position_bucket(distance: Any, *, bidirectional: bool, num_buckets: int, max_distance: int) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
 
-LayerFn = Callable[[Any, Any, Any], tuple[Any, Any]]
+Parts = dict[str, list[Any]]
 
 
 def loop(config: ModelConfig) -> str:
@@ -44,44 +44,63 @@ def each(fn: Callable[[Any], Any], layers: Any) -> Any:
   return jax.lax.map(fn, layers)
 
 
-def _rematerialised(fn: LayerFn, config: ModelConfig) -> LayerFn:
+def _rematerialised(fn: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
   if config.remat == 'none':
     return fn
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
   return jax.checkpoint(fn, policy=policy)
 
 
-def run(fn: LayerFn, x: Any, trees: tuple[Any, ...], config: ModelConfig, *, remat: bool) -> tuple[Any, Any]:
-  """x through fn(x, tree, layer index) -> (x, out) for every layer.
+def run(
+    fn: Callable[[Any, Parts, Any], tuple[Any, Parts]], x: Any, trees: dict[str, Any], periods: int, config: ModelConfig, *,
+    remat: bool) -> tuple[Any, dict[str, Any]]:
+  """x through a stack, period after period: fn(x, parts, index of the period) -> (x, outs).
+
+  A period is what repeats: one layer, or several of which some differ. A tree that has n layers in each period reaches fn as a
+  list of n trees, and so do the outs leave it.
 
   Args:
-    fn: one layer.
+    fn: one period.
     x: the first layer's input.
-    trees: what is stacked over layers (parameters, cache); None among them stays None.
+    trees: by name, what is stacked over layers (parameters, cache).
+    periods: how many.
     config: chooses the loop and what the backward pass recomputes.
     remat: False where there is no backward pass.
 
   Returns:
-    The last layer's output, and the outs in the form of `trees`.
+    The last layer's output, and the outs by name, stacked over layers. Where the trees are tuples, so are they.
   """
   fn = _rematerialised(fn, config) if remat else fn
-  unstacked = any(isinstance(tree, tuple) for tree in trees)
+  per = {name: (len(tree) if isinstance(tree, tuple) else jax.tree.leaves(tree)[0].shape[0]) // periods
+         for name, tree in trees.items()}
+  unstacked = any(isinstance(tree, tuple) for tree in trees.values())
   if not unstacked and loop(config) == 'scan':
 
-    def body(carry: tuple[Any, jax.Array], tree: Any) -> tuple[tuple[Any, jax.Array], Any]:
+    def body(carry: tuple[Any, jax.Array], period: Any) -> tuple[tuple[Any, jax.Array], Any]:
       x, index = carry
-      x, out = fn(x, tree, index)
-      return (x, index + 1), out
+      x, outs = fn(x, {name: [jax.tree.map(lambda leaf: leaf[i], period[name]) for i in range(n)]  # noqa: B023
+                       for name, n in per.items()}, index)
+      return (x, index + 1), {name: _stack(out) for name, out in outs.items()}
 
-    (x, _), outs = jax.lax.scan(body, (x, jnp.int32(0)), trees)
-    return x, outs
-  layers = list(zip(*[t if isinstance(t, tuple) else unstack(t) for t in trees if t is not None], strict=True))
-  outs = []
-  for index, layer in enumerate(layers):
-    parts = iter(layer)
-    tree = tuple(None if t is None else jax.tree.map(lambda leaf: leaf[0], next(parts)) for t in trees)
-    x, out = fn(x, tree, index)
-    outs.append(jax.tree.map(lambda leaf: leaf[None], out))
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(periods, -1, *leaf.shape[1:]), trees)
+    (x, _), outs = jax.lax.scan(body, (x, jnp.int32(0)), grouped)
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outs)
+  layers = {name: tree if isinstance(tree, tuple) else unstack(tree) for name, tree in trees.items()}
+  collected: dict[str, list[Any]] = {}
+  for index in range(periods):
+    parts = {name: [first((tree,)) for tree in layers[name][index * n:(index + 1) * n]] for name, n in per.items()}
+    x, outs = fn(x, parts, index)
+    for name, out in outs.items():
+      collected.setdefault(name, []).extend(out)
   if unstacked:
-    return x, tuple(outs)
-  return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
+    return x, {name: tuple(jax.tree.map(lambda leaf: leaf[None], tree) for tree in out) for name, out in collected.items()}
+  return x, {name: _stack(out) for name, out in collected.items()}
+
+
+def _stack(trees: list[Any]) -> Any:
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def stacked(layers: Any) -> Any:
+  """Leaves [L, ...] of either form."""
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers) if isinstance(layers, tuple) else layers

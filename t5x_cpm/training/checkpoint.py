@@ -53,7 +53,7 @@ def _save_args(path: tuple[Any, ...], leaf: Any) -> Any:
   names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
   if 'experts' in names and leaf.ndim == 4:  # [layers, experts, in, out]
     return ocp.SaveArgs(shard_axes=(0, 1))
-  if leaf.ndim > 1 and ('layers' in names or 'experts' in names):
+  if leaf.ndim > 1 and {'layers', 'routers', 'experts'} & set(names):
     return ocp.SaveArgs(shard_axes=(0,))
   if leaf.nbytes > MAX_CHUNK_BYTES:
     return ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES)

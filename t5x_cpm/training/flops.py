@@ -27,7 +27,8 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
     per decoder token, L_d times:  8 D HK + 4 D HK (q and output of cross-attention) + 2 m D F + 4 T HK + 4 S HK
     per decoder token:             2 D V (output head)
 
-  and the backward pass twice that. Embedding look-ups, norms and activations are left out, and so is what
+  and the backward pass twice that. In a layer with experts a token pays for the experts it is sent to, shared ones, and 2 D E
+  for the router. Embedding look-ups, norms and activations are left out, and so is what
   rematerialisation computes again; causal attention is not discounted (as in Chowdhery et al. 2022, appendix B).
 
   Args:
@@ -39,8 +40,18 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
   """
   D, F, HK = config.d_model, config.d_ff, config.num_heads * config.head_dim
   mlp = 2 * (3 if config.mlp_activation.startswith('gated') else 2) * D * F
-  encoder = config.num_encoder_layers * (8 * D * HK + mlp + 4 * S * HK) + config.num_decoder_layers * 4 * D * HK
-  decoder = config.num_decoder_layers * (12 * D * HK + mlp + 4 * (S + T) * HK) + 2 * D * config.vocab_size
+
+  def feed_forward(stack: str) -> float:
+    layers, every = config.num_layers(stack), config.moe.every(stack)
+    if not every:
+      return layers * mlp
+    networks = config.moe.choices(config.moe.of(stack)) + config.moe.shared_experts
+    routed = layers // every
+    return (layers - routed) * mlp + routed * (networks * mlp + 2 * D * config.moe.num_experts)
+
+  encoder = config.num_encoder_layers * (8 * D * HK + 4 * S * HK) + feed_forward('encoder')
+  encoder += config.num_decoder_layers * 4 * D * HK
+  decoder = config.num_decoder_layers * (12 * D * HK + 4 * (S + T) * HK) + feed_forward('decoder') + 2 * D * config.vocab_size
   return 3.0 * (encoder_tokens * encoder + decoder_tokens * decoder)
 
 

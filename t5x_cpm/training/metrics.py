@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, a profile, and a plot of the loss.
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar and a profile.
 
 Every value that is written is that of one step, never a mean over the steps since the last line, so that a run that was
 killed and resumed writes the same lines as one that was not (throughput aside).
@@ -144,6 +144,26 @@ def _clock(seconds: float) -> str:
   return f'{hours}:{minutes:02d}:{seconds:02d}'
 
 
+def _finite(value: Any) -> Any:
+  """None for a number that JSON has not."""
+  if isinstance(value, list):
+    return [_finite(item) for item in value]
+  return value if math.isfinite(value) else None
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+  """For curves: the mean over layers of what each has, and of a number for each layer and expert the greatest."""
+  scalars = {}
+  for name, value in values.items():
+    if not isinstance(value, list):
+      scalars[name] = value
+    elif isinstance(value[0], list):
+      scalars[f'{name}_max'] = max(map(max, value))
+    else:
+      scalars[name] = sum(value) / len(value)
+  return scalars
+
+
 class Writers:
   """Writes the metrics of a run. Processes other than the first call the same methods, which then do nothing."""
 
@@ -188,12 +208,13 @@ class Writers:
   def __exit__(self, *exception: Any) -> None:
     self.close()
 
-  def step(self, step: int, values: Mapping[str, float]) -> None:
+  def step(self, step: int, values: Mapping[str, Any]) -> None:
     """Takes the metrics of a training step; writes every MetricsConfig.every steps, and at the first and the last.
 
     Args:
       step: updates done, this one included.
       values: finite numbers by name: 'loss', 'encoder_tokens' and 'decoder_tokens' (not padding, of the whole batch), others.
+        A list has a number for each layer, a list of lists one for each layer and expert.
     """
     if not self._active:
       return
@@ -239,10 +260,11 @@ class Writers:
     if self._active:
       self._progress.note(text)
 
-  def _write(self, split: str, step: int, values: Mapping[str, float]) -> None:
-    record = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+  def _write(self, split: str, step: int, values: Mapping[str, Any]) -> None:
+    record = {name: _finite(value) for name, value in values.items()}
     self._jsonl.write(json.dumps({'step': step, 'split': split} | record, allow_nan=False) + '\n')
     self._jsonl.flush()
+    values = _scalars(values)
     if self._config.metrics.tensorboard:
       if split not in self._events:
         self._events[split] = _EventFile(self._event_dir / split)
@@ -293,46 +315,3 @@ class Profile:
 
   def __exit__(self, *exception: Any) -> None:
     self.close()
-
-
-def plot_loss(model_dir: Any) -> epath.Path:
-  """Draws model_dir/loss.png from metrics.jsonl: the training loss, its running mean, and the evaluations.
-
-  Raises:
-    ConfigError: there is nothing to draw.
-  """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  model_dir = resolve(model_dir)
-  source = model_dir / 'metrics.jsonl'
-  records = read_jsonl(source) if source.exists() else []
-  records = [record for record in records if record.get('loss') is not None]
-  if not records:
-    raise ConfigError(f'{source} has no metrics yet: nothing to plot.')
-
-  def points(split: str) -> list[tuple[int, float]]:
-    return [(record['step'], record['loss']) for record in records if record['split'] == split]
-
-  figure = Figure(figsize=(8, 4.5), dpi=120, layout='constrained')
-  FigureCanvasAgg(figure)
-  axes = figure.subplots()
-  train, evaluation = points('train'), points('eval')
-  if train:
-    steps, losses = zip(*train)
-    width = max(1, len(losses) // 20)
-    means = [sum(losses[max(0, i - width + 1):i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(losses))]
-    axes.plot(steps, losses, color='#9ecae1', linewidth=0.8, label='training')
-    axes.plot(steps, means, color='#08519c', linewidth=1.8, label=f'training, mean of {width} points')
-  if evaluation:
-    steps, losses = zip(*evaluation)
-    axes.plot(steps, losses, color='#d94801', marker='o', markersize=4, linewidth=1.2, label='evaluation')
-    axes.annotate(
-        f'{losses[-1]:.3f}', (steps[-1], losses[-1]), textcoords='offset points', xytext=(-6, 8), ha='right', color='#d94801')
-  axes.set(xlabel='step', ylabel='loss (nats per target token)', title=f'{model_dir.name}: loss')
-  axes.grid(alpha=0.3)
-  axes.legend()
-  path = model_dir / 'loss.png'
-  with path.open('wb') as file:
-    figure.savefig(file, format='png')
-  return path

@@ -7,16 +7,16 @@ finite sets: from then on the state stays as it was before that step, so that th
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.config import Config
+from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import losses, optimizer, stability
+from t5x_cpm.training import losses, optimizer, partition, stability
 
 State = dict[str, Any]
 Batch = dict[str, Any]
@@ -52,12 +52,22 @@ class Step:
   schedule: Callable[[Any], Any]
 
 
+class Sums(NamedTuple):
+  """What adds up over the parts of a batch: pairs (sum, weight) for metrics, those of each layer, and for Model.advance."""
+
+  pairs: losses.Pairs
+  layers: losses.Pairs
+  updates: dict[str, jax.Array]
+
+
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and dtypes of a training batch."""
   B, S, T = config.train.batch_size, config.task.encoder_length, config.task.decoder_length
   shapes = {name: jax.ShapeDtypeStruct((B, S), jnp.int32) for name in ENCODER_FEATURES}
   shapes |= {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in DECODER_FEATURES}
   shapes['decoder_loss_weights'] = jax.ShapeDtypeStruct((B, T), jnp.float32)
+  if config.model.moe.by_domain:
+    shapes['domain'] = jax.ShapeDtypeStruct((B,), jnp.int32)
   return shapes
 
 
@@ -66,9 +76,15 @@ def means(pairs: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
   return {name: total / weight for name, (total, weight) in pairs.items()}
 
 
-def _microbatches(batch: Batch, count: int) -> Batch:
-  """[B, ...] -> [count, B / count, ...]. Rows are dealt out in turn, so that each device keeps rows of its own."""
-  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
+def _microbatches(batch: Batch, count: int, together: int) -> Batch:
+  """[B, ...] -> [count, B / count, ...]. Rows, `together` at a time, are dealt out in turn: a device keeps rows of its own."""
+
+  def deal(x: jax.Array) -> jax.Array:
+    rows, rest = x.shape[0], x.shape[1:]
+    hands = x.reshape(rows // (count * together), count, together, *rest)
+    return jnp.moveaxis(hands, 1, 0).reshape(count, rows // count, *rest)
+
+  return jax.tree.map(deal, batch)
 
 
 def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
@@ -84,55 +100,63 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     mesh_lib.check_tree_divides(mesh, abstract_params, axes, rules)
   rows = config.train.batch_size // config.train.microbatches
   mesh_lib.check_divides(mesh, (rows,), ('batch',), 'a microbatch')
-  tx = optimizer.make(config.optimizer, config.train.steps, axes, abstract_params)
+  group_rows = model.group_rows(config.train.batch_size, config.task.encoder_length, config.task.decoder_length)
+  if rows % group_rows:
+    raise ConfigError(
+        f'TrainConfig.microbatches = {config.train.microbatches}: by MoEConfig.group_size = {config.model.moe.group_size}, '
+        f'{group_rows} rows are routed together, which does not divide the {rows} rows of a microbatch. Change one of them.')
+  labels = model.labels()
+  trained_axes = partition.split(axes, labels)[0]
+  trained_shapes = partition.split(abstract_params, labels)[0]
+  tx = optimizer.make(config.optimizer, config.train.steps, trained_axes, trained_shapes)
   schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
 
-  def loss_sums(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, losses.Pairs]:
-    """The sum of the losses of the targets, the auxiliary losses of the layers, and pairs for the metrics."""
-    logits, auxiliary, _, _ = model.apply(params, batch, key=key)
+  def loss_sums(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Sums]:
+    """The sum of the losses of the targets, the auxiliary losses of the layers, and what else adds up."""
+    logits, auxiliary, layers, updates = model.apply(params, batch, key=key)
     total, pairs = losses.cross_entropy(
         logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], config.optimizer.z_loss)
     pairs |= {name: (value, jnp.ones_like(value)) for name, value in auxiliary.items()}
-    return total, sum(auxiliary.values(), jnp.zeros_like(total)), pairs
+    return total, sum(auxiliary.values(), jnp.zeros_like(total)), Sums(pairs, layers, updates)
 
-  def gradients(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, losses.Pairs]:
-    """Gradients of the mean loss over the weighted targets of the whole batch, and pairs for the metrics."""
+  def gradients(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+    """Gradients of the mean loss over the weighted targets of the whole batch, and what else adds up."""
+    trained, rest = partition.split(params, labels)
     weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1e-9)
 
-    def part(params: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, losses.Pairs]:
-      def objective(params: Any) -> tuple[jax.Array, losses.Pairs]:
-        total, auxiliary, pairs = loss_sums(params, batch, key)
-        return total / weight + auxiliary / config.train.microbatches, pairs
+    def part(trained: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+      def objective(trained: Any) -> tuple[jax.Array, Sums]:
+        total, auxiliary, sums = loss_sums(partition.join(trained, rest), batch, key)
+        return total / weight + auxiliary / config.train.microbatches, sums
 
-      grads, pairs = jax.grad(objective, has_aux=True)(params)
-      return grads, pairs
+      return jax.grad(objective, has_aux=True)(trained)
 
     count = config.train.microbatches
     if count == 1:
-      return part(params, batch, key)
+      return part(trained, batch, key)
 
     def body(carry: Any, inputs: Any) -> tuple[Any, None]:
       index, micro = inputs
-      own = None if key is None else jax.random.fold_in(key, index)
-      return jax.tree.map(jnp.add, carry, part(params, micro, own)), None
+      return jax.tree.map(jnp.add, carry, part(trained, micro, jax.random.fold_in(key, index))), None
 
-    micro = _microbatches(batch, count)
-    shapes: Any = jax.eval_shape(part, params, jax.tree.map(lambda x: x[0], micro), key)
+    micro = _microbatches(batch, count, group_rows)
+    shapes: Any = jax.eval_shape(part, trained, jax.tree.map(lambda x: x[0], micro), key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(body, zeros, (jnp.arange(count), micro))[0]
 
-  def dropout_key(step: jax.Array) -> jax.Array | None:
-    return jax.random.fold_in(jax.random.key(config.train.seed), step) if config.model.dropout_rate else None
+  def key_of(step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.train.seed), step)
 
   def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     del frozen  # nothing of a plain run is frozen
     with mesh_lib.inside(mesh):
-      grads, sums = gradients(state['params'], batch, dropout_key(state['step']))
+      grads, sums = gradients(state['params'], batch, key_of(state['step']))
     if optimizer_rules is not mesh_lib.RULES:  # a device updates its part alone, so it needs that part of the sum alone
       grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
-    updates, opt_state = tx.update(grads, state['opt_state'], state['params'])
-    params = optax.apply_updates(state['params'], updates)
-    metrics = means(sums) | {
+    trained, rest = partition.split(state['params'], labels)
+    updates, opt_state = tx.update(grads, state['opt_state'], trained)
+    params = model.advance(partition.join(optax.apply_updates(trained, updates), rest), sums.updates)
+    metrics = means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
         'gradient_norm': optax.tree.norm(grads),
         'parameter_norm': optax.tree.norm(params),
         'learning_rate': jnp.asarray(schedule(state['step']), jnp.float32),
@@ -149,13 +173,13 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
 
   def evaluate(params: Any, batch: Batch) -> losses.Pairs:
     with mesh_lib.inside(mesh):
-      return loss_sums(params, batch, None)[2]
+      return loss_sums(params, batch, None)[2].pairs
 
   @jax.jit
   def causes(state: State, batch: Batch) -> tuple[Any, Any]:
     with mesh_lib.inside(mesh):
-      grads, sums = gradients(state['params'], batch, dropout_key(state['step']))
-    return means(sums)['loss'], grads
+      grads, sums = gradients(state['params'], batch, key_of(state['step']))
+    return means(sums.pairs)['loss'], grads
 
   def explain(state: State, frozen: Any, batch: Batch) -> str | None:
     del frozen
@@ -165,15 +189,17 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
 
   def init_state(key: jax.Array) -> State:
     params = model.init(key)
-    return {'step': jnp.int32(0), 'params': params, 'opt_state': tx.init(params), 'halted': jnp.bool(False)}
+    opt_state = tx.init(partition.split(params, labels)[0])
+    return {'step': jnp.int32(0), 'params': params, 'opt_state': opt_state, 'halted': jnp.bool(False)}
 
   abstract = jax.eval_shape(init_state, jax.random.key(0))
   # Without shardings jit would put all moments on one device.
   state_shardings = mesh_lib.shardings(mesh, {'step': (), 'params': axes, 'halted': ()}, param_rules)
-  state_shardings['opt_state'] = mesh_lib.shardings(mesh, optimizer.state_axes(tx, abstract_params, axes), optimizer_rules)
-  gradient_shardings = mesh_lib.shardings(mesh, axes, optimizer_rules)
+  moments = optimizer.state_axes(tx, trained_shapes, trained_axes)
+  state_shardings['opt_state'] = mesh_lib.shardings(mesh, moments, optimizer_rules)
+  gradient_shardings = mesh_lib.shardings(mesh, trained_axes, optimizer_rules)
   shapes = batch_shapes(config)
-  batch_shardings = mesh_lib.shardings(mesh, dict.fromkeys(shapes, ('batch', 'length')))
+  batch_shardings = mesh_lib.shardings(mesh, {name: ('batch', 'length')[:shape.ndim] for name, shape in shapes.items()})
 
   def on_mesh(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

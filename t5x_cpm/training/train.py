@@ -18,7 +18,7 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.data import vocabulary as vocabulary_lib
-from t5x_cpm.training import checkpoint, metrics, run_directory
+from t5x_cpm.training import checkpoint, metrics, plots, run_directory
 from t5x_cpm.training import step as step_lib
 
 # A model may have this many rows more than its vocabulary has pieces, so that a table can be padded to divide a mesh.
@@ -188,7 +188,7 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
       return
     number, values, batch = pending
     pending = None
-    numbers = {name: value.item() for name, value in jax.device_get(values).items()}
+    numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
     if numbers.pop('halted'):
       raise FloatingPointError(
           f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
@@ -233,7 +233,8 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
       if interrupted.signal and not last:
         writers.note(f'{interrupted.signal} at step {number}: saved, stopping')
         break
-  metrics.plot_loss(model_dir)
+  plots.plot_loss(model_dir)
+  plots.plot_experts(model_dir)
   return evaluation
 
 
@@ -245,8 +246,10 @@ def describe(config: Config) -> dict[str, Any]:
   schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
   steps = sorted({0, config.optimizer.warmup_steps, config.train.steps // 2, config.train.steps})
   slots = config.train.batch_size * (config.task.encoder_length + config.task.decoder_length)
+  model = encoder_decoder.build(config.model)
   return {
-      'parameters': encoder_decoder.build(config.model).num_parameters(),
+      'parameters': model.num_parameters(),
+      'active parameters': model.num_active_parameters(),
       'slots per step': slots,
       'learning rate': {step: float(schedule(step)) for step in steps},
       'configuration': config_lib.to_dict(dataclasses.replace(config)),

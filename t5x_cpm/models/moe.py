@@ -1,0 +1,211 @@
+"""Experts: tokens are sent to the experts that their router chose, and come back weighted.
+
+Two ways, one function. `einsum` gives every expert of a group a fixed number of places; tokens that find none are left behind
+and pass the layer unchanged (Lepikhin et al. 2021). `dropless` sorts tokens by expert and multiplies each run of them with its
+expert's matrices; over the expert axis of a mesh, tokens travel by all-to-all (Gale et al. 2022). Outside training dropless
+always.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.mesh import shard
+from t5x_cpm.models.grouped import grouped_dot
+from t5x_cpm.models.layers import MLP, MLP_AXES, dropout
+from t5x_cpm.models.routing import Routing, scramble
+
+MODEL, EXPERT = mesh_lib.RULES['mlp'], mesh_lib.RULES['expert']  # the mesh axes that tokens meet here
+
+
+def rows_together(rows: int, length: int, group_size: int) -> tuple[int, int]:
+  """How a batch of rows of a length becomes groups: (rows of a group, groups of a row), one of them 1."""
+  if length <= group_size:
+    return min(1 << (group_size // length).bit_length() - 1, rows & -rows), 1  # a power of two that divides the batch
+  parts = next(parts for parts in range(-(-length // group_size), length + 1) if length % parts == 0)
+  return 1, parts
+
+
+def to_groups(x_BL: jax.Array, group_size: int) -> jax.Array:
+  """[B, L, ...] -> [G, T, ...]."""
+  B, L = x_BL.shape[:2]
+  rows, parts = rows_together(B, L, group_size)
+  return x_BL.reshape(B // rows * parts, rows * L // parts, *x_BL.shape[2:])
+
+
+# Einsum within a capacity.
+
+
+def places_of(routing: Routing) -> tuple[jax.Array, jax.Array]:
+  """The place of each choice in its expert, and whether there is one: [G, T, K] each.
+
+  All first choices are placed before the second ones, within each in the order of priority or of the text.
+  """
+  G, T, K = routing.expert_GTK.shape
+  expert_GTK = routing.expert_GTK
+  order_GT = None
+  if routing.priority_GT is not None:
+    order_GT = jnp.argsort(-routing.priority_GT, axis=-1)
+    expert_GTK = jnp.take_along_axis(expert_GTK, order_GT[..., None], axis=1)
+  hot_GNE = jax.nn.one_hot(jnp.moveaxis(expert_GTK, 2, 1).reshape(G, K * T), routing.num_experts, dtype=jnp.int32)
+  before_GNE = jnp.cumsum(hot_GNE, axis=1) - hot_GNE
+  place_GTK = jnp.moveaxis(jnp.sum(before_GNE * hot_GNE, axis=-1).reshape(G, K, T), 1, 2)
+  if order_GT is not None:
+    place_GTK = jnp.take_along_axis(place_GTK, jnp.argsort(order_GT, axis=-1)[..., None], axis=1)
+  assert routing.places is not None
+  return place_GTK, (place_GTK < routing.places) & (routing.expert_GTK < routing.num_experts)
+
+
+def einsum(
+    mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
+  """The experts' weighted outputs [G, T, D], of tokens that find a place."""
+  assert routing.places is not None
+  E, C, dtype = routing.num_experts, routing.places, u_GTD.dtype
+  place_GTK, placed_GTK = places_of(routing)
+  to_E = jax.nn.one_hot(jnp.where(placed_GTK, routing.expert_GTK, E), E, dtype=dtype)
+  to_C = jax.nn.one_hot(place_GTK, C, dtype=dtype)
+  sent_GTEC = jnp.einsum('GTKE,GTKC->GTEC', to_E, to_C)
+  x_EGCD = shard(jnp.einsum('GTEC,GTD->EGCD', sent_GTEC, u_GTD), 'expert', 'batch', None, 'embed')
+  y_EGCD = mlp(x_EGCD, lambda hidden: dropout(hidden, rate, key), _each_expert)
+  weighted_GTEC = jnp.einsum('GTKE,GTKC->GTEC', to_E * routing.weight_GTK[..., None].astype(dtype), to_C)
+  return jnp.einsum('GTEC,EGCD->GTD', weighted_GTEC, shard(y_EGCD, 'expert', 'batch', None, 'embed'))
+
+
+def _each_expert(x_EGCI: jax.Array, kernel_EIO: jax.Array) -> jax.Array:
+  E, G, C, I = x_EGCI.shape
+  y = jnp.einsum('ENI,EIO->ENO', x_EGCI.reshape(E, G * C, I), kernel_EIO.astype(x_EGCI.dtype))
+  return y.reshape(E, G, C, -1)
+
+
+# Dropless.
+
+
+@jax.custom_vjp
+def _permute(x_AD: jax.Array, order_A: jax.Array, inverse_A: jax.Array) -> jax.Array:
+  """x[order]. The gradient is a gather by the inverse, where JAX would scatter."""
+  del inverse_A
+  return x_AD[order_A]
+
+
+_permute.defvjp(
+    lambda x, order, inverse: (x[order], (order, inverse)),
+    lambda orders, dy: (dy[orders[1]], None, None))
+
+
+def _inverse(order_A: jax.Array) -> jax.Array:
+  return jnp.zeros_like(order_A).at[order_A].set(jnp.arange(order_A.shape[0], dtype=order_A.dtype), unique_indices=True)
+
+
+def _by_expert(
+    mlp: MLP, x_AD: jax.Array, expert_A: jax.Array, seed_A: jax.Array, num_experts: int, rate: float) -> jax.Array:
+  """Row a through expert expert_A[a]; anything for nobody's."""
+  order_A = jnp.argsort(expert_A, stable=True)
+  inverse_A = _inverse(order_A)
+  counts_E = jnp.bincount(expert_A, length=num_experts + 1)[:num_experts]
+
+  def drop(hidden_AF: jax.Array) -> jax.Array:
+    return _dropout_by_row(hidden_AF, rate, seed_A[order_A])
+
+  def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return grouped_dot(x, kernel.astype(x.dtype), counts_E)
+
+  return _permute(mlp(_permute(x_AD, order_A, inverse_A), drop, product), inverse_A, order_A)
+
+
+def _dropout_by_row(x_AF: jax.Array, rate: float, seed_A: jax.Array) -> jax.Array:
+  """Dropout by a random number for each row, so that a token loses the same wherever it is computed."""
+  if rate == 0.0:
+    return x_AF
+  column_F = jnp.arange(x_AF.shape[1], dtype=jnp.uint32)
+  if MODEL in jax.sharding.get_abstract_mesh().manual_axes:  # these are a part of the columns
+    column_F += jax.lax.axis_index(MODEL).astype(jnp.uint32) * np.uint32(x_AF.shape[1])
+  keep = scramble(seed_A[:, None] ^ scramble(column_F)) >= np.uint32(rate * 2**32)
+  return jnp.where(keep, x_AF / (1.0 - rate), jnp.zeros_like(x_AF))
+
+
+def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
+  """The experts' weighted outputs [G, T, D]."""
+  K, D, num_experts = routing.expert_GTK.shape[-1], u_GTD.shape[-1], routing.num_experts
+  expert_NK, weight_NK = routing.expert_GTK.reshape(-1, K), routing.weight_GTK.reshape(-1, K)
+  if key is None:
+    rate, seed_NK = 0.0, jnp.zeros(expert_NK.shape, jnp.uint32)
+  else:
+    seed_NK = jax.random.bits(key, expert_NK.shape, jnp.uint32)
+  tokens = u_GTD.reshape(-1, D), expert_NK, weight_NK, seed_NK
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return _local(mlp, *tokens, num_experts=num_experts, rate=rate, parts=1).reshape(u_GTD.shape)
+
+  graph, state = nnx.split(mlp)
+  leaves = nnx.to_pure_dict(state)
+  kernels = {name: mesh_lib.spec(('expert', *MLP_AXES[name])) for name in leaves}
+  rows = mesh_lib.spec(('batch', None))
+  parts = mesh.shape[EXPERT]
+
+  def local(leaves: Any, *tokens: jax.Array) -> jax.Array:
+    mlp = nnx.merge(graph, leaves)
+    return jax.lax.psum(_local(mlp, *tokens, num_experts=num_experts, rate=rate, parts=parts), MODEL)
+
+  y_ND = jax.shard_map(
+      local, mesh=mesh, in_specs=(kernels, rows, rows, rows, rows), out_specs=rows, check_vma=False)(leaves, *tokens)
+  return y_ND.reshape(u_GTD.shape)
+
+
+def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, seed_NK: jax.Array, *, num_experts: int,
+           rate: float, parts: int) -> jax.Array:
+  """The tokens of one device, of `parts` along the mesh axis expert that hold as many experts each."""
+  K, D = expert_NK.shape[1], u_ND.shape[1]
+  x_AD, expert_A, seed_A = jnp.repeat(u_ND, K, axis=0), expert_NK.reshape(-1), seed_NK.reshape(-1)
+  if parts == 1:
+    y_AD = _by_expert(mlp, x_AD, expert_A, seed_A, num_experts, rate)
+  else:
+    # Every device has room for all choices of every other: how many come is not known when the program is made.
+    A, mine = expert_A.shape[0], num_experts // parts
+    owner_A = expert_A // mine  # nobody's owner is `parts`
+    hot_AP = jax.nn.one_hot(owner_A, parts, dtype=jnp.int32)
+    rank_A = jnp.sum((jnp.cumsum(hot_AP, axis=0) - hot_AP) * hot_AP, axis=1)
+    nowhere_A = parts * A + jnp.arange(A)
+    slot_A = jnp.where(owner_A < parts, owner_A * A + rank_A, nowhere_A)
+
+    def send(x_A: jax.Array, empty: Any) -> jax.Array:
+      room_S = jnp.full((parts * A, *x_A.shape[1:]), empty, x_A.dtype)
+      return exchange(room_S.at[slot_A].set(x_A, mode='drop', unique_indices=True))
+
+    def exchange(x_S: jax.Array) -> jax.Array:
+      return jax.lax.all_to_all(x_S, EXPERT, split_axis=0, concat_axis=0, tiled=True)
+
+    y_SD = _by_expert(mlp, send(x_AD, 0), send(expert_A % mine, mine), send(seed_A, 0), mine, rate)
+    y_AD = exchange(y_SD).at[slot_A].get(mode='fill', fill_value=0)
+  goes_NK = expert_NK < num_experts
+  y_NKD = jnp.where(goes_NK[..., None], y_AD.reshape(-1, K, D), 0)
+  return jnp.sum(y_NKD * jnp.where(goes_NK, weight_NK, 0)[..., None].astype(y_NKD.dtype), axis=1)
+
+
+# What a layer calls.
+
+
+def dispatch(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
+  """Tokens to their experts and back: [G, T, D].
+
+  Args:
+    mlp: weights [E, ...].
+    u_GTD: the tokens, in groups.
+    routing: where they go.
+    rate, key: of the dropout of hidden activations.
+  """
+  if routing.places is None:
+    return dropless(mlp, u_GTD, routing, rate, key)
+  return einsum(mlp, u_GTD, routing, rate, key)
+
+
+def left_behind(routing: Routing, valid_GT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """How many tokens no expert takes, and how many there are."""
+  served_GT = (routing.expert_GTK < routing.num_experts).any(axis=-1)
+  if routing.places is not None:
+    served_GT = places_of(routing)[1].any(axis=-1)
+  valid_GT = valid_GT.reshape(served_GT.shape)
+  return (valid_GT & ~served_GT).sum().astype(jnp.float32), jnp.maximum(valid_GT.sum(), 1).astype(jnp.float32)

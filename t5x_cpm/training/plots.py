@@ -1,0 +1,97 @@
+"""Pictures of a run, from its metrics.jsonl: the loss, and what its routers do."""
+
+from typing import Any
+
+from etils import epath
+
+from t5x_cpm.config import ConfigError
+from t5x_cpm.training.metrics import read_jsonl
+from t5x_cpm.training.run_directory import resolve
+
+
+def _records(model_dir: epath.Path) -> list[dict[str, Any]]:
+  source = model_dir / 'metrics.jsonl'
+  records = read_jsonl(source) if source.exists() else []
+  if not records:
+    raise ConfigError(f'{source} has no metrics yet: nothing to plot.')
+  return records
+
+
+def _figure(width: float, height: float) -> Any:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), dpi=120, layout='constrained')
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def _save(figure: Any, path: epath.Path) -> epath.Path:
+  with path.open('wb') as file:
+    figure.savefig(file, format='png')
+  return path
+
+
+def plot_loss(model_dir: Any) -> epath.Path:
+  """Draws model_dir/loss.png from metrics.jsonl: the training loss, its running mean, and the evaluations.
+
+  Raises:
+    ConfigError: there is nothing to draw.
+  """
+  model_dir = resolve(model_dir)
+  records = [record for record in _records(model_dir) if record.get('loss') is not None]
+
+  def points(split: str) -> list[tuple[int, float]]:
+    return [(record['step'], record['loss']) for record in records if record['split'] == split]
+
+  figure = _figure(8, 4.5)
+  axes = figure.subplots()
+  train, evaluation = points('train'), points('eval')
+  if train:
+    steps, losses = zip(*train)
+    width = max(1, len(losses) // 20)
+    means = [sum(losses[max(0, i - width + 1):i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(losses))]
+    axes.plot(steps, losses, color='#9ecae1', linewidth=0.8, label='training')
+    axes.plot(steps, means, color='#08519c', linewidth=1.8, label=f'training, mean of {width} points')
+  if evaluation:
+    steps, losses = zip(*evaluation)
+    axes.plot(steps, losses, color='#d94801', marker='o', markersize=4, linewidth=1.2, label='evaluation')
+    axes.annotate(
+        f'{losses[-1]:.3f}', (steps[-1], losses[-1]), textcoords='offset points', xytext=(-6, 8), ha='right', color='#d94801')
+  axes.set(xlabel='step', ylabel='loss (nats per target token)', title=f'{model_dir.name}: loss')
+  axes.grid(alpha=0.3)
+  axes.legend()
+  return _save(figure, model_dir / 'loss.png')
+
+
+def plot_experts(model_dir: Any) -> epath.Path | None:
+  """Draws model_dir/experts.png: each expert's load in each layer at the last step, and how that and lost tokens went.
+
+  A load of 1 is the fair share.
+
+  Returns:
+    None for a run without experts.
+  """
+  model_dir = resolve(model_dir)
+  records = [record for record in _records(model_dir) if record['split'] == 'train']
+  stacks = [name for name in ('encoder', 'decoder') if records and f'router/{name}/load' in records[-1]]
+  if not stacks:
+    return None
+  figure = _figure(4.5 * len(stacks) + 1, 7)
+  panels = figure.subplots(2, len(stacks), squeeze=False)
+  for (top, bottom), stack in zip(panels.T, stacks):
+    shares = records[-1][f'router/{stack}/load']
+    load = [[share * len(layer) for share in layer] for layer in shares]
+    image = top.imshow(load, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, interpolation='nearest')
+    top.set(title=f'{stack}: load at step {records[-1]["step"]}', xlabel='expert', ylabel='layer with experts')
+    top.locator_params(integer=True)
+    figure.colorbar(image, ax=top, label='of the fair share', extend='max')
+    steps = [record['step'] for record in records]
+    hottest = [max(max(layer) * len(layer) for layer in record[f'router/{stack}/load']) for record in records]
+    left = [max(record[f'router/{stack}/left_behind']) for record in records]
+    bottom.plot(steps, hottest, color='#d94801', label='hottest expert, of the fair share')
+    bottom.plot(steps, left, color='#08519c', label='tokens left behind, worst layer')
+    bottom.set(xlabel='step', ylim=(0, None))
+    bottom.grid(alpha=0.3)
+    bottom.legend()
+  return _save(figure, model_dir / 'experts.png')

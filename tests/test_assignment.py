@@ -1,0 +1,56 @@
+"""Balanced assignment against the exact optimum of scipy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from t5x_cpm.models.assignment import MAX_ROUNDS, balanced
+
+
+def scores(T, E, seed, common=0.0):
+  """Of random features at random centroids; `common` is the size of what all features share, which makes experts unequal."""
+  print(f'seed {seed}')
+  rng = np.random.default_rng(seed)
+  x_TD = rng.standard_normal((T, 64)) + common * rng.standard_normal(64)
+  return (x_TD @ rng.standard_normal((64, E)) / 8).astype(np.float32)
+
+
+def optimum(scores_TE):
+  T, E = scores_TE.shape
+  slots = np.repeat(scores_TE, -(-T // E), axis=1)
+  rows, columns = linear_sum_assignment(-slots)
+  return slots[rows, columns].sum()
+
+
+@pytest.mark.parametrize('T, E', [(512, 8), (2048, 32)])
+@pytest.mark.parametrize('common', [0.0, 0.7, 4.0])
+def test_near_the_optimum(T, E, common):
+  for seed in range(3):
+    scores_TE = scores(T, E, seed, common)
+    expert_T, rounds = jax.jit(balanced)(scores_TE, jnp.ones(T, bool))
+    assert (np.bincount(expert_T, minlength=E) == T // E).all()
+    # Relative to what an assignment at random has, which a constant added to all scores does not change.
+    got, best, random = scores_TE[np.arange(T), expert_T].sum(), optimum(scores_TE), scores_TE.mean() * T
+    print(f'{(got - random) / (best - random):.4f} of the optimum in {rounds} rounds')
+    assert (got - random) >= 0.995 * (best - random)
+    assert 0 < rounds <= MAX_ROUNDS
+
+
+@pytest.mark.parametrize('T, E, valid', [(500, 8, 500), (37, 8, 37), (64, 8, 41), (64, 8, 3), (16, 32, 16), (64, 8, 0)])
+def test_floor_or_ceiling_and_nothing_for_padding(T, E, valid):
+  mask_T = np.random.default_rng(1).permutation(T) < valid
+  expert_T = np.asarray(balanced(jnp.asarray(scores(T, E, 0)), jnp.asarray(mask_T))[0])
+  assert (expert_T[~mask_T] == E).all()
+  counts = np.bincount(expert_T[mask_T], minlength=E)
+  assert counts.sum() == valid and len(counts) == E
+  assert counts.max() <= -(-valid // E) and counts.min() >= valid // E
+
+
+def test_hard_scores():
+  """All equal, not finite, and far apart."""
+  some_infinite, far_apart = np.where(np.eye(32, 4), np.inf, 1.0), np.ones((32, 4)) * [1e6, 0, 0, 0]
+  for values in (np.zeros((32, 4)), np.full((32, 4), np.nan), some_infinite, far_apart):
+    expert_T, _ = balanced(jnp.asarray(values, jnp.float32), jnp.ones(32, bool))
+    assert (np.bincount(expert_T, minlength=4) == 8).all()

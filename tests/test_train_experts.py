@@ -1,0 +1,94 @@
+"""Runs with experts: what is trained and what is not, parts of a batch, and whole runs through the command line."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import test_step
+import test_train
+from test_train import folder  # noqa: F401  the fixture: a run file over the shipped corpus
+
+import t5x_cpm.inference
+from t5x_cpm.config import InferConfig, OptimizerConfig
+from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.training import checkpoint, partition
+
+
+def with_experts(config=test_step.CONFIG, microbatches=1, **moe):
+  model = dataclasses.replace(config.model, moe=MoEConfig(num_experts=4, group_size=24, **moe))
+  return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, microbatches=microbatches))
+
+
+def test_split_and_join_are_inverse():
+  tree = {'a': {'b': 1, 'c': {'d': 2}}, 'e': {'f': 3}, 'g': 4}
+  labels = {'a': {'b': 'train', 'c': {'d': 'frozen'}}, 'e': {'f': 'state'}, 'g': 'train'}
+  chosen, rest = partition.split(tree, labels)
+  assert (chosen, rest) == ({'a': {'b': 1}, 'g': 4}, {'a': {'c': {'d': 2}}, 'e': {'f': 3}})
+  assert partition.join(chosen, rest) == partition.join(rest, chosen) == tree
+
+
+@pytest.mark.parametrize('dispatch, router', [('einsum', 'loss_free'), ('dropless', 'top_k')])
+def test_parts_of_a_batch_equal_the_whole(dispatch, router):
+  options = {'router': router, 'dispatch': dispatch, 'router_z_loss': 0.1}
+  # AdamW would make a large step of the rounding of a gradient near 0.
+  plain = dataclasses.replace(test_step.CONFIG, optimizer=OptimizerConfig(
+      name='sgd', schedule='constant', learning_rate=0.1, warmup_steps=0))
+  _, whole, losses = test_step.run(with_experts(plain, **options))
+  _, parts, accumulated = test_step.run(with_experts(plain, microbatches=2, **options))
+  np.testing.assert_allclose(accumulated, losses, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts['params'], whole['params'])
+
+
+def test_centroids_of_a_random_projection_never_change():
+  built, state, _ = test_step.run(with_experts(router='random_projection'))
+  fresh = built.init(jax.random.key(0))
+  for stack in ('encoder', 'decoder'):
+    now, then = (params[stack]['routers']['centroids'] for params in (state['params'], fresh['params']))
+    np.testing.assert_array_equal(now, then)
+    assert not np.allclose(state['params']['experts'][stack]['wo'], fresh['params']['experts'][stack]['wo'])
+  paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state['opt_state'])]
+  assert not [path for path in paths if 'centroids' in path] and [path for path in paths if 'experts' in path]
+
+
+def test_biases_of_loss_free_move_by_their_rule_alone():
+  built, state, _ = test_step.run(with_experts(router='loss_free', bias_rate=0.5), steps=1)
+  assert set(np.abs(np.asarray(state['params']['encoder']['routers']['bias'])).reshape(-1).tolist()) <= {0.0, 0.5}
+  assert np.asarray(state['params']['decoder']['routers']['bias']).any()
+  assert "'bias'" not in str(jax.tree_util.tree_structure(state['opt_state']))
+
+
+def test_experts_of_other_domains_have_no_gradient():
+  built = test_step.run(with_experts(router='domain'), steps=0)[0]
+  batch = test_step.random_batch(with_experts(router='domain'), 0) | {'domain': np.full(8, 2, np.int32)}
+  params = built.init(jax.random.key(0))['params']
+  gradient = jax.jit(jax.grad(lambda p: built.model.apply(p, batch)[0].std()))(params)['experts']['decoder']['wo']
+  assert np.abs(np.asarray(gradient)).max(axis=(0, 2, 3)).astype(bool).tolist() == [False, False, True, False]
+
+
+def test_a_run_with_experts_resumes_and_answers(folder):  # noqa: F811
+  flags = [f'--gin.MoEConfig.{field}' for field in (
+      'num_experts=2', 'group_size=48', 'router=loss_free', 'top_k=1', 'jitter=0.1', 'decoder_router=domain',
+      'dispatch=dropless')]
+  assert test_train.run(folder, 'experts', 6, *flags).returncode == 0
+  first = test_train.run(folder, 'experts_twice', 4, *flags)
+  assert first.returncode == 0, first.stderr
+  again = test_train.run(folder, 'experts_twice', 6, *flags)
+  assert 'continuing' in again.stdout, again.stderr
+  assert test_train.losses(folder, 'experts') == test_train.losses(folder, 'experts_twice')
+  last = json.loads((folder / 'experts' / 'metrics.jsonl').read_text().splitlines()[-2])
+  assert np.asarray(last['router/encoder/load']).shape == (2, 2)
+  np.testing.assert_allclose(np.sum(last['router/encoder/load'], axis=1), 1, rtol=1e-5)
+  assert (folder / 'experts' / 'experts.png').read_bytes().startswith(b'\x89PNG')
+  refused = test_train.run(folder, 'experts', 7, *flags, '--gin.MoEConfig.jitter=0.2')
+  assert refused.returncode == 2 and 'MoEConfig.jitter: 0.1 in the checkpoint, 0.2 now' in refused.stderr
+  refused = test_train.run(folder, 'experts_of_three', 2, *flags, '--gin.MoEConfig.num_experts=3')
+  assert refused.returncode == 2 and "'local' has 2, MoEConfig.num_experts = 3" in refused.stderr
+
+  answers = set()
+  for domain in (0, 1):
+    config = dataclasses.replace(checkpoint.read_run(folder / 'experts').config, infer=InferConfig(domain=domain))
+    model = t5x_cpm.inference.load(folder / 'experts', config=config)
+    answers.add(model.score(['今天<span>。'], ['<s_0>下雨<s_1>'])[0])
+  assert len(answers) == 2
