@@ -190,6 +190,15 @@ def test_promise(promise):
   promise()
 
 
+@pytest.mark.parametrize('D, E', [(16, 4), (64, 64), (4, 10)])
+def test_centroids_are_at_right_angles(D, E):
+  x = np.asarray(routing.orthonormal(jax.random.key(3), D, E, jnp.float32))
+  np.testing.assert_allclose(np.linalg.norm(x, axis=0), 1, rtol=1e-5)
+  for start in range(0, E, D):
+    block = x[:, start:start + D]
+    np.testing.assert_allclose(block.T @ block, np.eye(block.shape[1]), atol=1e-5)
+
+
 def test_every_router_has_its_row():
   assert set(ROUTERS) == set(routing.ROUTERS) == {promise.__name__ for promise in PROMISES}
 

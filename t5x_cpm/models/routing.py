@@ -73,13 +73,31 @@ class Routing:
   metrics: dict[str, tuple[jax.Array, jax.Array]]
 
 
+def orthonormal(key: jax.Array, D: int, E: int, dtype: Any) -> jax.Array:
+  """Random columns [D, E] of length 1, at right angles to each other as far as D dimensions have room for.
+
+  By Gram and Schmidt, twice for rounding. Not by jnp.linalg.qr: on CPU each call over a stack of matrices waits in a thread of
+  the pool for others to do its parts, and two at a time on two cores wait for ever (jaxlib 0.10.2).
+  """
+  x_DE = jax.random.normal(key, (D, E), dtype)
+
+  def column(e: jax.Array, x_DE: jax.Array) -> jax.Array:
+    done = (jnp.arange(E) < e) & (jnp.arange(E) >= e // D * D)
+    before_DE, v_D = jnp.where(done, x_DE, 0), x_DE[:, e]
+    for _ in range(2):
+      v_D = v_D - before_DE @ (before_DE.T @ v_D)
+    return x_DE.at[:, e].set(v_D / jnp.linalg.norm(v_D))
+
+  return jax.lax.fori_loop(0, E, column, x_DE)
+
+
 class Router(nnx.Module):
   """The parameters of a router; one without any is not made."""
 
   def __init__(self, config: ModelConfig, kind: str, rngs: nnx.Rngs):
     D, E, dtype = config.d_model, config.moe.num_experts, jnp.dtype(config.param_dtype)
     if kind in ('random_projection', 'base'):
-      value = 0.1 * jax.nn.initializers.orthogonal()(rngs.params(), (D, E), dtype)
+      value = 0.1 * orthonormal(rngs.params(), D, E, dtype)
       variable: type[nnx.Variable] = nnx.Param if kind == 'base' else Frozen
       self.centroids = variable(value, out_sharding=('embed', None))
     else:
