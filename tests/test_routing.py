@@ -269,6 +269,12 @@ def test_bad_values(change, expected):
     ModelConfig(moe=MoEConfig(**{'num_experts': 8} | change)).validate()
 
 
+def test_routers_stay_in_float32_where_the_rest_is_cast():
+  model = encoder_decoder.build(dataclasses.replace(config('switch'), dtype='bfloat16'))
+  prepared = model.prepare(model.init(jax.random.key(0)))
+  assert prepared['encoder']['routers']['kernel'].dtype == jnp.float32 and prepared['lm_head'].dtype == jnp.bfloat16
+
+
 def test_a_capacity_below_one_token_is_refused():
   from t5x_cpm import mesh as mesh_lib
   from t5x_cpm.config import Config, MeshConfig, TaskConfig, TrainConfig
@@ -279,6 +285,8 @@ def test_a_capacity_below_one_token_is_refused():
   mesh = mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with pytest.raises(ConfigError, match='0.31 tokens of a group of 16 with 64 experts'):
     step.build(run, mesh)
+  free = MoEConfig(num_experts=64, group_size=16, dispatch='dropless')
+  step.build(dataclasses.replace(run, model=ModelConfig(moe=free)), mesh)  # has no capacity
   many = dataclasses.replace(run, model=ModelConfig(moe=MoEConfig(num_experts=4, group_size=512)),
                              train=TrainConfig(batch_size=8, microbatches=4))
   with pytest.raises(ConfigError, match='microbatches = 4.*8 rows are routed together.*2 rows'):

@@ -145,9 +145,11 @@ class Model:
     return self.num_parameters() - round(idle)
 
   def prepare(self, params: Params) -> Params:
-    """Parameters for many calls without gradient: cast once, and unstacked where layers are not scanned."""
+    """Parameters for many calls without gradient: cast once (but for routers), and unstacked where layers are not scanned."""
     dtype = compute_dtype(self.config)
+    routers = {name: params[name]['routers'] for name in STACKS if 'routers' in params[name]}
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    params |= {name: params[name] | {'routers': router} for name, router in routers.items()}
     if stack.loop(self.config) == 'scan':
       return params
     unstacked = {
@@ -165,7 +167,8 @@ class Model:
     for name, length in zip(STACKS, (S, T)):
       if config.every(name):
         rows, parts = moe.rows_together(B, length, config.group_size)
-        config.capacity(config.of(name), rows * length // parts)
+        if routing_lib.has_capacity(config, config.of(name)):
+          config.capacity(config.of(name), rows * length // parts)
         together = math.lcm(together, rows)
     return together
 

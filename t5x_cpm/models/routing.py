@@ -111,6 +111,11 @@ def has_parameters(kind: str) -> bool:
   return kind not in ('hash', 'domain')
 
 
+def has_capacity(config: MoEConfig, kind: str) -> bool:
+  """Whether tokens may overflow in training, by MoEConfig.capacity_factor."""
+  return config.dispatch == 'einsum' and kind not in ('base', 'random_projection')
+
+
 # Parts that several routers share.
 
 
@@ -142,8 +147,8 @@ def balance_loss(probs_GTE: jax.Array, expert_GTK: jax.Array, valid_GT: jax.Arra
 
 def _routing(
     config: MoEConfig, kind: str, expert_GTK: jax.Array, weight_GTK: jax.Array, ctx: RouteContext, *,
-    logits_GTE: jax.Array | None = None, probs_GTE: jax.Array | None = None, counted_GTK: jax.Array | None = None,
-    experts_balanced: bool = False) -> Routing:
+    logits_GTE: jax.Array | None = None, probs_GTE: jax.Array | None = None,
+    counted_GTK: jax.Array | None = None) -> Routing:
   """Leaves out padding, and adds losses and metrics.
 
   Args:
@@ -152,7 +157,6 @@ def _routing(
     logits_GTE: for the z-loss.
     probs_GTE: for the balance loss, entropy and confidence.
     counted_GTK: choices that the balance loss counts, where not all.
-    experts_balanced: the choice is balanced already, so that nothing overflows.
   """
   E = config.num_experts
   expert_GTK = jnp.where(ctx.valid_GT[..., None], expert_GTK, E).astype(jnp.int32)
@@ -179,7 +183,7 @@ def _routing(
   places, priority = None, None
   T = expert_GTK.shape[1]
   if ctx.train and config.dispatch == 'einsum':
-    places = -(-T // E) if experts_balanced else config.capacity(kind, T)
+    places = config.capacity(kind, T) if has_capacity(config, kind) else -(-T // E)
     if config.batch_prioritised:
       priority = jnp.max(weight_GTK, axis=-1)
   return Routing(expert_GTK, weight_GTK, E, places, priority, losses, metrics)
@@ -255,7 +259,7 @@ def expert_choice(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteCo
   """Each expert takes its most probable tokens, as many as its capacity; a token may have none or many. Encoders only."""
   logits = _scores(u_GTD, params.kernel[...], config, ctx)
   probs = jax.nn.softmax(logits, axis=-1)
-  T, E = probs.shape[1:]
+  E = probs.shape[-1]
   # Of what is valid: a short text must not fill its experts with padding, nor get more of them than a long one.
   tokens = ctx.valid_GT.sum(axis=-1)
   takes = jnp.clip(jnp.round(config.capacity_factor * tokens / E), 1, tokens).astype(jnp.int32)[:, None, None]
@@ -263,9 +267,8 @@ def expert_choice(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteCo
   rank = jnp.argsort(jnp.argsort(-masked, axis=1), axis=1)
   taken = (rank < takes) & ctx.valid_GT[..., None]
   expert = jnp.where(taken, jnp.arange(E), E)
-  routing = _routing(dataclasses.replace(config, balance_loss=0.0), 'expert_choice', expert, jnp.where(taken, probs, 0), ctx,
-                     logits_GTE=logits, probs_GTE=probs)
-  return dataclasses.replace(routing, places=min(config.capacity('expert_choice', T), T) if routing.places else None)
+  return _routing(dataclasses.replace(config, balance_loss=0.0), 'expert_choice', expert, jnp.where(taken, probs, 0), ctx,
+                  logits_GTE=logits, probs_GTE=probs)
 
 
 def hashed(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) -> Routing:
@@ -300,13 +303,13 @@ def base(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) ->
   scores = _scores(u_GTD, params.centroids[...], config, ctx)
   expert = _balanced(scores, ctx)
   chosen = jnp.take_along_axis(scores, jnp.minimum(expert, config.num_experts - 1), axis=-1)
-  return _routing(config, 'base', expert, jax.nn.sigmoid(chosen), ctx, experts_balanced=True)
+  return _routing(config, 'base', expert, jax.nn.sigmoid(chosen), ctx)
 
 
 def random_projection(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) -> Routing:
   """CPM-2: frozen orthogonal centroids, balanced in training, arg-max outside; weight 1."""
   scores = _scores(u_GTD, params.centroids[...], config, ctx)
-  return _routing(config, 'random_projection', _balanced(scores, ctx), _ones(u_GTD), ctx, experts_balanced=True)
+  return _routing(config, 'random_projection', _balanced(scores, ctx), _ones(u_GTD), ctx)
 
 
 def loss_free(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) -> Routing:
