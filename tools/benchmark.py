@@ -4,6 +4,7 @@
     python tools/benchmark.py                    # all
     python tools/benchmark.py train [--repeats=9] [--threads=2] [--json=FILE]
     python tools/benchmark.py decode
+    python tools/benchmark.py moe                # loss and gradients with experts: against a dense twin, SwitchTransformers
 
 Each side runs in a process of its own, as its users run it, and the two take turns, so that what else the machine does hits
 both. Figures are medians of wall time; a ratio above 1 means that this project is faster. Seconds of CPU are printed beside
@@ -16,48 +17,23 @@ import dataclasses
 import functools
 import json
 import os
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import side_by_side
+from side_by_side import Case, Run
 
 from t5x_cpm import backend
 from t5x_cpm.config import Config, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
+from t5x_cpm.model_config import MoEConfig
 
 MODEL = ModelConfig(
     vocab_size=26_240, d_model=512, d_ff=1024, num_heads=8, head_dim=64, num_encoder_layers=8, num_decoder_layers=8)
+EXPERTS = 8
 ROWS, S, T = 8, 256, 64
 NEW_TOKENS = 64
-GEMM = 2048  # size of the square product whose rate is the yardstick
-STREAM = 2**28  # bytes that are summed to learn how fast memory is read
 
-Run = Callable[[], Any]  # does the work once and waits for it
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """One comparison.
-
-  Attributes:
-    title: for the table.
-    target: ratio to reach.
-    ours, theirs: prepare, and return what is timed.
-    work: tokens of one run.
-    flops: of the products of many rows in one run.
-    bytes: of float32 weights and keys that one run reads again for every token.
-  """
-
-  title: str
-  target: float
-  ours: Callable[[], Run]
-  theirs: Callable[[], Run]
-  work: int
-  flops: float
-  bytes: float = 0.0
 
 
 def random_batch(rows: int) -> dict[str, np.ndarray]:
@@ -94,6 +70,27 @@ def our_training() -> Run:
   return run
 
 
+def our_gradients(model_config: ModelConfig) -> Run:
+  """Loss and gradients of a batch, without an optimizer."""
+  import jax
+
+  from t5x_cpm.models import encoder_decoder
+  from t5x_cpm.training import losses, partition
+
+  backend.keep_memory()
+  model = encoder_decoder.build(model_config)
+  batch, key = jax.device_put(random_batch(ROWS)), jax.random.key(1)
+  trained, rest = partition.split(jax.jit(model.init)(jax.random.key(0)), model.labels())
+
+  def loss(trained: Any, rest: Any, batch: Any) -> Any:
+    logits, auxiliary, _, _ = model.apply(partition.join(trained, rest), batch, key=key)
+    total, _ = losses.cross_entropy(logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'])
+    return total / (ROWS * T) + sum(auxiliary.values())
+
+  gradients = jax.jit(jax.value_and_grad(loss))
+  return lambda: jax.block_until_ready(gradients(trained, rest, batch))
+
+
 def our_decoding(rows: int) -> Run:
   import jax
   import jax.numpy as jnp
@@ -118,24 +115,6 @@ def our_decoding(rows: int) -> Run:
     return out
 
   return run
-
-
-def our_gemm() -> Run:
-  import jax
-  import jax.numpy as jnp
-
-  x = jnp.asarray(np.random.default_rng(0).standard_normal((GEMM, GEMM), np.float32))
-  product = jax.jit(lambda x: x @ x)
-  return lambda: product(x).block_until_ready()
-
-
-def our_stream() -> Run:
-  import jax
-  import jax.numpy as jnp
-
-  x = jnp.ones(STREAM // 4, jnp.float32)
-  total = jax.jit(jnp.sum)
-  return lambda: total(x).block_until_ready()
 
 
 # transformers.
@@ -174,6 +153,30 @@ def their_training() -> Run:
   return run
 
 
+def their_experts() -> Run:
+  """Loss and gradients of SwitchTransformers with experts in every other layer (it has no setting for all of them)."""
+  import torch
+  import transformers
+
+  config = transformers.SwitchTransformersConfig(
+      vocab_size=MODEL.vocab_size, d_model=MODEL.d_model, d_ff=MODEL.d_ff, d_kv=MODEL.head_dim, num_heads=MODEL.num_heads,
+      num_layers=MODEL.num_encoder_layers, num_decoder_layers=MODEL.num_decoder_layers, num_experts=EXPERTS,
+      num_sparse_encoder_layers=MODEL.num_encoder_layers // 2, num_sparse_decoder_layers=MODEL.num_decoder_layers // 2,
+      expert_capacity=round(1.25 * S / EXPERTS), router_jitter_noise=0.0, dropout_rate=0.0, decoder_start_token_id=0)
+  model = transformers.SwitchTransformersForConditionalGeneration(config).train()
+  model.config.use_cache = False
+  batch = random_batch(ROWS)
+  inputs, labels = (torch.from_numpy(batch[name]).long() for name in ('encoder_input_tokens', 'decoder_target_tokens'))
+
+  def run() -> Any:
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=inputs, labels=labels, output_router_logits=True).loss
+    loss.backward()
+    return loss.item()
+
+  return run
+
+
 def their_decoding(rows: int) -> Run:
   import torch
 
@@ -189,20 +192,6 @@ def their_decoding(rows: int) -> Run:
   return run
 
 
-def their_gemm() -> Run:
-  import torch
-
-  x = torch.from_numpy(np.random.default_rng(0).standard_normal((GEMM, GEMM), np.float32))
-  return lambda: x @ x
-
-
-def their_stream() -> Run:
-  import torch
-
-  x = torch.ones(STREAM // 4)
-  return lambda: x.sum()
-
-
 def decoding_bytes(rows: int) -> float:
   """What the tokens of one run read: the decoder's weights, the head, and the keys and values that are there."""
   D, HK, L = MODEL.d_model, MODEL.num_heads * MODEL.head_dim, MODEL.num_decoder_layers
@@ -214,8 +203,26 @@ def cases() -> dict[str, list[Case]]:
   """What each subcommand compares."""
   from t5x_cpm.training import flops
 
-  needed = flops.model_flops(MODEL, ROWS * S, ROWS * T, S, T)
+  def of(model: ModelConfig) -> float:
+    return flops.model_flops(model, ROWS * S, ROWS * T, S, T)
+
+  def with_experts(every: int = 1, **options: Any) -> ModelConfig:
+    moe = MoEConfig(num_experts=EXPERTS, encoder_every=every, decoder_every=every, **options)
+    return dataclasses.replace(MODEL, moe=moe, **({'mlp_activation': 'relu', 'tie_embeddings': True} if every == 2 else {}))
+
+  def twin(name: str, **options: Any) -> Case:
+    """Against the dense model of equal active parameters, which stands where PyTorch does."""
+    model = with_experts(**options)
+    return Case(f'{EXPERTS} experts, {name} (dense twin)', 1 / 1.35, functools.partial(our_gradients, model),
+                functools.partial(our_gradients, MODEL), ROWS * (S + T), of(model))
+
+  needed, switch = of(MODEL), with_experts(every=2, group_size=256)
   return {
+      'moe': [
+          twin('einsum in 256', group_size=256), twin('dropless', group_size=256, dispatch='dropless'),
+          twin('CPM-2, einsum in 512', group_size=512, router='random_projection'),
+          Case(f'{EXPERTS} experts, Switch, every other layer', 2.0, functools.partial(our_gradients, switch), their_experts,
+               ROWS * (S + T), of(switch))],
       'train': [Case(f'training step, {ROWS} x ({S} + {T})', 1.3, our_training, their_training, ROWS * (S + T), needed)],
       'decode': [
           Case(f'greedy, {NEW_TOKENS} tokens, batch {rows}', target, functools.partial(our_decoding, rows),
@@ -223,106 +230,6 @@ def cases() -> dict[str, list[Case]]:
                flops.model_flops(MODEL, rows * S, 0, S, 0) / 3, decoding_bytes(rows))
           for rows, target in ((1, 2.0), (8, 3.0))],
   }
-
-
-# The two processes of a case, and the table.
-
-
-def work(side: str, command: str, index: int, threads: int) -> None:
-  """A worker: does what each line of its input names, and answers with wall and CPU seconds."""
-  answers = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # what libraries print does not go between the answers
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-  case = cases()[command][index]
-  if side == 'ours':
-    backend.keep_memory()
-    runs = {'run': case.ours(), 'gemm': our_gemm(), 'stream': our_stream()}
-  else:
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    runs = {'run': case.theirs(), 'gemm': their_gemm(), 'stream': their_stream()}
-  for run in (*runs.values(), *runs.values()):  # compiles, and fills caches
-    run()
-  print('ready', file=answers, flush=True)
-  for line in sys.stdin:
-    cpu, wall = time.process_time(), time.perf_counter()
-    runs[line.strip()]()
-    print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), file=answers, flush=True)
-
-
-class Worker:
-  """A process that runs one side of a case when asked to."""
-
-  def __init__(self, side: str, command: str, index: int, threads: int):
-    arguments = [sys.executable, os.path.abspath(__file__), command]
-    arguments += [f'--worker={side}', f'--index={index}', f'--threads={threads}']
-    self.side = side
-    self.process = subprocess.Popen(
-        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-    self.seconds: dict[str, list[tuple[float, float]]] = {'run': [], 'gemm': [], 'stream': []}
-    self._answer()
-
-  def _answer(self) -> str:
-    assert self.process.stdout is not None
-    line = self.process.stdout.readline()
-    if not line:
-      raise SystemExit(f'error: the process of {self.side} ended with status {self.process.wait()}.')
-    return line
-
-  def ask(self, what: str) -> None:
-    assert self.process.stdin is not None
-    self.process.stdin.write(what + '\n')
-    self.process.stdin.flush()
-    wall, cpu = json.loads(self._answer())
-    self.seconds[what].append((wall, cpu))
-
-  def median(self, what: str, cpu: bool = False) -> float:
-    return statistics.median(pair[cpu] for pair in self.seconds[what])
-
-  def close(self) -> None:
-    assert self.process.stdin is not None
-    self.process.stdin.close()
-    self.process.wait()
-
-
-def compare(command: str, index: int, case: Case, repeats: int, threads: int) -> dict[str, Any]:
-  """Times one case; returns the figures of its row."""
-  ours = Worker('ours', command, index, threads)
-  theirs = Worker('theirs', command, index, threads)
-  for _ in range(repeats):
-    for worker in (ours, theirs):
-      for what in ('gemm', 'stream', 'run'):
-        worker.ask(what)
-  ours.close()
-  theirs.close()
-  mine, their = ours.median('run'), theirs.median('run')
-  gemm = 2.0 * GEMM**3 / min(ours.median('gemm'), theirs.median('gemm'))
-  stream = STREAM / min(ours.median('stream'), theirs.median('stream'))
-  return {
-      'case': case.title, 'ours': mine, 'pytorch': their, 'ratio': their / mine, 'target': case.target,
-      'ours cpu': ours.median('run', cpu=True), 'pytorch cpu': theirs.median('run', cpu=True),
-      'cpu ratio': theirs.median('run', cpu=True) / ours.median('run', cpu=True),
-      'tokens/s': case.work / mine, 'gemm GFLOP/s': gemm / 1e9, 'stream GB/s': stream / 1e9,
-      'limit': their / (case.flops / gemm + case.bytes / stream),
-      'share': None if case.bytes else case.flops / mine / gemm,
-      'pytorch share': None if case.bytes else case.flops / their / gemm}
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-  head = f'{"":36} {"ours s":>8} {"PyTorch s":>9} {"ratio":>6} {"target":>6} {"limit":>6}'
-  print(head, f'{"CPU s":>14} {"ratio":>6} {"tokens/s":>9}')
-  for row in rows:
-    cpu = f'{row["ours cpu"]:.2f} / {row["pytorch cpu"]:.2f}'
-    seconds = f'{row["case"]:36} {row["ours"]:8.3f} {row["pytorch"]:9.3f}'
-    print(seconds, f'{row["ratio"]:6.2f} {row["target"]:6.1f} {row["limit"]:6.2f} {cpu:>14} {row["cpu ratio"]:6.2f} '
-          f'{row["tokens/s"]:9.0f}')
-  for row in rows:
-    print(f'{row["case"]}: in this run products at {row["gemm GFLOP/s"]:.0f} GFLOP/s, memory at {row["stream GB/s"]:.0f} GB/s')
-    if row['share']:
-      print(f'  share of that rate of products: ours {row["share"]:.0%}, PyTorch {row["pytorch share"]:.0%}')
 
 
 def main() -> None:
@@ -335,15 +242,15 @@ def main() -> None:
   parser.add_argument('--index', type=int, default=0, help=argparse.SUPPRESS)
   given = parser.parse_args()
   if given.worker:
-    work(given.worker, given.command, given.index, given.threads)
+    side_by_side.work(cases()[given.command][given.index], given.worker, given.threads)
     return
   rows = []
   for command, group in cases().items():
     for index, case in enumerate(group):
       if given.command in ('all', command):
         print(f'{case.title} ...', file=sys.stderr, flush=True)
-        rows.append(compare(command, index, case, given.repeats, given.threads))
-  show(rows)
+        rows.append(side_by_side.compare(__file__, command, index, case, given.repeats, given.threads))
+  side_by_side.show(rows)
   if given.json:
     with open(given.json, 'w', encoding='utf-8') as file:
       json.dump({'threads': given.threads, 'rows': rows}, file, indent=2)
