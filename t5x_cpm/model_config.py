@@ -56,7 +56,7 @@ class MoEConfig:
   capacity_counts: str = 'tokens'  # a fair share: tokens / experts ('tokens'), or times the experts of a token ('assignments')
   batch_prioritised: bool = False  # the most confident tokens of a group are placed first; only in an encoder
   group_size: int = 512
-  dispatch: str = 'einsum'  # 'einsum' (within a capacity) or 'dropless' (without one: capacity_factor is not read)
+  dispatch: str = 'einsum'  # 'einsum' (within a capacity) or 'dropless' (without one; only 'expert_choice' reads it)
   jitter: float = 0.0  # in training the router's input is multiplied by U(1 - jitter, 1 + jitter)
   balance_loss: float = 0.01  # weights of the auxiliary losses
   router_z_loss: float = 0.0

@@ -162,6 +162,10 @@ def test_switch_transformers_there_and_back(switch, tmp_path):
   routed = dataclasses.replace(switch.config, moe=dataclasses.replace(switch.config.moe, router='top_k'))
   with pytest.raises(ConfigError, match="router = 'top_k'.*SwitchTransformers"):
     convert_hf.write_config(routed)
+  for wrong in (lambda: convert_hf.write_config(dataclasses.replace(switch.config, tie_embeddings=False)),
+                lambda: convert_hf.read_experts({'tie_word_embeddings': False})):
+    with pytest.raises(ConfigError, match='an embedding table each'):
+      wrong()
   with pytest.raises(ConfigError, match='num_sparse_encoder_layers = 3 does not divide num_layers = 4'):
     convert_hf.read_experts({'num_layers': 4})
 
@@ -294,6 +298,19 @@ def test_transformers_reads_what_is_exported(tmp_path, golden):
   (tmp_path / 'model.safetensors').unlink()
   config, weights = convert_hf.head_to_ours(golden.config, convert_hf.read_tensors(tmp_path))
   jax.tree.map(np.testing.assert_array_equal, convert_hf.to_params(config, weights), golden.params)
+
+
+@pytest.mark.slow
+def test_transformers_reads_an_exported_switch(tmp_path, switch):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  (tmp_path / 'config.json').write_text(json.dumps(convert_hf.write_config(switch.config) | {
+      'pad_token_id': 0, 'eos_token_id': 1, 'decoder_start_token_id': 0}))
+  convert_hf.write_tensors(tmp_path, convert_hf.from_params(switch.config, switch.params))
+  model = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path).eval()
+  with torch.no_grad():
+    out = model(**{name: torch.from_numpy(switch.file[name]).long() for name in ('input_ids', 'attention_mask', 'labels')})
+  assert_equal('loss', out.loss.numpy(), switch.file['loss'])
 
 
 def test_golden_files_are_small():

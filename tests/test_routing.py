@@ -31,7 +31,7 @@ def route(c, seed=0, train=True, u_GTD=None, key=0, **context):
   kind = c.moe.router
   ctx = RouteContext(
       valid_GT=jnp.ones(u_GTD.shape[:2], bool), ids_GT=jnp.asarray(rng.integers(0, 50, u_GTD.shape[:2])),
-      domain_GT=jnp.asarray(rng.integers(0, E, u_GTD.shape[:2])), key=jax.random.key(key) if train else None, train=train)
+      domain_GT=jnp.asarray(rng.integers(0, E, u_GTD.shape[:2])), key=jax.random.key(key) if train else None)
   ctx = dataclasses.replace(ctx, **context)
   params = routing.Router(c, kind, nnx.Rngs(params=seed)) if routing.has_parameters(kind) else None
   return jax.jit(lambda u, ctx_args: routing.ROUTERS[kind](c.moe, params, u, ctx), static_argnums=1)(u_GTD, None), params, ctx

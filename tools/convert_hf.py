@@ -28,6 +28,7 @@ from t5x_cpm.model_config import MoEConfig
 
 SHARD_BYTES = 4 * 2**30
 SWITCH = 'switch_transformers'
+UNTIED = 'without it SwitchTransformers gives encoder and decoder an embedding table each, and here they share one.'
 # ModelConfig field -> key of config.json. Where transformers has a default, files may leave the key out.
 FIELDS = {
     'vocab_size': 'vocab_size', 'd_model': 'd_model', 'd_ff': 'd_ff', 'num_heads': 'num_heads', 'head_dim': 'd_kv',
@@ -128,6 +129,8 @@ def read_experts(theirs: Mapping[str, Any]) -> MoEConfig:
     if number and of % number:
       raise ConfigError(f'config.json: {sparse} = {number} does not divide {layers} = {of}.')
     every[f'{stack}_every'] = of // number if number else 0
+  if not theirs.get('tie_word_embeddings', True):
+    raise ConfigError(f'config.json: tie_word_embeddings = false: {UNTIED}')
   if theirs.get('router_bias'):
     raise ConfigError('config.json: router_bias = true: routers have no bias here.')
   return MoEConfig(
@@ -161,6 +164,8 @@ def write_switch(config: ModelConfig, activation: str) -> dict[str, Any]:
     raise ConfigError(
         f'MoEConfig.router = {experts.router!r}, mlp_activation = {config.mlp_activation!r}: SwitchTransformers has '
         "router 'switch' without shared experts, and an activation that is not gated.")
+  if not config.tie_embeddings:
+    raise ConfigError(f'ModelConfig.tie_embeddings = False: {UNTIED}')
   layers = {f'num_sparse_{stack}_layers': config.num_layers(stack) // experts.every(stack) if experts.every(stack) else 0
             for stack in ('encoder', 'decoder')}
   return {

@@ -71,9 +71,9 @@ class Reader:
   """
 
   def __init__(self, config: Config, split: str, vocabulary: Vocabulary, components: list[Component], rates: list[float],
-               domains: list[int] | None = None):
-    """domains: the label of each component's rows, for router 'domain'; by default their order."""
-    self.domains = list(range(len(components))) if domains is None else domains
+               domains: list[int]):
+    """domains: the label of each component's rows, for router 'domain'."""
+    self.domains = domains
     self.vocabulary, self.split, self.components = vocabulary, split, components
     self.config, self.task, self.seed, self.batch_size = config, config.task, config.train.seed, config.train.batch_size
     self.room = (self.task.encoder_length, self.task.decoder_length)

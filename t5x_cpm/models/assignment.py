@@ -2,8 +2,8 @@
 
 BASE layers (Lewis et al. 2021) and CPM-2 solve this linear assignment by an auction. Here the experts have prices, and a token
 wants the expert where score minus price is greatest. In each round every expert moves half the way to the price at which just
-as many tokens as it has places would want it, given the other prices; that lowers the dual of the assignment. Prices usually
-clear the market after 5 to 20 rounds. What is left then, a few tokens, goes one by one to the best free place.
+as many tokens as it has places would want it, given the other prices; that lowers the dual of the assignment. Often 5 to 20
+rounds clear the market. What is left after MAX_ROUNDS, a few tokens, goes one by one to the best free place.
 """
 
 import jax

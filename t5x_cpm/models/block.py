@@ -80,13 +80,12 @@ class Block(nnx.Module):
     u_BTD = self.mlp_norm(h_BTD)
     if not self.routed:
       return u_BTD, None
-    train = ctx.key is not None
-    size = self.moe.group_size if train else u_BTD.shape[1]  # outside training a row depends on no other
+    size = u_BTD.shape[1] if ctx.key is None else self.moe.group_size  # outside training a row depends on no other
 
     def grouped(x: Any) -> Any:
       return None if x is None else moe.to_groups(x, size)
 
-    context = RouteContext(grouped(ctx.valid), grouped(ctx.ids), grouped(ctx.domain), ctx.key_of(6), train)
+    context = RouteContext(grouped(ctx.valid), grouped(ctx.ids), grouped(ctx.domain), ctx.key_of(6))
     router = self.router if routing_lib.has_parameters(self.kind) else None
     return u_BTD, routing_lib.ROUTERS[self.kind](self.moe, router, grouped(u_BTD), context)
 

@@ -119,17 +119,21 @@ class Model:
 
   def abstract(self) -> tuple[Params, Params]:
     """Shapes and dtypes, and logical axis names, of the parameters: two trees of one structure; takes no memory."""
-    state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))[1]
-    names = jax.tree.map(
-        lambda v: v.get_metadata('out_sharding'), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    return nnx.to_pure_dict(state), nnx.to_pure_dict(names)
+    names = self._of_variables(lambda variable: variable.get_metadata('out_sharding'))
+    return nnx.to_pure_dict(self._abstract_state), names
+
+  @functools.cached_property
+  def _abstract_state(self) -> Any:
+    return nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))[1]
+
+  def _of_variables(self, fn: Callable[[nnx.Variable], Any]) -> Params:
+    """fn of every parameter's variable, as a tree like the parameters."""
+    return nnx.to_pure_dict(jax.tree.map(fn, self._abstract_state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
 
   def labels(self) -> Params:
     """'train', 'frozen' or 'state' (changed by `advance`) for every parameter: gradients and the optimizer see only 'train'."""
-    state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))[1]
     label = {nnx.Param: 'train', routing_lib.Frozen: 'frozen', routing_lib.State: 'state'}
-    return nnx.to_pure_dict(jax.tree.map(
-        lambda v: v.replace(label[type(v)]), state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+    return self._of_variables(lambda variable: label[type(variable)])
 
   def num_parameters(self) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()[0]))

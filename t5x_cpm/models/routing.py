@@ -39,14 +39,17 @@ class RouteContext:
     ids_GT: token ids.
     domain_GT: the label of each token's row; None where the batch has none.
     key: for random draws; None outside training.
-    train: balanced routers balance, and tokens may overflow, in training only.
   """
 
   valid_GT: jax.Array
   ids_GT: jax.Array
   domain_GT: jax.Array | None = None
   key: jax.Array | None = None
-  train: bool = False
+
+  @property
+  def train(self) -> bool:
+    """Balanced routers balance, and tokens may overflow, in training only."""
+    return self.key is not None
 
 
 @jax.tree_util.register_dataclass
@@ -116,6 +119,9 @@ def has_capacity(config: MoEConfig, kind: str) -> bool:
   return config.dispatch == 'einsum' and kind not in ('base', 'random_projection')
 
 
+# Routers with probabilities that need no balance loss.
+BALANCED_OTHERWISE = ('expert_choice', 'loss_free')
+
 # Parts that several routers share.
 
 
@@ -172,7 +178,7 @@ def _routing(
     counted = expert_GTK if counted_GTK is None else jnp.where(ctx.valid_GT[..., None], counted_GTK, E)
     balance = balance_loss(probs_GTE, counted, ctx.valid_GT)
     metrics['balance'] = jax.lax.stop_gradient(balance).astype(jnp.float32), jnp.ones((), jnp.float32)
-    if config.balance_loss and kind != 'loss_free':
+    if config.balance_loss and kind not in BALANCED_OTHERWISE:
       losses['balance_loss'] = config.balance_loss * balance
     log_probs_GTE = jnp.log(jnp.maximum(probs_GTE, jnp.finfo(probs_GTE.dtype).tiny))
     metrics['entropy'] = of_tokens(-jnp.sum(probs_GTE * log_probs_GTE, axis=-1))
@@ -267,8 +273,7 @@ def expert_choice(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteCo
   rank = jnp.argsort(jnp.argsort(-masked, axis=1), axis=1)
   taken = (rank < takes) & ctx.valid_GT[..., None]
   expert = jnp.where(taken, jnp.arange(E), E)
-  return _routing(dataclasses.replace(config, balance_loss=0.0), 'expert_choice', expert, jnp.where(taken, probs, 0), ctx,
-                  logits_GTE=logits, probs_GTE=probs)
+  return _routing(config, 'expert_choice', expert, jnp.where(taken, probs, 0), ctx, logits_GTE=logits, probs_GTE=probs)
 
 
 def hashed(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) -> Routing:
@@ -279,7 +284,7 @@ def hashed(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) 
 
 
 def domain(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) -> Routing:
-  """DEMix: one expert for each domain, by the label of the example; weight 1."""
+  """DEMix: one expert for each domain, by the label of the row; weight 1."""
   del params
   if ctx.domain_GT is None:
     raise ConfigError(
