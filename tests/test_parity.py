@@ -283,34 +283,32 @@ def test_golden_file_is_what_transformers_computes(file):
       assert_equal(name, live[name], value)
 
 
-@pytest.mark.slow
-def test_transformers_reads_what_is_exported(tmp_path, golden):
+def read_by_transformers(folder: pathlib.Path, reference: Reference, kind: str) -> Any:
+  """Their model of the files that we write, after its loss has been compared."""
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  (tmp_path / 'config.json').write_text(json.dumps(convert_hf.write_config(golden.config) | {
+  (folder / 'config.json').write_text(json.dumps(convert_hf.write_config(reference.config) | {
       'pad_token_id': 0, 'eos_token_id': 1, 'decoder_start_token_id': 0}))
-  convert_hf.write_tensors(tmp_path, convert_hf.from_params(golden.config, golden.params))
-  model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+  convert_hf.write_tensors(folder, convert_hf.from_params(reference.config, reference.params))
+  model = getattr(transformers, f'{kind}ForConditionalGeneration').from_pretrained(folder).eval()
   with torch.no_grad():
-    out = model(**{name: torch.from_numpy(golden.file[name]).long() for name in ('input_ids', 'attention_mask', 'labels')})
-  assert_equal('loss', out.loss.numpy(), golden.file['loss'])
-  torch.save(model.state_dict(), tmp_path / 'pytorch_model.bin')
-  (tmp_path / 'model.safetensors').unlink()
-  config, weights = convert_hf.head_to_ours(golden.config, convert_hf.read_tensors(tmp_path))
+    out = model(**{name: torch.from_numpy(reference.file[name]).long() for name in ('input_ids', 'attention_mask', 'labels')})
+  assert_equal('loss', out.loss.numpy(), reference.file['loss'])
+  return model
+
+
+@pytest.mark.slow
+def test_transformers_reads_what_is_exported(tmp_path, golden, switch):
+  for name in ('t5', 'switch'):
+    (tmp_path / name).mkdir()
+  read_by_transformers(tmp_path / 'switch', switch, 'SwitchTransformers')
+  model = read_by_transformers(tmp_path / 't5', golden, 'T5')
+
+  import torch
+  torch.save(model.state_dict(), tmp_path / 't5' / 'pytorch_model.bin')
+  (tmp_path / 't5' / 'model.safetensors').unlink()
+  config, weights = convert_hf.head_to_ours(golden.config, convert_hf.read_tensors(tmp_path / 't5'))
   jax.tree.map(np.testing.assert_array_equal, convert_hf.to_params(config, weights), golden.params)
-
-
-@pytest.mark.slow
-def test_transformers_reads_an_exported_switch(tmp_path, switch):
-  torch = pytest.importorskip('torch')
-  transformers = pytest.importorskip('transformers')
-  (tmp_path / 'config.json').write_text(json.dumps(convert_hf.write_config(switch.config) | {
-      'pad_token_id': 0, 'eos_token_id': 1, 'decoder_start_token_id': 0}))
-  convert_hf.write_tensors(tmp_path, convert_hf.from_params(switch.config, switch.params))
-  model = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path).eval()
-  with torch.no_grad():
-    out = model(**{name: torch.from_numpy(switch.file[name]).long() for name in ('input_ids', 'attention_mask', 'labels')})
-  assert_equal('loss', out.loss.numpy(), switch.file['loss'])
 
 
 def test_golden_files_are_small():
