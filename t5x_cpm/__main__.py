@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import t5x_cpm
 from t5x_cpm import backend
 from t5x_cpm.config import Config, ConfigError, TaskConfig
 
@@ -46,6 +47,9 @@ FLAGS = {
     'gin_file': Flag('FILE', 'gin file, of the current folder or of the package; later ones win', repeat=True),
     'model_dir': Flag('DIR', 'folder of the run', ('train', 'eval', 'infer')),
     'init_from': Flag('DIR', 'start from the parameters of another run, with its model and vocabulary', ('train', 'cache')),
+    'coordinator': Flag('HOST:PORT', 'where process 0 of several is; SLURM, Open MPI and TPUs say it themselves', ('train',)),
+    'num_processes': Flag('N', 'how many processes run this command', ('train',)),
+    'process_id': Flag('I', 'which of them this is, from 0', ('train',)),
     'profile_steps': Flag('START:COUNT', 'write a profile of these steps for TensorBoard', ('train',)),
     'tasks': Flag('NAME,...', 'tasks to evaluate', ('eval',)),
     'input': Flag('FILE', '.txt (one input a line) or .jsonl; without it the prompt is interactive', ('infer',)),
@@ -230,6 +234,18 @@ def dry_run(config: Config) -> None:
   print(f'learning rate     {rates}')
 
 
+def start_training(arguments: Arguments, config: Config) -> None:
+  """Trains, together with the other processes where there are several."""
+  from t5x_cpm import gin_utils, processes
+
+  model_dir = arguments.get('model_dir')
+  place = processes.find_place(*map(arguments.get, ('coordinator', 'num_processes', 'process_id')))
+  settings = [f't5x_cpm {t5x_cpm.__version__}', f'--model_dir={model_dir}', *gin_utils.dump(config).splitlines()]
+  with processes.together(place, config.processes, settings, tell) as group:
+    from t5x_cpm.training import train
+    train.run(config, model_dir, group)
+
+
 def run(arguments: Arguments) -> None:
   """Checks what a mode needs and calls its function."""
   mode, model_dir = arguments.mode, arguments.get('model_dir')
@@ -251,8 +267,7 @@ def run(arguments: Arguments) -> None:
     dry_run(config)
   elif mode == 'train':
     backend.keep_memory()
-    from t5x_cpm.training import train
-    train.run(config, model_dir)
+    start_training(arguments, config)
   elif mode == 'cache':
     from t5x_cpm.data import cache
     print(cache.build(config))
@@ -271,8 +286,18 @@ def is_users(error: Exception) -> bool:
   return isinstance(error, ValueError) and type(error).__module__.split('.')[0] == 't5x_cpm'
 
 
+def tell(error: BaseException) -> int:
+  """Prints an error whose message is enough, and returns the exit code: 2 for bad input. Raises any other."""
+  if isinstance(error, KeyboardInterrupt):
+    return 130
+  if isinstance(error, FloatingPointError) or (isinstance(error, Exception) and is_users(error)):
+    print(f'error: {error}', file=sys.stderr)
+    return 1 if isinstance(error, FloatingPointError) else 2
+  raise error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-  """The program. Returns its exit code: 2 for bad input and 1 for a run that diverged, both told without a traceback."""
+  """The program. Returns its exit code."""
   try:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     if 'help' in arguments.flags:
@@ -281,16 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       run(arguments)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
-  except KeyboardInterrupt:
-    return 130
-  except FloatingPointError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except Exception as error:
-    if not is_users(error):
-      raise
-    print(f'error: {error}', file=sys.stderr)
-    return 2
+  except (Exception, KeyboardInterrupt) as error:
+    return tell(error)
   return 0
 
 

@@ -39,14 +39,17 @@ def keep_memory() -> None:
   mallopt(M_TOP_PAD, 64 * 2**20)
 
 
-def use_cpu_devices(count: int) -> None:
+def use_cpu_devices(count: int, processes: int = 1) -> None:
   """Runs on the CPU as `count` devices, so that a mesh can be tried on any machine; 0 leaves everything as it is.
 
   Raises:
-    ConfigError: JAX has already started with other devices.
+    ConfigError: JAX has already started with other devices, or the processes cannot share so many evenly.
   """
   if not count:
     return
+  if count % processes:
+    raise ConfigError(f'MeshConfig.cpu_devices = {count}: {processes} processes cannot have the same number each.')
+  count //= processes
   import jax
 
   with contextlib.suppress(RuntimeError):  # JAX has started: what counts is what it has
@@ -54,7 +57,7 @@ def use_cpu_devices(count: int) -> None:
     jax.config.update('jax_num_cpu_devices', count)
   if not on_cpu() or jax.local_device_count() != count:
     raise ConfigError(
-        f'MeshConfig.cpu_devices = {count}, but JAX has started with {jax.local_device_count()} {jax.default_backend()} '
+        f'MeshConfig.cpu_devices needs {count}, but JAX has started with {jax.local_device_count()} {jax.default_backend()} '
         'devices: set it before anything runs, in a new process.')
 
 

@@ -176,6 +176,20 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessesConfig:
+  """When a run of several processes gives one of them up. One that dies stops the others at once."""
+
+  start_seconds: float = free(300.0)  # until all must have come
+  silent_seconds: float = free(60.0)  # without a sign of life: frozen, or its network is gone
+  behind_seconds: float = free(600.0)  # at an earlier step than others: it hangs
+
+  def validate(self) -> None:
+    in_range(self, 'start_seconds', 1.0)
+    in_range(self, 'silent_seconds', 5.0)
+    in_range(self, 'behind_seconds', 5.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
   """What a run reports. metrics.jsonl is always written."""
 
@@ -261,6 +275,7 @@ class Config:
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  processes: ProcessesConfig = ProcessesConfig()
   metrics: MetricsConfig = MetricsConfig()
   decode: DecodeConfig = DecodeConfig()
   infer: InferConfig = InferConfig()

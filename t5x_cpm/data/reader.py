@@ -15,6 +15,7 @@ from t5x_cpm.data.rows import Component, Packed, Part, Windows
 from t5x_cpm.data.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
+EVERY = slice(None)  # row
 _TOKENS = {'encoder': {'encoder_tokens': 'encoder_input_tokens'},
            'decoder': {'decoder_inputs': 'decoder_input_tokens', 'decoder_targets': 'decoder_target_tokens'}}
 
@@ -87,40 +88,41 @@ class Reader:
         'noise_density': self.task.noise_density, 'mean_span_length': self.task.mean_span_length, 'seed': self.seed,
         'batch_size': self.batch_size, 'vocabulary': vocabulary.fingerprint}
 
-  def batch(self, step: int, rows: slice | None = None) -> Batch:
+  def batch(self, step: int, rows: slice | np.ndarray = EVERY) -> Batch:
     """The batch of a step, or some of its rows: always the same for the same (config, seed, step).
 
     Args:
       step: 0 is the first.
-      rows: of the global batch of TrainConfig.batch_size rows; None is all.
+      rows: which of the TrainConfig.batch_size rows of the global batch.
 
     Returns:
       encoder_input_tokens, encoder_segment_ids, encoder_positions [rows, encoder_length], decoder_input_tokens,
       decoder_target_tokens, decoder_segment_ids, decoder_positions, decoder_loss_weights [rows, decoder_length]; for router
       'domain' also domain [rows]: which task of the mixture a row is of.
     """
-    mine = np.arange(self.batch_size)[rows or slice(None)]
+    mine = np.arange(self.batch_size)[rows]
     component, stream_row = self.mixer.locate(mine + step * self.batch_size)
     return self._make(component, stream_row, len(mine), lambda part, rows: part.read(rows, self.seed))
 
-  def eval_batches(self, max_batches: int = 0) -> Iterator[Batch]:
+  def eval_batches(self, max_batches: int = 0, rows: slice | np.ndarray = EVERY) -> Iterator[Batch]:
     """Each row of the split once, in an order and with masks that depend on nothing but the data.
 
     Args:
       max_batches: stop after so many; 0 is all. The order is random, so that any number of batches is a fair sample.
+      rows: which rows of each batch, ascending.
 
     Yields:
-      Batches of batch_size rows; what the last one lacks is empty rows of weight 0.
+      Batches, or these rows of them; what the last one lacks is empty rows of weight 0.
     """
     counts = np.array([component.rows_once for component in self.components])
     total = int(counts.sum())
     batches = -(-total // self.batch_size)
     for number in range(min(batches, max_batches) if max_batches else batches):
-      mine = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, total))
-      place = packing.permute(mine, total, objectives.combine(index.STATIC))
+      mine = number * self.batch_size + np.arange(self.batch_size)[rows]
+      place = packing.permute(mine[mine < total], total, objectives.combine(index.STATIC))
       component = np.searchsorted(np.cumsum(counts), place, side='right')
       stream_row = place - objectives.exclusive_cumsum(counts)[component]
-      yield self._make(component, stream_row, self.batch_size, lambda part, rows: part.read_once(rows))
+      yield self._make(component, stream_row, len(mine), lambda part, rows: part.read_once(rows))
 
   def _make(self, component: np.ndarray, stream_row: np.ndarray, rows: int, read) -> Batch:
     parts = []

@@ -114,6 +114,10 @@ class Manager:
       text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
       run_directory.write_atomically(self.model_dir / 'config.json', text.encode())
     _wait_for_all('ready')
+    if not (self.model_dir / 'config.json').exists():
+      raise CheckpointError(
+          f'--model_dir={self.model_dir}: process {jax.process_index()} does not see what process 0 has written there. Give a '
+          'directory that all hosts share, or a bucket.')
     with _quiet_orbax():
       self._orbax = ocp.CheckpointManager(
           self.model_dir / 'checkpoints',

@@ -198,6 +198,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   moments = optimizer.state_axes(tx, trained_shapes, trained_axes)
   state_shardings['opt_state'] = mesh_lib.shardings(mesh, moments, optimizer_rules)
   gradient_shardings = mesh_lib.shardings(mesh, trained_axes, optimizer_rules)
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = batch_shapes(config)
   batch_shardings = mesh_lib.shardings(mesh, {name: ('batch', 'length')[:shape.ndim] for name, shape in shapes.items()})
 
@@ -208,8 +209,8 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
       model=model,
       fn=jax.jit(
           train_step, donate_argnums=0, in_shardings=(state_shardings, None, batch_shardings),
-          out_shardings=(state_shardings, None)),
-      evaluate=jax.jit(evaluate, in_shardings=(state_shardings['params'], batch_shardings)),
+          out_shardings=(state_shardings, everywhere)),
+      evaluate=jax.jit(evaluate, in_shardings=(state_shardings['params'], batch_shardings), out_shardings=everywhere),
       explain=explain,
       init=jax.jit(init_state, out_shardings=state_shardings),
       abstract_state=on_mesh(abstract, state_shardings),

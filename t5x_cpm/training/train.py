@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import os
 import queue
 import signal
 import threading
@@ -11,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from t5x_cpm import backend, gin_utils
 from t5x_cpm import config as config_lib
@@ -20,28 +23,42 @@ from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.training import checkpoint, metrics, plots, run_directory
 from t5x_cpm.training import step as step_lib
+from t5x_cpm.watch import Group
 
 # A model may have this many rows more than its vocabulary has pieces, so that a table can be padded to divide a mesh.
 VOCABULARY_PADDING = 128
 
 
 class Interrupted:
-  """Notes SIGTERM and SIGINT, so that the loop can stop between two steps with its state saved."""
+  """Notes SIGTERM and SIGINT, so that the loop can stop between two steps with its state saved.
 
-  def __init__(self) -> None:
-    self.signal: str | None = None
+  Of several processes one alone may be signalled, and all must stop at one step. JAX agrees on it, but hears SIGTERM only,
+  with a handler of its own.
+  """
+
+  def __init__(self, several: bool) -> None:
+    self._signal, self._several = '', several
 
   def _note(self, number: int, frame: Any) -> None:
-    if self.signal is not None and number == signal.SIGINT:
+    if self._signal and number == signal.SIGINT:
       raise KeyboardInterrupt  # asked twice: now
-    self.signal = signal.Signals(number).name
+    self._signal = signal.Signals(number).name
+    if self._several:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def before(self, step: int) -> str:
+    """The name of a signal, if all processes are to stop before this step; '' otherwise. To be asked before each step."""
+    if self._several:
+      return 'SIGTERM' if multihost_utils.reached_preemption_sync_point(step) else ''
+    return self._signal
 
   @contextlib.contextmanager
   def watch(self) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
       yield  # Python delivers signals to the main thread only
       return
-    previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, self._note) for number in numbers}
     try:
       yield
     finally:
@@ -98,8 +115,9 @@ def check_vocabulary(config: Config, vocabulary: vocabulary_lib.Vocabulary) -> N
 def evaluate(step: step_lib.Step, params: Any, reader: reader_lib.Reader, max_batches: int) -> dict[str, float]:
   """Mean loss and accuracy over the targets of the validation split; each row counts once."""
   total: dict[str, tuple[float, float]] = {}
-  for batch in reader.eval_batches(max_batches):
-    sums = jax.device_get(step.evaluate(params, put_batch(step, batch)))
+  rows = own_rows(step)
+  for batch in reader.eval_batches(max_batches, rows):
+    sums = jax.device_get(step.evaluate(params, put_batch(step, batch, rows)))
     for name, (value, weight) in sums.items():
       a, b = total.get(name, (0.0, 0.0))
       total[name] = (a + float(value), b + float(weight))
@@ -109,10 +127,25 @@ def evaluate(step: step_lib.Step, params: Any, reader: reader_lib.Reader, max_ba
   return {name: float(value) for name, value in step_lib.means(total).items()}
 
 
-def put_batch(step: step_lib.Step, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """A host batch on the devices of the mesh."""
-  shardings = {name: step.abstract_batch[name].sharding for name in batch}
-  return jax.device_put(batch, shardings)
+def own_rows(step: step_lib.Step) -> np.ndarray:
+  """The rows of a batch that the devices of this process hold, ascending."""
+  leaf = next(iter(step.abstract_batch.values()))
+  held = {index[0].indices(leaf.shape[0]) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+  return np.unique(np.concatenate([np.arange(*rows) for rows in held]))
+
+
+def put_batch(step: step_lib.Step, batch: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, jax.Array]:
+  """The batch on the devices of the mesh, of which this process has `rows`."""
+
+  def put(name: str) -> jax.Array:
+    leaf, mine = step.abstract_batch[name], batch[name]
+
+    def part(index: Any) -> np.ndarray:
+      return mine[np.searchsorted(rows, np.arange(*index[0].indices(leaf.shape[0])))]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+  return {name: put(name) for name in batch}
 
 
 def initial_state(config: Config, step: step_lib.Step, vocabulary: vocabulary_lib.Vocabulary) -> step_lib.State:
@@ -129,7 +162,7 @@ def initial_state(config: Config, step: step_lib.Step, vocabulary: vocabulary_li
   return state
 
 
-def run(config: Config, model_dir: str) -> dict[str, float]:
+def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str, float]:
   """Trains until TrainConfig.steps and returns the last evaluation.
 
   The same call continues a run that was stopped, at the step of its newest complete checkpoint and with the same losses
@@ -137,7 +170,8 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
 
   Args:
     config: the run. A model_dir that holds a run with another identity is refused.
-    model_dir: where checkpoints, metrics and the vocabulary are written; created when absent.
+    model_dir: where checkpoints, metrics and the vocabulary are written; created when absent. Shared by all processes.
+    group: the processes that make this call together; None: this one is alone.
 
   Raises:
     ConfigError: the configuration, data or model_dir cannot work; nothing was changed on disk.
@@ -145,7 +179,8 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
   """
   config.validate()
   started = time.monotonic()
-  backend.use_cpu_devices(config.mesh.cpu_devices)
+  group = group or Group()
+  backend.use_cpu_devices(config.mesh.cpu_devices, group.count)
   backend.keep_compiled_programs()
 
   # Mesh. Before the data, because a mesh that cannot work is found in no time and data may take hours to cache.
@@ -159,23 +194,26 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   manager = checkpoint.Manager(model_dir, config, info=info)
-  reader.vocabulary.save(manager.model_dir / 'vocabulary')
-  run_directory.write_atomically(manager.model_dir / 'config.gin', gin_utils.dump(config).encode())
+  say = functools.partial(print, flush=True) if group.first else lambda text: None
+  if group.first:
+    reader.vocabulary.save(manager.model_dir / 'vocabulary')
+    run_directory.write_atomically(manager.model_dir / 'config.gin', gin_utils.dump(config).encode())
   latest = manager.latest_step()
   if latest is not None and latest >= config.train.steps:
-    print(f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '
-          'Set TrainConfig.steps higher to go on.', flush=True)
+    say(f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '
+        'Set TrainConfig.steps higher to go on.')
     manager.close()
     return {}
   if latest is None:
     state = initial_state(config, step, reader.vocabulary)
   else:
     state = manager.restore(step.abstract_state, latest)
-    print(f'continuing {model_dir} from step {latest}', flush=True)
+    say(f'continuing {model_dir} from step {latest}')
   first = latest or 0
 
   # Loop. Input runs ahead in a thread; metrics are read one step late, when the next step is already dispatched.
-  interrupted = Interrupted()
+  interrupted = Interrupted(several=group.count > 1)
+  rows = own_rows(step)
   writers = metrics.Writers(model_dir, config, start_step=first, total_steps=config.train.steps)
   profile = metrics.Profile(model_dir, config.metrics)
   evaluation: dict[str, float] = {}
@@ -198,17 +236,19 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
 
   def validation(number: int) -> None:
     nonlocal evaluation, evaluated
+    group.at(f'the evaluation after step {number}')
     evaluated = number
     evaluation = evaluate(step, state['params'], reader_lib.open_reader(config, 'validation'), config.train.eval_batches)
     writers.evaluation(number, evaluation)
 
   def save(number: int) -> None:
     report()  # a state that is not finite is never saved
+    group.at(f'saving step {number}')
     current = evaluation if evaluated == number else {}  # an older evaluation is not of this state
     manager.save(number, state, metrics={f'eval/{name}': value for name, value in current.items()} or None)
 
   def make(index: int) -> Any:
-    return put_batch(step, reader.batch(index))
+    return put_batch(step, reader.batch(index, rows), rows)
 
   number = first
   with interrupted.watch(), writers, profile, manager, prefetch(make, first, config.train.steps) as batches:
@@ -216,6 +256,7 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
       validation(number)
       save(number)
     for batch in batches:
+      group.at(f'step {number + 1}')
       with profile.step(number):
         state, values = step.fn(state, {}, batch)
       report()
@@ -225,16 +266,18 @@ def run(config: Config, model_dir: str) -> dict[str, float]:
         report()
         writers.note(f'first step after {time.monotonic() - started:.1f} s')
       last = number == config.train.steps
+      stop = interrupted.before(number + 1)
       if last or (config.train.eval_every and number % config.train.eval_every == 0):
         report()
         validation(number)
-      if last or interrupted.signal or number % config.checkpoint.every == 0:
+      if last or stop or number % config.checkpoint.every == 0:
         save(number)
-      if interrupted.signal and not last:
-        writers.note(f'{interrupted.signal} at step {number}: saved, stopping')
+      if stop and not last:
+        writers.note(f'{stop} at step {number}: saved, stopping')
         break
-  plots.plot_loss(model_dir)
-  plots.plot_experts(model_dir)
+  if group.first:
+    plots.plot_loss(model_dir)
+    plots.plot_experts(model_dir)
   return evaluation
 
 

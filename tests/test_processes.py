@@ -1,0 +1,271 @@
+"""Several processes: where each stands, how they come together, and what stops them."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from small_training import ROOT, command, environment, losses, wait_for_step, write_run
+
+from t5x_cpm import backend, processes, watch
+from t5x_cpm.config import ConfigError
+
+SLURM = {'SLURM_JOB_ID': '4242', 'SLURM_STEP_NODELIST': 'node[003-006]', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '2',
+         'SLURM_LOCALID': '0'}
+OPEN_MPI = {'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '1', 'OMPI_COMM_WORLD_LOCAL_RANK': '1'}
+OPEN_MPI_4 = OPEN_MPI | {'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911'}
+TPU = {'TPU_WORKER_HOSTNAMES': '127.0.0.1,10.0.0.2', 'TPU_WORKER_ID': '1', 'MEGASCALE_COORDINATOR_ADDRESS': '',
+       'MEGASCALE_NUM_SLICES': '', 'MEGASCALE_SLICE_ID': '', 'TPU_SKIP_MDS_QUERY': '1'}  # as GKE has it
+FLAGS = ('10.0.0.1:1234', '2', '1')
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(('', 0))
+    return probe.getsockname()[1]
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+  """Sets the variables of a launcher, and none of another."""
+  for name in list(os.environ):
+    if name.startswith(('SLURM_', 'OMPI_', 'TPU_', 'MEGASCALE_', 'KUBERNETES_')):
+      monkeypatch.delenv(name)
+
+  def use(variables):
+    if 'TPU_WORKER_ID' in variables:
+      monkeypatch.setattr('jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm', True)
+    for name, value in variables.items():
+      monkeypatch.setenv(name, value)
+
+  return use
+
+
+@pytest.mark.parametrize('variables, flags, place', [
+    ({}, (), None),
+    ({}, ('', '1', ''), None),
+    ({}, FLAGS, processes.Place('10.0.0.1:1234', 2, 1)),
+    (SLURM, (), processes.Place(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
+    (SLURM, ('', '4', ''), processes.Place(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
+    (SLURM | {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, (), None),
+    (OPEN_MPI_4, (), processes.Place(f'10.96.0.1:{1531576320 // 4096 % 4096 + 61440}', 2, 1, (1,))),
+    (OPEN_MPI, ('10.0.0.1:1234',), processes.Place('10.0.0.1:1234', 2, 1, (1,))),
+    (TPU, (), processes.Place('127.0.0.1:8482', 2, 1)),
+    ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, (), None),  # a pod like any other
+])
+def test_a_process_finds_its_place(launcher, variables, flags, place):
+  launcher(variables)
+  assert processes.find_place(*flags) == place
+
+
+@pytest.mark.parametrize('variables, flags, words', [
+    ({}, ('', '2', '1'), 'without --coordinator'),
+    ({}, ('host:1',), 'without --num_processes and --process_id'),
+    ({}, ('host', '2', '1'), 'HOST:PORT'),
+    ({}, ('host:1', '2', '2'), 'below --num_processes=2'),
+    ({}, ('host:1', 'two', '2'), 'expected a number'),
+    (SLURM, ('', '3', ''), '--num_processes=3, but SLURM says 4'),
+    (OPEN_MPI, (), 'Open MPI 5'),
+])
+def test_a_place_that_is_not_clear_is_refused(launcher, variables, flags, words):
+  launcher(variables)
+  with pytest.raises(ConfigError, match=words):
+    processes.find_place(*flags)
+
+
+def test_processes_share_the_devices_of_a_mesh_evenly():
+  with pytest.raises(ConfigError, match='3 processes cannot have the same number'):
+    backend.use_cpu_devices(8, 3)
+
+
+class Members:
+  """Processes that join and then count steps, without JAX."""
+
+  CODE = '''
+    import sys, time
+    from t5x_cpm import watch
+    from t5x_cpm.config import ProcessesConfig
+    count, index, port, setting, last, hang_at = sys.argv[1:7]
+    config = ProcessesConfig(start_seconds=2, silent_seconds=3, behind_seconds=3)
+    try:
+      group = watch.join(int(count), int(index), ('127.0.0.1', int(port)), config, ['same', setting])
+    except watch.ProcessError as error:
+      sys.exit(f'refused: {error}')
+    for step in range(int(last)):
+      group.at(f'step {step}')
+      print(step, flush=True)
+      time.sleep(60 if step == int(hang_at) else 0.1)
+    if len(sys.argv) > 7:
+      group.fail(sys.argv[7])
+      sys.exit(1)
+    group.close()
+    '''
+
+  def __init__(self, tmp_path):
+    self.port, self.tmp_path, self.started = free_port(), tmp_path, []
+
+  def start(self, count, index, *, setting='a', last=600, hang_at=-1, failure=()):
+    arguments = map(str, (count, index, self.port, setting, last, hang_at, *failure))
+    number = len(self.started)
+    with open(self.tmp_path / f'out{number}', 'w') as out, open(self.tmp_path / f'err{number}', 'w') as err:
+      self.started.append(subprocess.Popen(
+          [sys.executable, '-c', textwrap.dedent(self.CODE), *arguments], cwd=ROOT, stdout=out, stderr=err))
+
+  def wait_for(self, line):
+    deadline = time.monotonic() + 30
+    while not all(line in (self.tmp_path / f'out{i}').read_text().split() for i in range(len(self.started))):
+      assert time.monotonic() < deadline, self.ends(0)
+      time.sleep(0.05)
+
+  def ends(self, seconds):
+    """(exit code, error output) of each; None for one that goes on."""
+    deadline, ends = time.monotonic() + seconds, []
+    for number, process in enumerate(self.started):
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(deadline - time.monotonic(), 0))
+      ends.append((process.poll(), (self.tmp_path / f'err{number}').read_text()))
+    return ends
+
+
+@pytest.fixture
+def members(tmp_path):
+  result = Members(tmp_path)
+  yield result
+  for process in result.started:
+    process.kill()
+    process.wait()
+
+
+def test_processes_that_end_in_turn_are_not_missed(members):
+  members.start(3, 0, last=1)
+  members.start(3, 1, last=40)
+  members.start(3, 2, last=20)
+  assert members.ends(20) == [(0, '')] * 3
+
+
+@pytest.mark.parametrize('starts, words', [
+    ([(3, 0), (3, 2)], 'process 1 of 3 did not come within 2 s'),
+    ([(2, 1)], 'process 0 at .* did not come within 2 s'),
+    ([(2, 0), (3, 1)], 'process 0 was started as one of 2 processes, process 1 on .* as one of 3'),
+    ([(3, 0), (3, 1), (3, 1)], 'has the index of|was there before'),
+    ([(2, 0), (2, 1, 'b')], 'process 1 on .* was started with another configuration than process 0: it has b'),
+])
+def test_processes_that_do_not_belong_together_are_all_told(members, starts, words):
+  for count, index, *setting in starts:
+    members.start(count, index, setting=setting[0] if setting else 'a')
+  for code, text in members.ends(15):
+    assert code == 1 and text.startswith('refused: ') and re.search(words, text), text
+
+
+def test_a_port_in_use_is_told(members):
+  with socket.create_server(('', members.port)):
+    members.start(2, 0)
+    (code, text), = members.ends(10)
+  assert code == 1 and f'cannot listen on port {members.port}' in text
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('number, words, seconds', [
+    (signal.SIGKILL, 'ended( at the start| at step [0-9]+)? without a word', 3),
+    (signal.SIGSTOP, 'has not answered for 3 s', 8)])
+def test_the_loss_of_a_process_ends_the_others_with_its_name(members, victim, number, words, seconds):
+  for index in range(3):
+    members.start(3, index)
+  members.wait_for('3')
+  members.started[victim].send_signal(number)
+  ends = members.ends(seconds)
+  for index, (code, text) in enumerate(ends):
+    if index != victim:
+      assert code == watch.LOST and re.search(f'process {victim}.* {words}', text), ends
+
+
+def test_a_process_that_hangs_is_named(members):
+  members.start(2, 0, last=9, hang_at=8)  # the others wait for it, as in a collective
+  members.start(2, 1, last=9, hang_at=5)
+  for code, text in members.ends(12):
+    assert code == watch.LOST and 'process 1' in text and 'hangs at step 5: the others have been at step 8' in text
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_an_error_of_one_is_told_by_all(members, index):
+  for other in range(2):
+    members.start(2, other, last=3 if other == index else 600, failure=['the disk is full'] if other == index else [])
+  ends = members.ends(8)
+  assert [code for code, _ in ends] == [1 if other == index else watch.LOST for other in range(2)]
+  assert f'process {index} on' in ends[1 - index][1] and 'stopped: the disk is full' in ends[1 - index][1]
+
+
+def start_all(folder, name, steps, count, *extra):
+  """The processes of a run on eight devices, with the places of their output."""
+  port = free_port()
+  started = []
+  for index in range(count):
+    place = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={index}'] if count > 1 else []
+    with open(folder / f'{name}.out{index}', 'w') as out, open(folder / f'{name}.err{index}', 'w') as err:
+      started.append(subprocess.Popen(
+          command(folder, name, steps, '--gin.MeshConfig.cpu_devices=8', '--gin.MeshConfig.data=2', '--gin.MeshConfig.model=2',
+                  '--gin.MeshConfig.expert=2', *place, *extra), cwd=ROOT, env=environment(folder), stdout=out, stderr=err))
+  return started
+
+
+def finish(folder, name, started, seconds=240):
+  deadline = time.monotonic() + seconds
+  for index, process in enumerate(started):
+    process.wait(max(deadline - time.monotonic(), 1))
+    assert process.returncode == 0, (folder / f'{name}.err{index}').read_text()[-3000:]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A run with experts on eight devices, and what one process makes of 12 steps of it."""
+  path = tmp_path_factory.mktemp('processes')
+  write_run(path)
+  with open(path / 'run.gin', 'a') as file:
+    file.write("MoEConfig.num_experts = 4\nMoEConfig.dispatch = 'dropless'\nMeshConfig.sharding = 'full'\n"
+               'CheckpointConfig.every = 4\nTrainConfig.batch_size = 8\n')
+  finish(path, 'one', start_all(path, 'one', 12, 1))
+  return path
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_trains_the_same_and_continues(folder):
+  """12 steps by one process; the same by 2, then 4, then 1."""
+  expected = losses(folder, 'one')
+  for steps, count in ((5, 2), (9, 4), (12, 1)):
+    finish(folder, 'many', start_all(folder, 'many', steps, count))
+  assert losses(folder, 'many') == pytest.approx(expected, rel=1e-5)
+  assert (folder / 'many' / 'loss.png').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_of_two_processes_that_loses_one_continues(folder, number):
+  name = f'two_{number.name}'
+  started = start_all(folder, name, 200, 2)
+  wait_for_step(folder, name, 6, started[0])
+  started[1].send_signal(number)
+  codes = [process.wait(60) for process in started]
+  if number == signal.SIGKILL:
+    assert codes == [watch.LOST, -signal.SIGKILL]
+    assert 'process 1 on' in (folder / f'{name}.err0').read_text()
+  else:  # one alone was told: both save the same step and end
+    assert codes == [0, 0] and 'SIGTERM at step' in (folder / f'{name}.out0').read_text()
+  done = len(losses(folder, name))
+  finish(folder, name, start_all(folder, name, done + 2, 2))
+  assert f'continuing {folder / name} from step' in (folder / f'{name}.out0').read_text()
+  expected, got = losses(folder, 'one'), losses(folder, name)
+  assert {step: got[step] for step in expected if step in got} == pytest.approx(
+      {step: expected[step] for step in expected if step in got}, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_bad_input_ends_all_processes(folder):
+  started = start_all(folder, 'refused', 5, 2, '--gin.ModelConfig.vocab_size=100')
+  assert all(process.wait(60) in (2, watch.LOST) for process in started)
+  assert 'set ModelConfig.vocab_size' in (folder / 'refused.err0').read_text()
