@@ -40,6 +40,7 @@ MODES = {
     'train': 'pre-train or fine-tune; the same command again continues where it stopped',
     'eval': 'evaluate checkpoints on tasks: metrics, predictions and a table',
     'infer': 'answer a file of inputs, or a prompt; a blank is written <span>',
+    'compile': 'compile a step for a TPU slice on any machine: memory of a chip, collectives, a bound on its time',
     'cache': 'turn the text of a task into tokens, once',
     'tasks': 'list the tasks and mixtures that TaskConfig.name and --tasks may name',
 }
@@ -53,8 +54,10 @@ FLAGS = {
     'profile_steps': Flag('START:COUNT', 'write a profile of these steps for TensorBoard', ('train',)),
     'tasks': Flag('NAME,...', 'tasks to evaluate', ('eval',)),
     'input': Flag('FILE', '.txt (one input a line) or .jsonl; without it the prompt is interactive', ('infer',)),
-    'output': Flag('FILE', '.jsonl to write; without it answers are printed', ('infer',)),
-    'step': Flag('N', 'checkpoint to read; the last one by default', ('eval', 'infer')),
+    'output': Flag('FILE', '.jsonl of answers, .json of a plan; without it they are printed', ('infer', 'compile')),
+    'step': Flag('STEP', 'checkpoint to read, the last one by default; of compile: train, encode or decode', ('eval', 'infer', 'compile')),
+    'topology': Flag('SLICE', "slice to compile for, its shape in chips, as in v5p:4x4x4", ('compile',)),
+    'search': Flag('', 'look for the best mesh first', ('compile',)),
     'import': Flag('MODULE', 'import a module of your own first, for its tasks', repeat=True),
     'dry_run': Flag('', 'print the resolved configuration, sizes and learning rates, and stop'),
     'help': Flag('', 'print this text'),
@@ -179,7 +182,7 @@ def make_config(arguments: Arguments) -> Config:
     base = Config(model=run_directory.read_run(source).config.model, task=TaskConfig(vocabulary=vocabulary_of(source)))
     overrides.append(f'TrainConfig.init_from={source!r}')
 
-  scope = {'train': 'train', 'cache': 'train', 'eval': 'eval', 'infer': 'eval'}.get(mode, '')
+  scope = {'train': 'train', 'compile': 'train', 'cache': 'train', 'eval': 'eval', 'infer': 'eval'}.get(mode, '')
   config = gin_utils.load(arguments.flags.get('gin_file', []), overrides, scope=scope, base=base)
   if base and mode in ('eval', 'infer'):
     changed = [line for line in config_lib.identity_differences(base, config) if line.startswith('ModelConfig.')]
@@ -250,7 +253,7 @@ def run(arguments: Arguments) -> None:
   """Checks what a mode needs and calls its function."""
   mode, model_dir = arguments.mode, arguments.get('model_dir')
   import_modules(arguments.flags.get('import', []))
-  needed = {'train': ['model_dir'], 'eval': ['model_dir', 'tasks'], 'infer': ['model_dir']}.get(mode, [])
+  needed = {'compile': ['topology'], 'train': ['model_dir'], 'eval': ['model_dir', 'tasks'], 'infer': ['model_dir']}.get(mode, [])
   if 'dry_run' in arguments.flags:
     needed = [] if mode == 'train' else needed[:1]
   for name in needed:
@@ -268,6 +271,11 @@ def run(arguments: Arguments) -> None:
   elif mode == 'train':
     backend.keep_memory()
     start_training(arguments, config)
+  elif mode == 'compile':
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu compiles; nothing runs
+    from t5x_cpm import compile as compile_lib
+    compile_lib.run(config, arguments.get('topology'), arguments.get('step') or 'train', search='search' in arguments.flags,
+                    output=arguments.get('output'))
   elif mode == 'cache':
     from t5x_cpm.data import cache
     print(cache.build(config))

@@ -1,9 +1,11 @@
 """What depends on the platform that JAX runs on: the one place where CPU and accelerators are told apart."""
 
 import contextlib
+import contextvars
 import ctypes
 import os
 import pathlib
+from collections.abc import Iterator
 
 from t5x_cpm.config import ConfigError
 
@@ -11,11 +13,24 @@ from t5x_cpm.config import ConfigError
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
 
+_compiling_for: contextvars.ContextVar[str] = contextvars.ContextVar('_compiling_for', default='')
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+  """Within it programs are made for another platform than the one that JAX runs on."""
+  token = _compiling_for.set(platform)
+  try:
+    yield
+  finally:
+    _compiling_for.reset(token)
+
+
 def on_cpu() -> bool:
-  """Whether computations run on CPU."""
+  """Whether computations run on CPU, or will."""
   import jax
 
-  return jax.default_backend() == 'cpu'
+  return (_compiling_for.get() or jax.default_backend()) == 'cpu'
 
 
 def keep_memory() -> None:

@@ -1,0 +1,233 @@
+"""Compiling a step for a slice, and what that says: bytes per chip, collectives, and a bound on the time of a step.
+
+The bound is a roofline: as if arithmetic, memory and interconnect overlapped perfectly, and each ran at its full rate.
+"""
+
+import collections
+import dataclasses
+import math
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_cpm import backend
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.compile import chips, program
+from t5x_cpm.compile.chips import GiB, Slice
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.models import encoder_decoder
+from t5x_cpm.training import flops
+from t5x_cpm.training import step as step_lib
+
+STEPS = ('train', 'encode', 'decode')
+TERMS = ('compute', 'memory', 'interconnect', 'host')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What compiling a step for a slice says. Bytes are of one chip, seconds of one step."""
+
+  topology: str
+  step: str
+  mesh: dict[str, Any]
+  fits: bool
+  missing_bytes: float  # by which it does not fit
+  argument_bytes: float  # parameters, optimizer state, batch, cache
+  temporary_bytes: float
+  host_bytes: float
+  tokens: float  # slots of a step with all that is not padding; of `decode`, one for each row
+  parameters: int
+  active_parameters: int
+  model_flops: float  # that the model needs; all chips
+  executed_flops: float  # with what is computed again
+  hbm_bytes: float
+  collectives: dict[str, dict[str, float]]  # kind -> times, bytes that a chip sends, seconds
+  seconds: dict[str, float]  # by term
+  compile_seconds: float
+
+  @property
+  def bound(self) -> str:
+    return max(self.seconds, key=lambda term: self.seconds[term])
+
+  @property
+  def step_seconds(self) -> float:
+    return self.seconds[self.bound]
+
+  def mfu(self, slice_: Slice) -> float:
+    """The share of the slice's peak that the model's arithmetic has, at most."""
+    return self.model_flops / (slice_.count * slice_.chip.flops * self.step_seconds)
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _inference(config: Config, mesh: Any, step: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """The function of a decoding step or of the encoder, and its abstract arguments; parameters in the type of computation."""
+  model = encoder_decoder.build(config.model)
+  shapes, axes = model.abstract()
+  param_rules = mesh_lib.STATE_RULES[config.mesh.sharding][0]
+  mesh_lib.check_tree_divides(mesh, shapes, axes, param_rules)
+  prepared = jax.eval_shape(model.prepare, shapes)
+  params = _abstract(prepared, mesh_lib.shardings(mesh, axes, param_rules))
+  B, S, T = config.infer.batch_size, config.task.encoder_length, config.task.decoder_length
+  mesh_lib.check_divides(mesh, (B,), ('rows',), 'a batch', mesh_lib.RULES | {'rows': mesh_lib.RULES['batch']})
+  batch = {name: jax.ShapeDtypeStruct((B, S), jnp.int32, sharding=jax.NamedSharding(mesh, mesh_lib.spec(('batch', None))))
+           for name in ('encoder_input_tokens', 'encoder_segment_ids')}
+  if step == 'encode':
+    def encode(params: Any, batch: Any) -> Any:
+      with mesh_lib.inside(mesh):
+        return model.encode(params, batch)
+
+    return jax.jit(encode), (params, batch)
+
+  cache = jax.eval_shape(lambda params, batch: model.start(params, batch, T)[0], prepared, batch)
+
+  def names(path: Any, leaf: Any) -> tuple[str | None, ...]:
+    return (None, 'batch', 'heads' if leaf.ndim == 5 and leaf.shape[2] == config.model.num_heads else None) + (None,) * (leaf.ndim - 3)
+
+  shardings = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: jax.NamedSharding(mesh, mesh_lib.spec(names(path, leaf)[:leaf.ndim])), cache)
+  tokens = jax.ShapeDtypeStruct((B, 1), jnp.int32, sharding=batch['encoder_input_tokens'].sharding)
+
+  def decode(params: Any, cache: Any, tokens: Any, positions: Any) -> Any:
+    with mesh_lib.inside(mesh):
+      return model.step(params, cache, tokens, positions)
+
+  cache_shardings = shardings
+  return (jax.jit(decode, donate_argnums=1, out_shardings=(None, cache_shardings)),
+          (params, _abstract(cache, shardings), tokens, tokens))
+
+
+def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
+  """Compiles a step for a slice. Needs libtpu, no TPU; minutes for models of billions.
+
+  Args:
+    config: model, mesh, lengths and batch sizes; of inference InferConfig.batch_size.
+    slice_: to compile for.
+    step: 'train', or the 'decode' step of one token a row, or 'encode'.
+
+  Raises:
+    ConfigError: libtpu is missing, the slice unknown, or the model and batch cannot be split over the mesh.
+  """
+  started = time.monotonic()
+  with backend.compiling_for('tpu'):
+    mesh = mesh_lib.make_mesh(config.mesh, chips.devices(slice_))
+    if step == 'train':
+      built = step_lib.build(config, mesh)
+      fn, arguments = built.fn, (built.abstract_state, {}, built.abstract_batch)
+    else:
+      fn, arguments = _inference(config, mesh, step)
+    traced = fn.trace(*arguments)
+    executed = program.arithmetic(traced.jaxpr.jaxpr)
+    with tempfile.TemporaryDirectory(prefix='t5x_cpm-') as folder:
+      try:
+        with chips.quiet():
+          memory = traced.lower().compile(compiler_options={'xla_dump_to': folder}).memory_analysis()
+        missing = 0.0
+      except jax.errors.JaxRuntimeError as error:
+        used = re.search(r'Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm', str(error))
+        if used is None:
+          raise
+        memory, missing = None, (_size(used[1], used[2]) - _size(used[3], used[4]))
+      texts = sorted(pathlib.Path(folder).glob('*after_optimizations.txt'), key=lambda path: path.stat().st_size)
+      compiled = program.Program(texts[-1].read_text()) if texts else None
+  arguments_bytes, temporary = (memory.argument_size_in_bytes, memory.temp_size_in_bytes) if memory else (0.0, 0.0)
+  host = float(memory.host_argument_size_in_bytes) if memory else 0.0
+  S, T = config.task.encoder_length, config.task.decoder_length
+  model = encoder_decoder.build(config.model)
+  if step == 'train':
+    rows = config.train.batch_size
+    tokens, needed = float(rows * (S + T)), flops.model_flops(config.model, rows * S, rows * T, S, T)
+  else:
+    rows = config.infer.batch_size
+    counts = (rows * S, 0) if step == 'encode' else (0, rows)
+    tokens, needed = float(sum(counts)), flops.model_flops(config.model, *counts, S, T) / 3
+  collectives = _by_kind(compiled.collectives(), mesh, slice_) if compiled else {}
+  hbm = compiled.hbm_bytes() if compiled else 0.0
+  seconds = {
+      'compute': executed / (slice_.count * slice_.chip.flops), 'memory': hbm / slice_.chip.hbm_rate,
+      'interconnect': sum(kind['seconds'] for kind in collectives.values()), 'host': host / slice_.chip.host_rate}
+  left = slice_.chip.hbm - arguments_bytes - temporary
+  return Plan(
+      topology=slice_.name, step=step, mesh=dict(mesh.shape) | {'sharding': config.mesh.sharding}, fits=not missing and left >= 0,
+      missing_bytes=missing or max(-left, 0.0), argument_bytes=arguments_bytes, temporary_bytes=temporary, host_bytes=host,
+      tokens=tokens, parameters=model.num_parameters(), active_parameters=model.num_active_parameters(), model_flops=needed,
+      executed_flops=executed, hbm_bytes=hbm, collectives=collectives, seconds=seconds,
+      compile_seconds=time.monotonic() - started)
+
+
+def _size(number: str, unit: str) -> float:
+  return float(number) * {'G': GiB, 'M': 2**20}[unit]
+
+
+def _by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[str, dict[str, float]]:
+  coordinates = np.array([device.coords[:len(slice_.shape)] for device in mesh.devices.ravel()])
+  neighbours: dict[tuple[int, ...], float] = collections.defaultdict(float)
+  kinds: dict[str, dict[str, float]] = collections.defaultdict(lambda: {'times': 0, 'bytes': 0.0, 'seconds': 0.0})
+  for one in found:
+    total = kinds[one.kind]
+    total['times'] += one.times
+    total['bytes'] += one.times * one.sent
+    if one.kind == 'collective-permute':  # to a neighbour, over one link; those to another neighbour take another link
+      neighbours[one.group] += one.times * one.sent / slice_.chip.link_rate
+      total['seconds'] = max(neighbours.values())
+    else:
+      total['seconds'] += one.times * one.sent / slice_.rate(coordinates[list(one.group)])
+  return dict(kinds)
+
+
+def advice(plan: Plan, config: Config) -> list[str]:
+  """What to change, most effective first, when a step does not fit or is bound by other than compute."""
+  lines = []
+  if not plan.fits:
+    if plan.step == 'train':
+      if config.mesh.sharding != 'full':
+        lines.append("MeshConfig.sharding = 'full' splits parameters and optimizer state over all chips of `data` and `expert`")
+      if config.model.remat != 'full':
+        lines.append("ModelConfig.remat = 'full' keeps the inputs of layers only")
+      lines.append(f'TrainConfig.microbatches = {2 * config.train.microbatches} halves the activations')
+      if config.mesh.host_gib == 0:
+        lines.append(f"MeshConfig.host_gib = {math.ceil(plan.missing_bytes / GiB)} keeps that part of the optimizer's state in the "
+                     "hosts' memory")
+    else:
+      lines.append('a larger MeshConfig.model splits the parameters, a smaller InferConfig.batch_size the cache')
+    lines.append('a larger slice')
+  elif plan.step == 'train' and plan.bound == 'interconnect':
+    if config.train.microbatches > 1:
+      lines.append(f'TrainConfig.microbatches = {config.train.microbatches // 2}: parameters are gathered once for each')
+    lines.append('a larger TrainConfig.batch_size, or another mesh: --search')
+  elif plan.step == 'train' and plan.bound == 'memory':
+    lines.append('fewer microbatches, or a larger TrainConfig.batch_size')
+  return lines
+
+
+def show(plan: Plan, config: Config, slice_: Slice) -> None:
+  """Prints a plan."""
+  used = plan.argument_bytes + plan.temporary_bytes
+  sizes = ' x '.join(f'{axis} {size}' for axis, size in plan.mesh.items() if axis != 'sharding')
+  print(f'{plan.topology}  {slice_.count} chips as {sizes}, sharding {plan.mesh["sharding"]!r}; compiled in {plan.compile_seconds:.0f} s')
+  if plan.fits:
+    print(f'memory of a chip  {plan.argument_bytes / GiB:.2f} GiB arguments + {plan.temporary_bytes / GiB:.2f} temporaries, '
+          f'{(slice_.chip.hbm - used) / GiB:.2f} of {slice_.chip.hbm / GiB:.2f} left'
+          + (f'; {plan.host_bytes / GiB:.2f} GiB in host memory' if plan.host_bytes else ''))
+  else:
+    print(f'memory of a chip  DOES NOT FIT: {plan.missing_bytes / GiB:.2f} GiB too much for {slice_.chip.hbm / GiB:.2f}')
+  print(f'arithmetic        {plan.model_flops:.3g} FLOPs for {plan.tokens:,.0f} tokens, {plan.executed_flops:.3g} with what is '
+        'computed again' + (f'; 6ND is {6 * plan.active_parameters * plan.tokens:.3g}' if plan.step == 'train' else ''))
+  for kind, total in sorted(plan.collectives.items(), key=lambda item: -item[1]['seconds']):
+    print(f'  {kind:<18}{total["times"]:>9,.0f} times, {total["bytes"] / 1e9:>9.3f} GB sent by each chip, '
+          f'{total["seconds"] * 1e3:>9.2f} ms')
+  print('time of a step    at least ' + ', '.join(
+      f'{term} {seconds * 1e3:.2f} ms' for term, seconds in plan.seconds.items() if seconds) + f': bound by {plan.bound}')
+  rate = plan.tokens / plan.step_seconds
+  print(f'at most           {plan.mfu(slice_):.1%} MFU, {rate:,.0f} tokens/s, {rate * 86400 / 1e9:,.2f} billion tokens a day')
+  for line in advice(plan, config):
+    print(f'  try: {line}')

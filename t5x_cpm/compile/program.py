@@ -1,0 +1,218 @@
+"""What a compiled program does, read from the compiler's text: bytes that each chip sends to others, and moves in its memory.
+
+The compiler's own cost analysis counts the body of a loop once; here it counts as often as it runs.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
+         's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
+# What moves nothing by itself: names, and operations whose bodies are counted.
+FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
+        'partition-id', 'replica-id', 'async-start', 'async-update', 'async-done', 'opt-barrier', 'optimization-barrier'}
+SLICES = {'dynamic-slice', 'slice', 'gather'}
+SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  name: str
+  type: str
+  opcode: str
+  arguments: str  # within its brackets: operands, or the number of a parameter, or a constant
+  operands: tuple[str, ...]
+  attributes: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective of the program.
+
+  Attributes:
+    sent: bytes that each chip sends, each time.
+    group: the devices of one group, as indices into the mesh.
+  """
+
+  kind: str
+  sent: float
+  times: int
+  group: tuple[int, ...]
+
+
+def _balanced(text: str, start: int) -> int:
+  """The index behind the bracket that closes the one at `start`."""
+  depth = 0
+  for index in range(start, len(text)):
+    depth += (text[index] == '(') - (text[index] == ')')
+    if not depth:
+      return index + 1
+  return len(text)
+
+
+def _instruction(line: str) -> Instruction | None:
+  match = re.match(r'\s*(?:ROOT )?%?([\w.-]+) = ', line)
+  if not match:
+    return None
+  start = match.end()
+  end = _balanced(line, start) if line[start] == '(' else line.index(' ', start)
+  opening = line.find('(', end)
+  closing = _balanced(line, opening)
+  arguments = line[opening + 1:closing - 1]
+  return Instruction(match[1], line[start:end], line[end:opening].strip(), arguments,
+                     tuple(re.findall(r'%([\w.-]+)', arguments)), line[closing:])
+
+
+def _bytes(shape: str, *, hbm_only: bool = False) -> float:
+  """Of an array or a tuple of arrays. Memory space 1 is the chip's scratchpad, 5 the host."""
+  total = 0.0
+  for dtype, sizes, layout in SHAPE.findall(shape):
+    if dtype in BYTES and not (hbm_only and re.search(r'S\([1-9]\)', layout)):
+      total += BYTES[dtype] * math.prod(int(size) for size in sizes.split(',') if size)
+  return total
+
+
+def _group(attributes: str) -> tuple[int, ...]:
+  """The first group of a collective, in any of the forms that XLA writes groups in."""
+  if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", attributes):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+    ids = np.arange(math.prod(sizes.values()))
+    if match[2]:
+      ids = ids.reshape([int(size) for size in match[2].split(',')])
+      if match[3]:
+        ids = ids.transpose([int(axis) for axis in match[3].split(',')])
+    ids = ids.reshape(list(sizes.values()))
+    mine = re.findall(r"'([^']+)'", match[4])
+    return tuple(ids[tuple(slice(None) if name in mine else 0 for name in sizes)].ravel().tolist())
+  if match := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
+    ids = np.arange(int(match[1]) * int(match[2])).reshape([int(size) for size in match[3].split(',')])
+    if match[4]:
+      ids = ids.transpose([int(axis) for axis in match[4].split(',')])
+    return tuple(ids.reshape(int(match[1]), int(match[2]))[0].tolist())
+  if match := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', attributes):
+    return tuple(int(index) for index in match[1].split(','))
+  return ()
+
+
+def _sent(kind: str, given: float, size: int) -> float:
+  """Bytes that each of `size` chips sends for a collective over `given` bytes on each, by the best ring algorithms."""
+  if kind == 'collective-permute':
+    return given
+  share = (size - 1) / size
+  return {'all-gather': given * (size - 1), 'all-reduce': 2 * given * share}.get(kind, given * share)
+
+
+class Program:
+  """A program as the compiler wrote it after all optimisations (XLA's HLO text)."""
+
+  def __init__(self, text: str):
+    self.bodies: dict[str, list[Instruction]] = {}
+    self.entry = ''
+    body: list[Instruction] = []
+    for line in text.splitlines():
+      if header := re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line):
+        body = self.bodies.setdefault(header[2], [])
+        self.entry = header[2] if header[1] else self.entry
+      elif (instruction := _instruction(line)) is not None:
+        body.append(instruction)
+    self.types = {name: {i.name: i.type for i in body} for name, body in self.bodies.items()}
+
+  def _trips(self, condition: str) -> int:
+    """How often a loop runs: its counter starts at 0 and is compared with a constant."""
+    return max((int(i.arguments) for i in self.bodies[condition] if i.opcode == 'constant' and i.arguments.isdigit()), default=1)
+
+  def _walk(self, name: str, times: int, fused: bool) -> Iterator[tuple[str, Instruction, int, bool]]:
+    for i in self.bodies.get(name, ()):
+      yield name, i, times, fused
+      if i.opcode == 'while':
+        condition, body = (re.search(rf'{what}=%?([\w.-]+)', i.attributes) for what in ('condition', 'body'))
+        assert condition and body
+        yield from self._walk(body[1], times * self._trips(condition[1]), fused)
+        continue
+      called = re.search(r'calls=%?([\w.-]+)', i.attributes)
+      if i.opcode == 'call':
+        called = re.search(r'to_apply=%?([\w.-]+)', i.attributes)
+      if called:
+        yield from self._walk(called[1], times, fused or i.opcode == 'fusion')
+      if branches := re.search(r'branch_computations=\{([^}]*)\}', i.attributes):
+        for branch in re.findall(r'%?([\w.-]+)', branches[1])[:1]:
+          yield from self._walk(branch, times, fused)
+
+  def collectives(self) -> list[Collective]:
+    """All collectives with the number of times that they run."""
+    result = []
+    for name, i, times, _ in self._walk(self.entry, 1, False):
+      kind = i.opcode.removesuffix('-start')
+      if kind in COLLECTIVES:
+        given = sum(_bytes(self.types[name].get(operand, '')) for operand in i.operands)
+        group = _group(i.attributes)
+        result.append(Collective(kind, _sent(kind, given, max(len(group), 1)), times, group))
+    return result
+
+  def hbm_bytes(self) -> float:
+    """Bytes that a chip reads from its memory and writes to it; of an array that is only sliced, the slice."""
+    total = 0.0
+    for name, i, times, fused in self._walk(self.entry, 1, False):
+      if not fused and i.opcode not in FREE and not i.opcode.endswith('-done'):
+        total += times * self._moved(name, i)
+    return total
+
+  def _moved(self, name: str, i: Instruction) -> float:
+    types = self.types[name]
+    if i.opcode in SLICES:
+      return 2 * _bytes(i.type, hbm_only=True)
+    if i.opcode == 'dynamic-update-slice':
+      return 2 * _bytes(types.get(i.operands[1], ''), hbm_only=True)
+    called = re.search(r'calls=%?([\w.-]+)', i.attributes) if i.opcode == 'fusion' else None
+    body = self.bodies.get(called[1], []) if called else []
+    read = 0.0
+    users: dict[str, list[Instruction]] = collections.defaultdict(list)
+    for inner in body:
+      for operand in inner.operands:
+        users[operand].append(inner)
+    parameters = {int(inner.arguments): inner for inner in body if inner.opcode == 'parameter'}
+    written_into = set()
+    for number, operand in enumerate(i.operands):
+      size = _bytes(types.get(operand, ''), hbm_only=True)
+      parameter = parameters.get(number)
+      uses = users[parameter.name] if parameter else []
+      if size and uses and all(use.opcode in SLICES and use.operands[0] == parameter.name for use in uses):  # type: ignore[union-attr]
+        size = min(size, sum(_bytes(use.type) for use in uses))
+      elif size and uses and all(use.opcode == 'dynamic-update-slice' and use.operands[0] == parameter.name for use in uses):  # type: ignore[union-attr]
+        written_into.update(uses)
+        size = 0.0
+      read += size
+    inside = {inner.name: inner.type for inner in body}
+    if written_into:  # in place: what is written is the updates
+      return read + sum(_bytes(inside.get(use.operands[1], '')) for use in written_into)
+    return read + _bytes(i.type, hbm_only=True)
+
+
+def arithmetic(jaxpr: Any) -> float:
+  """Floating-point operations of all products that a traced program does, loops as often as they run; all devices together.
+
+  Of a product of runs of rows with a matrix each, all rows count, also those that have come to no expert.
+  """
+  total = 0.0
+  for equation in jaxpr.eqns:
+    name, parameters = equation.primitive.name, equation.params
+    if name == 'dot_general':
+      (contracted, _), _ = parameters['dimension_numbers']
+      shape = equation.invars[0].aval.shape
+      total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+    elif name.startswith('ragged_dot'):
+      total += 2.0 * math.prod(equation.outvars[0].aval.shape) * equation.invars[0].aval.shape[-1]
+    else:
+      times = parameters['length'] if name == 'scan' else parameters['mesh'].size if name == 'shard_map' else 1
+      inner = [value for value in parameters.values() if hasattr(value, 'eqns') or hasattr(value, 'jaxpr')]
+      if name == 'cond':
+        inner = list(parameters['branches'])[:1]
+      total += times * sum(arithmetic(getattr(part, 'jaxpr', part)) for part in inner)
+  return total

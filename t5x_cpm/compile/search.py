@@ -1,0 +1,2 @@
+def best(config, slice_, step):
+  return config
