@@ -23,6 +23,7 @@ setuptools.setup(
     extras_require={
         'gpu': [f'jax[cuda12]{JAX}'],
         'tpu': [f'jax[tpu]{JAX}'],
+        'pod': ['libtpu>=0.0.42,<0.1'],  # its compiler, on any Linux machine
         'torch': ['torch==2.13.0', 'transformers>=5.0,<6'],  # one version, so that a CPU build on this machine is taken
         'dev': DEVELOP,
     },

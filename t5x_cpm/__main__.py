@@ -55,8 +55,9 @@ FLAGS = {
     'tasks': Flag('NAME,...', 'tasks to evaluate', ('eval',)),
     'input': Flag('FILE', '.txt (one input a line) or .jsonl; without it the prompt is interactive', ('infer',)),
     'output': Flag('FILE', '.jsonl of answers, .json of a plan; without it they are printed', ('infer', 'compile')),
-    'step': Flag('STEP', 'checkpoint to read, the last one by default; of compile: train, encode or decode', ('eval', 'infer', 'compile')),
-    'topology': Flag('SLICE', "slice to compile for, its shape in chips, as in v5p:4x4x4", ('compile',)),
+    'step': Flag('STEP', 'checkpoint to read, default the last; of compile: train, encode or decode',
+                 ('eval', 'infer', 'compile')),
+    'topology': Flag('SLICE', 'slice to compile for, its shape in chips, as in v5p:4x4x4', ('compile',)),
     'search': Flag('', 'look for the best mesh first', ('compile',)),
     'import': Flag('MODULE', 'import a module of your own first, for its tasks', repeat=True),
     'dry_run': Flag('', 'print the resolved configuration, sizes and learning rates, and stop'),
@@ -253,7 +254,8 @@ def run(arguments: Arguments) -> None:
   """Checks what a mode needs and calls its function."""
   mode, model_dir = arguments.mode, arguments.get('model_dir')
   import_modules(arguments.flags.get('import', []))
-  needed = {'compile': ['topology'], 'train': ['model_dir'], 'eval': ['model_dir', 'tasks'], 'infer': ['model_dir']}.get(mode, [])
+  by_mode = {'train': ['model_dir'], 'eval': ['model_dir', 'tasks'], 'infer': ['model_dir'], 'compile': ['topology']}
+  needed = by_mode.get(mode, [])
   if 'dry_run' in arguments.flags:
     needed = [] if mode == 'train' else needed[:1]
   for name in needed:
@@ -274,8 +276,8 @@ def run(arguments: Arguments) -> None:
   elif mode == 'compile':
     os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu compiles; nothing runs
     from t5x_cpm import compile as compile_lib
-    compile_lib.run(config, arguments.get('topology'), arguments.get('step') or 'train', search='search' in arguments.flags,
-                    output=arguments.get('output'))
+    compile_lib.run(config, arguments.get('topology'), arguments.get('step') or 'train',
+                    search='search' in arguments.flags, output=arguments.get('output'))
   elif mode == 'cache':
     from t5x_cpm.data import cache
     print(cache.build(config))

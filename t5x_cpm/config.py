@@ -287,6 +287,8 @@ class Config:
     """Raises ConfigError for the first value that cannot work."""
     for part in dataclasses.fields(self):
       getattr(self, part.name).validate()
+    if self.mesh.host_gib and self.optimizer.name == 'adafactor':
+      raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
     moe = self.model.moe
     if moe.by_domain and self.infer.domain >= moe.num_experts:
       raise ConfigError(

@@ -64,7 +64,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   # Auto is stated because jax.make_mesh defaults to Explicit, under which constraints become assertions.
   types = (AxisType.Auto,) * 3
   if config.slices == 1:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    try:
+      return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis takes a part of a dimension of a torus, such as 32 of 4 x 4 x 4
+      split = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+      return Mesh(split, AXES, axis_types=types)
   if sizes[0] % config.slices:
     raise ConfigError(f'{given}, slices={config.slices}: the slices split the data axis, and do not divide its {sizes[0]}.')
   by_process = getattr(devices[0], 'slice_index', None) is None  # elsewhere than on TPU, hosts stand for slices

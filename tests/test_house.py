@@ -31,6 +31,7 @@ ORDER = (
     r't5x_cpm\.inference\.(decode|score|text)',
     r't5x_cpm\.training\.\w+',
     r't5x_cpm\.inference(\.\w+)?',
+    r't5x_cpm\.compile(\.\w+)?',
     r't5x_cpm\.__main__',
 )
 # A cache is made by running a task: inside a function, when it is needed.

@@ -132,6 +132,8 @@ def test_rows_do_not_depend_on_the_number_of_processes_or_on_what_was_read_befor
         parts = [fresh.batch(step, slice(i * size, (i + 1) * size)) for i in range(processes)]
         for name, value in whole.items():
           np.testing.assert_array_equal(value, np.concatenate([part[name] for part in parts]))
+      some = np.array([1, 2, 6])
+      assert all((value == whole[name][some]).all() for name, value in fresh.batch(step, some).items())
     other = reader.open_reader(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)), 'train')
     assert (other.batch(0)['encoder_input_tokens'] != read.batch(0)['encoder_input_tokens']).any()
     assert other.fingerprint != read.fingerprint
@@ -258,6 +260,9 @@ def test_evaluation_reads_each_row_once_and_fills_the_last_batch_with_nothing(tm
                zip(segments(batch, 'encoder'), segments(batch, 'decoder')) for e, d in zip(row_e, row_d))
   assert tokens == sum(map(len, documents)) + len(documents)
   other = reader.open_reader(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=9)), 'validation')
+  for some in (np.array([0, 3, 6]), np.array([6])):  # of the last batch, the last rows are empty
+    for whole, part in zip(batches, read.eval_batches(0, some), strict=True):
+      assert all((value == whole[name][some]).all() for name, value in part.items())
   for a, b in zip(batches, other.eval_batches(), strict=True):  # masks and order do not depend on the seed of the run
     np.testing.assert_array_equal(a['encoder_input_tokens'], b['encoder_input_tokens'])
   assert len(list(read.eval_batches(2))) == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
+from t5x_cpm.config import Config, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
 from t5x_cpm.training import step
 
 CONFIG = Config(
@@ -88,3 +88,41 @@ def test_evaluation_sums_over_targets_that_count():
   batch = random_batch(CONFIG, 5)
   sums = built.evaluate(state['params'], batch)
   assert float(sums['loss'][1]) == batch['decoder_loss_weights'].sum()
+
+
+@pytest.mark.parametrize('gib', [-1.0, 3e-6])
+def test_state_in_host_memory_changes_no_number(gib):
+  _, plain, losses = run(CONFIG)
+  config = dataclasses.replace(CONFIG, mesh=MeshConfig(host_gib=gib))
+  built, hosted, hosted_losses = run(config)
+  np.testing.assert_allclose(hosted_losses, losses, rtol=1e-6)
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(hosted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+  moments = [leaf for leaf in jax.tree.leaves(hosted['opt_state']) if leaf.ndim]
+  moved = [leaf for leaf in moments if leaf.sharding.memory_kind == 'pinned_host']
+  assert all(leaf.sharding.memory_kind != 'pinned_host' for leaf in jax.tree.leaves(hosted['params']))
+  if gib < 0:
+    assert len(moved) == len(moments)
+  else:  # the largest arrays, until it is enough
+    assert 0 < len(moved) < len(moments)
+    assert sum(leaf.nbytes for leaf in moved[:-1]) < gib * 2**30 <= sum(leaf.nbytes for leaf in moved)
+    assert min(leaf.nbytes for leaf in moved) >= max(
+        leaf.nbytes for leaf in moments if leaf.sharding.memory_kind != 'pinned_host')
+
+
+def test_a_halted_step_keeps_the_state_in_host_memory():
+  config = dataclasses.replace(CONFIG, mesh=MeshConfig(host_gib=-1.0))
+  built, state, _ = run(config)
+  before = jax.device_get(state)
+  batch = random_batch(config, 7)
+  batch['decoder_loss_weights'][0, 0] = np.nan
+  after, metrics = built.fn(state, {}, batch)
+  assert bool(metrics['halted'])
+  assert jax.tree.all(jax.tree.map(np.array_equal, before['opt_state'], jax.device_get(after['opt_state'])))
+  assert jax.tree.all(jax.tree.map(np.array_equal, before['params'], jax.device_get(after['params'])))
+
+
+def test_adafactor_has_nothing_worth_moving():
+  config = dataclasses.replace(CONFIG, mesh=MeshConfig(host_gib=1.0), optimizer=OptimizerConfig(name='adafactor'))
+  with pytest.raises(ConfigError, match='too small to be worth moving'):
+    config.validate()

@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh, which then call  setup_env [EXTRA]
 # It makes .venv with everything installed, or finds in a moment that it is there, and sets PYTHON to its interpreter.
-# T5X_CPM_VENV names another folder than .venv; EXTRA is one of setup.py's extras, installed beside the rest.
+# T5X_CPM_VENV names another folder than .venv; EXTRA is one or more of setup.py's extras, with commas between.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${T5X_CPM_VENV:-$ROOT/.venv}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is needed and runs the tests.
 #   bash tools/test.sh            the default tests, minutes
-#   bash tools/test.sh --slow     the slow ones too (several processes, comparison with PyTorch, a wheel, a README that runs)
+#   bash tools/test.sh --slow     the slow ones too (several processes, comparison with PyTorch, TPU programs, a wheel, a README that runs)
 #   bash tools/test.sh ARGS...    pytest with these arguments, for example: tests/test_decode.py -k beam
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +12,7 @@ if [ "${1:-}" = --slow ]; then
   shift
   slow=1
 fi
-setup_env ${slow:+torch}
+setup_env ${slow:+torch,pod}
 export JAX_PLATFORMS=cpu
 
 if [ $# -gt 0 ]; then

@@ -29,12 +29,18 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
     raise ConfigError(f'--step={step}: expected one of {", ".join(plan.STEPS)}.{did_you_mean(step, plan.STEPS)}')
   slice_ = chips.parse(topology)
   if search:
-    config = search_lib.best(config, slice_, step)
-  made = plan.make(config, slice_, step)
+    config, made = search_lib.best(config, slice_, step)
+  else:
+    made = plan.make(config, slice_, step)
   plan.show(made, config, slice_)
   result = dataclasses.asdict(made) | {'bound': made.bound, 'step_seconds': made.step_seconds, 'mfu': made.mfu(slice_)}
   if output:
     path = pathlib.Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + '\n')
+  if search:
+    text = search_lib.as_gin(config)
+    print(text, end='')
+    if output:
+      path.with_suffix('.gin').write_text(f'# {slice_.count} chips, {topology}: found by compile --search\n{text}')
   return result

@@ -73,8 +73,8 @@ def parse(name: str) -> Slice:
   """'v5p:4x4x4' -> the slice. Raises ConfigError with what is known."""
   kind, _, shape = name.partition(':')
   if kind not in CHIPS:
-    raise ConfigError(f'--topology={name}: unknown chip {kind!r}.{did_you_mean(kind, CHIPS)} Known: {", ".join(CHIPS)}, with the '
-                      f'shape of the slice in chips, as in {EXAMPLES}.')
+    raise ConfigError(f'--topology={name}: unknown chip {kind!r}.{did_you_mean(kind, CHIPS)} Known are {", ".join(CHIPS)}, '
+                      f'with the shape of the slice in chips, as in {EXAMPLES}.')
   if not re.fullmatch(r'\d+(x\d+)*', shape) or len(shape.split('x')) != CHIPS[kind].dimensions:
     raise ConfigError(f'--topology={name}: a slice of {kind} has {CHIPS[kind].dimensions} dimensions, as in {EXAMPLES}.')
   return Slice(name, CHIPS[kind], tuple(map(int, shape.split('x'))))
@@ -89,9 +89,8 @@ def devices(slice_: Slice) -> list[Any]:
   if importlib.util.find_spec('libtpu') is None:
     raise ConfigError("compiling for a TPU needs its compiler, libtpu: run pip install -e '.[pod]' (or pip install libtpu).")
   # Without these libtpu asks for a TPU, complains that there is none, and locks out other processes that compile.
-  for variable, value in (('TPU_SKIP_MDS_QUERY', '1'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'),
-                          ('TPU_ACCELERATOR_TYPE', 'v5p-8'), ('TPU_MIN_LOG_LEVEL', '3'), ('TPU_STDERR_LOG_LEVEL', '3')):
-    os.environ.setdefault(variable, value)
+  os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
+                 'TPU_ACCELERATOR_TYPE': 'v5p-8'}
   from jax.experimental import topologies
 
   try:

@@ -21,7 +21,7 @@ from t5x_cpm import backend
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.compile import chips, program
 from t5x_cpm.compile.chips import GiB, Slice
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops
 from t5x_cpm.training import step as step_lib
@@ -46,6 +46,7 @@ class Plan:
   parameters: int
   active_parameters: int
   model_flops: float  # that the model needs; all chips
+  six_nd: float  # 6 times parameters that a token passes, times tokens, over both stacks: all but attention's own products
   executed_flops: float  # with what is computed again
   hbm_bytes: float
   collectives: dict[str, dict[str, float]]  # kind -> times, bytes that a chip sends, seconds
@@ -90,19 +91,17 @@ def _inference(config: Config, mesh: Any, step: str) -> tuple[Callable[..., Any]
 
   cache = jax.eval_shape(lambda params, batch: model.start(params, batch, T)[0], prepared, batch)
 
-  def names(path: Any, leaf: Any) -> tuple[str | None, ...]:
-    return (None, 'batch', 'heads' if leaf.ndim == 5 and leaf.shape[2] == config.model.num_heads else None) + (None,) * (leaf.ndim - 3)
-
-  shardings = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: jax.NamedSharding(mesh, mesh_lib.spec(names(path, leaf)[:leaf.ndim])), cache)
+  # Leaves are [layers, batch, heads, length, head_dim], or [1, batch, ...].
+  names = (None, 'batch', 'heads', None, None)
+  shardings = jax.tree.map(
+      lambda leaf: jax.NamedSharding(mesh, mesh_lib.spec(names if leaf.ndim == 5 else names[:2])), cache)
   tokens = jax.ShapeDtypeStruct((B, 1), jnp.int32, sharding=batch['encoder_input_tokens'].sharding)
 
   def decode(params: Any, cache: Any, tokens: Any, positions: Any) -> Any:
     with mesh_lib.inside(mesh):
       return model.step(params, cache, tokens, positions)
 
-  cache_shardings = shardings
-  return (jax.jit(decode, donate_argnums=1, out_shardings=(None, cache_shardings)),
+  return (jax.jit(decode, donate_argnums=1, out_shardings=(None, shardings)),
           (params, _abstract(cache, shardings), tokens, tokens))
 
 
@@ -122,7 +121,8 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
     mesh = mesh_lib.make_mesh(config.mesh, chips.devices(slice_))
     if step == 'train':
       built = step_lib.build(config, mesh)
-      fn, arguments = built.fn, (built.abstract_state, {}, built.abstract_batch)
+      fn: Any = built.fn
+      arguments: tuple[Any, ...] = (built.abstract_state, {}, built.abstract_batch)
     else:
       fn, arguments = _inference(config, mesh, step)
     traced = fn.trace(*arguments)
@@ -144,12 +144,11 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
   S, T = config.task.encoder_length, config.task.decoder_length
   model = encoder_decoder.build(config.model)
   if step == 'train':
-    rows = config.train.batch_size
-    tokens, needed = float(rows * (S + T)), flops.model_flops(config.model, rows * S, rows * T, S, T)
+    counts = config.train.batch_size * S, config.train.batch_size * T
   else:
-    rows = config.infer.batch_size
-    counts = (rows * S, 0) if step == 'encode' else (0, rows)
-    tokens, needed = float(sum(counts)), flops.model_flops(config.model, *counts, S, T) / 3
+    counts = (config.infer.batch_size * S, 0) if step == 'encode' else (0, config.infer.batch_size)
+  tokens = float(sum(counts))
+  needed = flops.model_flops(config.model, *counts, S, T) / (1 if step == 'train' else 3)
   collectives = _by_kind(compiled.collectives(), mesh, slice_) if compiled else {}
   hbm = compiled.hbm_bytes() if compiled else 0.0
   seconds = {
@@ -157,11 +156,27 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
       'interconnect': sum(kind['seconds'] for kind in collectives.values()), 'host': host / slice_.chip.host_rate}
   left = slice_.chip.hbm - arguments_bytes - temporary
   return Plan(
-      topology=slice_.name, step=step, mesh=dict(mesh.shape) | {'sharding': config.mesh.sharding}, fits=not missing and left >= 0,
-      missing_bytes=missing or max(-left, 0.0), argument_bytes=arguments_bytes, temporary_bytes=temporary, host_bytes=host,
+      topology=slice_.name, step=step, mesh=dict(mesh.shape) | {'sharding': config.mesh.sharding},
+      fits=not missing and left >= 0, missing_bytes=missing or max(-left, 0.0), argument_bytes=arguments_bytes,
+      temporary_bytes=temporary, host_bytes=host,
       tokens=tokens, parameters=model.num_parameters(), active_parameters=model.num_active_parameters(), model_flops=needed,
+      six_nd=6.0 * sum(N * n for N, n in zip(_passed(model), counts, strict=True)),
       executed_flops=executed, hbm_bytes=hbm, collectives=collectives, seconds=seconds,
       compile_seconds=time.monotonic() - started)
+
+
+def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
+  """Parameters that a token of the encoder passes, and one of the decoder."""
+  passed, moe = [0.0, 0.0], model.config.moe
+  for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract()[0]):
+    names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+    share = 1.0
+    if names[0] == 'token_embedder' and not model.config.tie_embeddings:
+      continue  # looked up, not multiplied
+    if names[0] == 'experts' and names[1] in encoder_decoder.STACKS and moe.every(names[1]):
+      share = moe.choices(moe.of(names[1])) / moe.num_experts
+    passed['encoder' not in '/'.join(names[:2])] += share * math.prod(leaf.shape)
+  return passed[0], passed[1]
 
 
 def _size(number: str, unit: str) -> float:
@@ -195,8 +210,8 @@ def advice(plan: Plan, config: Config) -> list[str]:
         lines.append("ModelConfig.remat = 'full' keeps the inputs of layers only")
       lines.append(f'TrainConfig.microbatches = {2 * config.train.microbatches} halves the activations')
       if config.mesh.host_gib == 0:
-        lines.append(f"MeshConfig.host_gib = {math.ceil(plan.missing_bytes / GiB)} keeps that part of the optimizer's state in the "
-                     "hosts' memory")
+        lines.append(f"MeshConfig.host_gib = {math.ceil(plan.missing_bytes / GiB)} keeps that part of the optimizer's state in "
+                     "the memory of the hosts")
     else:
       lines.append('a larger MeshConfig.model splits the parameters, a smaller InferConfig.batch_size the cache')
     lines.append('a larger slice')
@@ -213,7 +228,8 @@ def show(plan: Plan, config: Config, slice_: Slice) -> None:
   """Prints a plan."""
   used = plan.argument_bytes + plan.temporary_bytes
   sizes = ' x '.join(f'{axis} {size}' for axis, size in plan.mesh.items() if axis != 'sharding')
-  print(f'{plan.topology}  {slice_.count} chips as {sizes}, sharding {plan.mesh["sharding"]!r}; compiled in {plan.compile_seconds:.0f} s')
+  print(f'{plan.topology}  {slice_.count} chips as {sizes}, sharding {plan.mesh["sharding"]!r}; compiled in '
+        f'{plan.compile_seconds:.0f} s')
   if plan.fits:
     print(f'memory of a chip  {plan.argument_bytes / GiB:.2f} GiB arguments + {plan.temporary_bytes / GiB:.2f} temporaries, '
           f'{(slice_.chip.hbm - used) / GiB:.2f} of {slice_.chip.hbm / GiB:.2f} left'
@@ -221,7 +237,7 @@ def show(plan: Plan, config: Config, slice_: Slice) -> None:
   else:
     print(f'memory of a chip  DOES NOT FIT: {plan.missing_bytes / GiB:.2f} GiB too much for {slice_.chip.hbm / GiB:.2f}')
   print(f'arithmetic        {plan.model_flops:.3g} FLOPs for {plan.tokens:,.0f} tokens, {plan.executed_flops:.3g} with what is '
-        'computed again' + (f'; 6ND is {6 * plan.active_parameters * plan.tokens:.3g}' if plan.step == 'train' else ''))
+        'computed again' + (f'; 6ND is {plan.six_nd:.3g}' if plan.step == 'train' else ''))
   for kind, total in sorted(plan.collectives.items(), key=lambda item: -item[1]['seconds']):
     print(f'  {kind:<18}{total["times"]:>9,.0f} times, {total["bytes"] / 1e9:>9.3f} GB sent by each chip, '
           f'{total["seconds"] * 1e3:>9.2f} ms')

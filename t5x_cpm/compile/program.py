@@ -19,6 +19,8 @@ COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragg
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
         'partition-id', 'replica-id', 'async-start', 'async-update', 'async-done', 'opt-barrier', 'optimization-barrier'}
 SLICES = {'dynamic-slice', 'slice', 'gather'}
+# replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
+MESH_GROUPS = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 
 
@@ -81,7 +83,7 @@ def _bytes(shape: str, *, hbm_only: bool = False) -> float:
 
 def _group(attributes: str) -> tuple[int, ...]:
   """The first group of a collective, in any of the forms that XLA writes groups in."""
-  if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", attributes):
+  if match := re.search(MESH_GROUPS, attributes):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
     ids = np.arange(math.prod(sizes.values()))
     if match[2]:
@@ -126,7 +128,8 @@ class Program:
 
   def _trips(self, condition: str) -> int:
     """How often a loop runs: its counter starts at 0 and is compared with a constant."""
-    return max((int(i.arguments) for i in self.bodies[condition] if i.opcode == 'constant' and i.arguments.isdigit()), default=1)
+    constants = [i.arguments for i in self.bodies[condition] if i.opcode == 'constant']
+    return max((int(constant) for constant in constants if constant.isdigit()), default=1)
 
   def _walk(self, name: str, times: int, fused: bool) -> Iterator[tuple[str, Instruction, int, bool]]:
     for i in self.bodies.get(name, ()):
@@ -183,9 +186,10 @@ class Program:
       size = _bytes(types.get(operand, ''), hbm_only=True)
       parameter = parameters.get(number)
       uses = users[parameter.name] if parameter else []
-      if size and uses and all(use.opcode in SLICES and use.operands[0] == parameter.name for use in uses):  # type: ignore[union-attr]
+      first = bool(size and uses) and all(use.operands[0] == parameter.name for use in uses)  # type: ignore[union-attr]
+      if first and all(use.opcode in SLICES for use in uses):
         size = min(size, sum(_bytes(use.type) for use in uses))
-      elif size and uses and all(use.opcode == 'dynamic-update-slice' and use.operands[0] == parameter.name for use in uses):  # type: ignore[union-attr]
+      elif first and all(use.opcode == 'dynamic-update-slice' for use in uses):
         written_into.update(uses)
         size = 0.0
       read += size

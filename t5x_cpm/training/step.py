@@ -154,11 +154,14 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     if optimizer_rules is not mesh_lib.RULES:  # a device updates its part alone, so it needs that part of the sum alone
       grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
     trained, rest = partition.split(state['params'], labels)
-    old = mesh_lib.on_device(state['opt_state'], state_shardings['opt_state'])
-    updates, opt_state = tx.update(grads, old, trained)
+    norm, loss = optax.tree.norm(grads), means(sums.pairs)['loss']
+    halted = state['halted']
+    if config.train.check_finite:
+      halted |= ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
+    updates, opt_state = tx.update(grads, state['opt_state'], trained, **({'halted': halted} if config.mesh.host_gib else {}))
     params = model.advance(partition.join(optax.apply_updates(trained, updates), rest), sums.updates)
     metrics = means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
-        'gradient_norm': optax.tree.norm(grads),
+        'gradient_norm': norm,
         'parameter_norm': optax.tree.norm(params),
         'learning_rate': jnp.asarray(schedule(state['step']), jnp.float32),
         'encoder_tokens': (batch['encoder_segment_ids'] != 0).sum(),
@@ -166,10 +169,10 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     }
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
     if config.train.check_finite:
-      halted = state['halted'] | ~jnp.isfinite(metrics['loss']) | ~jnp.isfinite(metrics['gradient_norm'])
-      new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), {name: (state | {'opt_state': old})[name] for name in new}, new)
-    else:
-      halted = state['halted']
+      kept = {name: state[name] for name in new}
+      if config.mesh.host_gib:  # there the optimizer has seen to it
+        kept['opt_state'] = state['opt_state'] | {'inner': opt_state['inner']}
+      new = jax.tree.map(lambda a, b: a if a is b else jnp.where(halted, a, b), kept, new)
     return new | {'halted': halted}, metrics | {'halted': halted}
 
   def evaluate(params: Any, batch: Batch) -> losses.Pairs:
@@ -197,8 +200,11 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   # Without shardings jit would put all moments on one device.
   state_shardings = mesh_lib.shardings(mesh, {'step': (), 'params': axes, 'halted': ()}, param_rules)
   moments = optimizer.state_axes(tx, trained_shapes, trained_axes)
-  state_shardings['opt_state'] = mesh_lib.with_host_memory(
-      abstract['opt_state'], mesh_lib.shardings(mesh, moments, optimizer_rules), config.mesh.host_gib)
+  state_shardings['opt_state'] = mesh_lib.shardings(mesh, moments, optimizer_rules)
+  if config.mesh.host_gib:
+    state_shardings['opt_state'] = mesh_lib.with_host_memory(
+        abstract['opt_state'], state_shardings['opt_state'], config.mesh.host_gib)
+    tx = optimizer.make(config.optimizer, config.train.steps, trained_axes, trained_shapes, state_shardings['opt_state'])
   gradient_shardings = mesh_lib.shardings(mesh, trained_axes, optimizer_rules)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = batch_shapes(config)
