@@ -1,4 +1,4 @@
-"""TPU chips and slices: their constants, and their devices as the compiler of libtpu describes them on any machine."""
+"""Chips, and slices of them: TPU pods, hosts with GPUs. Their constants, and their devices as compilers describe them."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from t5x_cpm.config import ConfigError
 from t5x_cpm.gin_utils import did_you_mean
 
@@ -17,35 +19,58 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One kind of TPU chip.
+  """One kind of chip.
 
-  Rates: Austin et al. 2025, "How to Scale Your Model", part 2, and Google's data sheets; what a program may use of the memory
-  is what the compiler enforces.
+  TPUs: Austin et al. 2025, "How to Scale Your Model", part 2, and Google's data sheets; what a program may use of the memory
+  is what the compiler enforces. GPUs: NVIDIA's data sheets, a network card of 400 Gbit/s for each (A100: 200), and nine tenths of
+  the memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
   """
 
-  device_kind: str
   flops: float  # of dense bfloat16 products a second
   hbm: float  # bytes a program may use
   hbm_rate: float  # bytes a second
-  link_rate: float  # bytes a second over one link in one direction; each dimension of the slice has a link to either side
+  link_rate: float  # bytes a second over one link in one direction; of a TPU each dimension has a link to either side
   host_rate: float  # bytes a second between a chip and its host, in one direction
-  dimensions: int  # of the torus
-  wraps: int  # a dimension of the slice is a ring when this divides it
+  dimensions: int  # of a slice's shape; of GPUs hosts x GPUs
+  wraps: int = 0  # a dimension of a torus is a ring when this divides it
   options: tuple[tuple[str, Any], ...] = ()  # for the topology
+  network_rate: float = 0.0  # bytes a second from a GPU to another host; 0 for TPUs
+  target: str = ''  # what XLA's compiler wants to know of a GPU
+
+  @property
+  def platform(self) -> str:
+    return 'cuda' if self.target else 'tpu'
 
 
+def _gpu(name: str, major: int, cores: int, lanes: int, shared: int, cache: int, clock: float, memory: int, rate: float) -> str:
+  """XLA's GpuTargetConfigProto as text."""
+  info = {
+      'threads_per_block_limit': 1024, 'threads_per_warp': 32, 'shared_memory_per_block': 49152,
+      'shared_memory_per_block_optin': shared - 1024, 'shared_memory_per_core': shared, 'threads_per_core_limit': 2048,
+      'core_count': cores, 'fpus_per_core': lanes, 'block_dim_limit_x': 2**31 - 1, 'block_dim_limit_y': 65535,
+      'block_dim_limit_z': 65535, 'memory_bandwidth': round(rate), 'l2_cache_size': cache, 'clock_rate_ghz': clock,
+      'device_memory_size': memory, 'registers_per_core_limit': 65536, 'registers_per_block_limit': 65536}
+  fields = ' '.join(f'{key}: {value}' for key, value in info.items())
+  return (f'gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} }} }}\n'
+          f'platform_name: "CUDA"\ndnn_version_info {{ major: 9 minor: 8 }}\ndevice_description_str: "{name}"\n')
+
+
+A100 = _gpu('NVIDIA A100-SXM4-80GB', 8, 108, 64, 167936, 41943040, 1.41, 85094825984, 2039e9)
+H100 = _gpu('NVIDIA H100 80GB HBM3', 9, 132, 128, 233472, 52428800, 1.98, 84978434048, 3352e9)
 CHIPS = {
-    'v4': Chip('TPU v4', 275e12, 30.75 * GiB, 1.2e12, 4.5e10, 1.5e10, 3, 4, (('chip_config_name', 'megacore'),)),
-    'v5e': Chip('TPU v5 lite', 197e12, 15.75 * GiB, 8.1e11, 5e10, 1.5e10, 2, 16),
-    'v5p': Chip('TPU v5', 459e12, 95.74 * GiB, 2.8e12, 1e11, 1.5e10, 3, 4),
-    'v6e': Chip('TPU v6 lite', 918e12, 31.25 * GiB, 1.6e12, 1e11, 3.2e10, 2, 16),
+    'v4': Chip(275e12, 30.75 * GiB, 1.2e12, 4.5e10, 1.5e10, 3, 4, (('chip_config_name', 'megacore'),)),
+    'v5e': Chip(197e12, 15.75 * GiB, 8.1e11, 5e10, 1.5e10, 2, 16),
+    'v5p': Chip(459e12, 95.74 * GiB, 2.8e12, 1e11, 1.5e10, 3, 4),
+    'v6e': Chip(918e12, 31.25 * GiB, 1.6e12, 1e11, 3.2e10, 2, 16),
+    'a100': Chip(312e12, 0.9 * 85094825984, 2039e9, 3e11, 2.5e10, 2, network_rate=2.5e10, target=A100),
+    'h100': Chip(989e12, 0.9 * 84978434048, 3352e9, 4.5e11, 5e10, 2, network_rate=5e10, target=H100),
 }
-EXAMPLES = 'v4:2x2x2, v4:4x4x4, v5e:4x8, v5e:16x16, v5p:2x2x2, v5p:4x4x4, v6e:4x8, v6e:16x16'
+EXAMPLES = 'v4:2x2x2, v4:4x4x4, v5e:4x8, v5e:16x16, v5p:2x2x2, v5p:4x4x4, v6e:4x8, v6e:16x16; hosts x GPUs, as in h100:4x8'
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """A TPU slice."""
+  """Chips that a program runs on."""
 
   name: str
   chip: Chip
@@ -60,6 +85,8 @@ class Slice:
 
     A ring over one dimension uses its links in both directions; a line has no way back, so only one of them helps.
     """
+    if self.chip.network_rate:
+      return self.chip.link_rate if len(set(coordinates[:, 0])) == 1 else self.chip.network_rate
     rate = 0.0
     for dimension, size in enumerate(self.shape):
       extent = len(set(coordinates[:, dimension]))
@@ -67,6 +94,13 @@ class Slice:
         ring = extent == size and size % self.chip.wraps == 0
         rate += (2 if ring else 1) * self.chip.link_rate
     return rate or self.chip.link_rate
+
+
+  def coordinates(self, devices: list[Any]) -> Any:
+    """Where devices are in the slice: [n, dimensions]."""
+    if self.chip.platform == 'cuda':
+      return np.array([divmod(device.id, self.shape[1]) for device in devices])
+    return np.array([device.coords[:self.chip.dimensions] for device in devices])
 
 
 def parse(name: str) -> Slice:
@@ -86,17 +120,22 @@ def devices(slice_: Slice) -> list[Any]:
   Raises:
     ConfigError: libtpu is not installed, or its compiler refuses the shape.
   """
-  if importlib.util.find_spec('libtpu') is None:
+  if slice_.chip.platform == 'cuda' and importlib.util.find_spec('jax_cuda12_plugin') is None:
+    raise ConfigError("compiling for GPUs needs JAX's CUDA plugin, no GPU: run pip install -e '.[gpu]'.")
+  if slice_.chip.platform == 'tpu' and importlib.util.find_spec('libtpu') is None:
     raise ConfigError("compiling for a TPU needs its compiler, libtpu: run pip install -e '.[pod]' (or pip install libtpu).")
   # Without these libtpu asks for a TPU, complains that there is none, and locks out other processes that compile.
   os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
                  'TPU_ACCELERATOR_TYPE': 'v5p-8'}
   from jax.experimental import topologies
 
+  chip, options = slice_.chip, dict(slice_.chip.options)
+  name = slice_.name
+  if chip.target:  # processes of a host each, with its GPUs
+    name, options = '', {'target_config': chip.target, 'topology': f'1x{slice_.shape[0]}x{slice_.shape[1]}'}
   try:
     with quiet():
-      return list(topologies.get_topology_desc(
-          platform='tpu', topology_name=slice_.name, **dict(slice_.chip.options)).devices)
+      return list(topologies.get_topology_desc(platform=chip.platform, topology_name=name, **options).devices)
   except Exception as error:
     raise ConfigError(f'--topology={slice_.name}: the compiler knows no such slice ({str(error).splitlines()[0]}). Known are, '
                       f'for example, {EXAMPLES}.') from error

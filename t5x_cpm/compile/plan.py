@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from t5x_cpm import backend
 from t5x_cpm import mesh as mesh_lib
@@ -27,7 +26,8 @@ from t5x_cpm.training import flops
 from t5x_cpm.training import step as step_lib
 
 STEPS = ('train', 'encode', 'decode')
-TERMS = ('compute', 'memory', 'interconnect', 'host')
+# The compiler's words for what is needed and what there is, in two of its releases.
+TOO_MUCH = r'(?:Used |memory required.*?\()([\d.]+[TGMK])(?: of |\) exceeds available HBM \()([\d.]+[TGMK])'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
     ConfigError: libtpu is missing, the slice unknown, or the model and batch cannot be split over the mesh.
   """
   started = time.monotonic()
-  with backend.compiling_for('tpu'):
+  with backend.compiling_for(slice_.chip.platform):
     mesh = mesh_lib.make_mesh(config.mesh, chips.devices(slice_))
     if step == 'train':
       built = step_lib.build(config, mesh)
@@ -133,10 +133,10 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
           memory = traced.lower().compile(compiler_options={'xla_dump_to': folder}).memory_analysis()
         missing = 0.0
       except jax.errors.JaxRuntimeError as error:
-        used = re.search(r'Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm', str(error))
+        used = re.search(TOO_MUCH, str(error))
         if used is None:
           raise
-        memory, missing = None, (_size(used[1], used[2]) - _size(used[3], used[4]))
+        memory, missing = None, _size(used[1]) - _size(used[2])
       texts = sorted(pathlib.Path(folder).glob('*after_optimizations.txt'), key=lambda path: path.stat().st_size)
       compiled = program.Program(texts[-1].read_text()) if texts else None
   arguments_bytes, temporary = (memory.argument_size_in_bytes, memory.temp_size_in_bytes) if memory else (0.0, 0.0)
@@ -179,12 +179,12 @@ def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
   return passed[0], passed[1]
 
 
-def _size(number: str, unit: str) -> float:
-  return float(number) * {'G': GiB, 'M': 2**20}[unit]
+def _size(text: str) -> float:
+  return float(text[:-1]) * {'T': 2**40, 'G': GiB, 'M': 2**20, 'K': 2**10}[text[-1]]
 
 
 def _by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[str, dict[str, float]]:
-  coordinates = np.array([device.coords[:len(slice_.shape)] for device in mesh.devices.ravel()])
+  coordinates = slice_.coordinates(mesh.devices.ravel())
   neighbours: dict[tuple[int, ...], float] = collections.defaultdict(float)
   kinds: dict[str, dict[str, float]] = collections.defaultdict(lambda: {'times': 0, 'bytes': 0.0, 'seconds': 0.0})
   for one in found:
@@ -192,7 +192,7 @@ def _by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[
     total['times'] += one.times
     total['bytes'] += one.times * one.sent
     if one.kind == 'collective-permute':  # to a neighbour, over one link; those to another neighbour take another link
-      neighbours[one.group] += one.times * one.sent / slice_.chip.link_rate
+      neighbours[one.group] += one.times * one.sent / min(slice_.chip.link_rate, slice_.rate(coordinates[list(one.group)]))
       total['seconds'] = max(neighbours.values())
     else:
       total['seconds'] += one.times * one.sent / slice_.rate(coordinates[list(one.group)])

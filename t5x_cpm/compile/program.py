@@ -137,7 +137,8 @@ class Program:
       if i.opcode == 'while':
         condition, body = (re.search(rf'{what}=%?([\w.-]+)', i.attributes) for what in ('condition', 'body'))
         assert condition and body
-        yield from self._walk(body[1], times * self._trips(condition[1]), fused)
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes)
+        yield from self._walk(body[1], times * (int(known[1]) if known else self._trips(condition[1])), fused)
         continue
       called = re.search(r'calls=%?([\w.-]+)', i.attributes)
       if i.opcode == 'call':

@@ -85,6 +85,8 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
 
   def rate(size: int) -> float:
     """Of a group of `size` chips: it spans a part of the torus's dimensions."""
+    if chip.network_rate:
+      return chip.link_rate if size <= slice_.shape[1] else chip.network_rate
     spans = max(1, round(len(slice_.shape) * math.log(size) / math.log(slice_.count))) if size > 1 else 1
     return spans * chip.link_rate * (2 if slice_.count >= chip.wraps ** len(slice_.shape) else 1)
 
