@@ -22,8 +22,8 @@ class Chip:
   """One kind of chip.
 
   TPUs: Austin et al. 2025, "How to Scale Your Model", part 2, and Google's data sheets; what a program may use of the memory
-  is what the compiler enforces. GPUs: NVIDIA's data sheets, a network card of 400 Gbit/s for each (A100: 200), and nine tenths of
-  the memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
+  is what the compiler enforces. GPUs: NVIDIA's data sheets, a network card of 400 Gbit/s for each (A100: 200), and nine tenths
+  of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
   """
 
   flops: float  # of dense bfloat16 products a second

@@ -57,12 +57,17 @@ class Block(nnx.Module):
     self.is_decoder = is_decoder
 
   def attend(self, x_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-    """Self-attention, and in a decoder cross-attention; with a cache, this step's keys and values are written to it."""
+    """Self-attention, and in a decoder cross-attention.
+
+    With a cache, this step's keys and values are written to it, and what has changed of it is returned: were the encoder's
+    keys and values returned too, a loop over layers would copy them for every token.
+    """
     u = self.attention_norm(x_BTD)
     keys, values = self.attention.keys_and_values(u)
+    written = None
     if cache is not None:
       keys, values = write(cache['self_key'], keys, ctx.positions), write(cache['self_value'], values, ctx.positions)
-      cache = cache | {'self_key': keys, 'self_value': values}
+      written = {'self_key': keys, 'self_value': values}
     y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of(0))
     x_BTD = x_BTD + ctx.dropout(y, 1)
     if self.is_decoder:
@@ -73,7 +78,7 @@ class Block(nnx.Module):
         keys, values = cache['cross_key'], cache['cross_value']
       y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of(2))
       x_BTD = x_BTD + ctx.dropout(y, 3)
-    return x_BTD, cache
+    return x_BTD, written
 
   def route(self, h_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Routing | None]:
     """The input of the feed-forward part, and which expert each token goes to; None: there is one."""

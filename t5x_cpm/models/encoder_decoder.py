@@ -338,6 +338,8 @@ class Model:
         cross_mask=additive_mask(cache['encoder_valid'][0][:, None, None, :], wide),
         positions=positions_BT, **self._of_layers(None, tokens_BT, jnp.ones(tokens_BT.shape, bool), domain))
     x_BTD, layers, _ = self._run('decoder', params, self._embed(params, tokens_BT, ctx), ctx, cache['layers'])
+    old = cache['layers']
+    layers = tuple(a | b for a, b in zip(old, layers, strict=True)) if isinstance(old, tuple) else old | layers
     return self._logits(params, x_BTD), cache | {'layers': layers}
 
 
