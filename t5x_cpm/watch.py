@@ -212,6 +212,7 @@ class _Hub(Group):
     for peer in self._peers.values():
       if peer.lines is not None:
         selector.register(peer.lines.connection, selectors.EVENT_READ, peer)
+    spoken = time.monotonic()
     while not all(peer.done for peer in self._peers.values()):
       self._hear(self._peers[0], self._beat())
       ended = []
@@ -228,7 +229,9 @@ class _Hub(Group):
         if self._failure:
           return
         _stop(reason)
-      self._tell({'beat': True})
+      if time.monotonic() - spoken >= BEAT:
+        spoken = time.monotonic()
+        self._tell({'beat': True})
     self._tell({'bye': True})
 
   def _hear(self, peer: _Peer, message: dict[str, Any]) -> None:
