@@ -131,7 +131,7 @@ def print_help() -> None:
   for folder in ('models', 'runs', 'mesh'):
     print(f'\n{folder} (--gin_file=gin/{folder}/NAME.gin)')
     for name in gin_utils.shipped_files(folder):
-      print(f'  {name:<17}{gin_utils.summary(folder, name)}')
+      print(f'  {name:<20}{gin_utils.summary(folder, name)}')
   print('\ntasks (--gin.TaskConfig.name=NAME)')
   print_tasks()
 

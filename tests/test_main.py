@@ -60,7 +60,7 @@ def test_tasks(call):
 
 @pytest.mark.parametrize('argv, message', [
     (['trian'], 'unknown mode .trian.*Did you mean train'),
-    (['--dry_run'], 'no mode: expected one of train, eval, infer, cache, tasks'),
+    (['--dry_run'], 'no mode: expected one of train, eval, infer, compile, cache, tasks'),
     (['train', '--model_dri=x'], 'unknown flag --model_dri. Did you mean --model_dir'),
     (['train', '--TrainConfig.steps=3'], r'Did you mean --gin\.TrainConfig\.steps=3'),
     (['train', '--model_dir'], '--model_dir needs a value: --model_dir=DIR'),
