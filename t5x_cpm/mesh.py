@@ -16,6 +16,7 @@ Rules = dict[str, str | tuple[str, ...] | None]
 # Logical axis -> mesh axis (or axes). What is absent or None is not split. `heads` is the joint axis num_heads * head_dim.
 RULES: Rules = {
     'batch': ('data', 'expert'),
+    'rows': ('data', 'expert'),  # of a batch outside training
     'length': None,
     'embed': None,
     'heads': 'model',
@@ -37,6 +38,7 @@ STATE_RULES: dict[str, tuple[Rules, Rules]] = {
 # The gin field that sets the size of a logical axis, for messages.
 FIELDS = {
     'batch': 'TrainConfig.batch_size / TrainConfig.microbatches',
+    'rows': 'InferConfig.batch_size',
     'heads': 'ModelConfig.num_heads * ModelConfig.head_dim',
     'mlp': 'ModelConfig.d_ff',
     'vocab': 'ModelConfig.vocab_size',

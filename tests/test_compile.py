@@ -19,7 +19,7 @@ from t5x_cpm import compile as compile_lib
 from t5x_cpm import gin_utils
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.compile import chips, plan, program, search
-from t5x_cpm.config import Config, ConfigError, MeshConfig, TrainConfig
+from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, TrainConfig
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops, step
 
@@ -134,6 +134,18 @@ def test_missing_libtpu_says_what_to_install(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ConfigError, match=r"pip install -e '\.\[pod\]'"):
     compile_lib.run(Config(), 'v5p:2x2x2')
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_compiled(tmp_path):
+  with pytest.raises(ConfigError, match='cannot be written'):
+    compile_lib.run(Config(), 'v5p:2x2x2', output=str(tmp_path))
+
+
+def test_rows_that_the_mesh_does_not_divide_name_their_field():
+  mesh = jax.sharding.AbstractMesh((4, 1, 1), mesh_lib.AXES)
+  config = dataclasses.replace(test_step.CONFIG, infer=InferConfig(batch_size=3))
+  with pytest.raises(ConfigError, match='InferConfig.batch_size'):
+    plan._inference(config, mesh, 'decode')
 
 
 def test_an_unknown_step_is_refused():

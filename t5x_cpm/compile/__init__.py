@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -28,6 +29,11 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
   if step not in plan.STEPS:
     raise ConfigError(f'--step={step}: expected one of {", ".join(plan.STEPS)}.{did_you_mean(step, plan.STEPS)}')
   slice_ = chips.parse(topology)
+  path = pathlib.Path(output)
+  if output:  # told now, not after minutes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+      raise ConfigError(f'--output={output} cannot be written: expected a file in a folder that can.')
   if search:
     config, made = search_lib.best(config, slice_, step)
   else:
@@ -35,8 +41,6 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
   plan.show(made, config, slice_)
   result = dataclasses.asdict(made) | {'bound': made.bound, 'step_seconds': made.step_seconds, 'mfu': made.mfu(slice_)}
   if output:
-    path = pathlib.Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + '\n')
   if search:
     text = search_lib.as_gin(config)

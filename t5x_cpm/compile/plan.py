@@ -79,7 +79,7 @@ def _inference(config: Config, mesh: Any, step: str) -> tuple[Callable[..., Any]
   prepared = jax.eval_shape(model.prepare, shapes)
   params = _abstract(prepared, mesh_lib.shardings(mesh, axes, param_rules))
   B, S, T = config.infer.batch_size, config.task.encoder_length, config.task.decoder_length
-  mesh_lib.check_divides(mesh, (B,), ('rows',), 'a batch', mesh_lib.RULES | {'rows': mesh_lib.RULES['batch']})
+  mesh_lib.check_divides(mesh, (B,), ('rows',), 'a batch')
   batch = {name: jax.ShapeDtypeStruct((B, S), jnp.int32, sharding=jax.NamedSharding(mesh, mesh_lib.spec(('batch', None))))
            for name in ('encoder_input_tokens', 'encoder_segment_ids')}
   if step == 'encode':
