@@ -4,7 +4,8 @@
     python tools/benchmark.py                    # all
     python tools/benchmark.py train [--repeats=9] [--threads=2] [--json=FILE]
     python tools/benchmark.py decode
-    python tools/benchmark.py moe                # loss and gradients with experts: against a dense twin, SwitchTransformers
+    python tools/benchmark.py moe                # loss and gradients with experts: against a dense twin, SwitchTransformers,
+                                                 # and one layer by its parts and by the number of experts
 
 Each side runs in a process of its own, as its users run it, and the two take turns, so that what else the machine does hits
 both. Figures are medians of wall time; a ratio above 1 means that this project is faster. Seconds of CPU are printed beside
@@ -20,6 +21,7 @@ import os
 import sys
 from typing import Any
 
+import expert_layer
 import numpy as np
 import side_by_side
 from side_by_side import Case, Run
@@ -33,7 +35,6 @@ MODEL = ModelConfig(
 EXPERTS = 8
 ROWS, S, T = 8, 256, 64
 NEW_TOKENS = 64
-
 
 
 def random_batch(rows: int) -> dict[str, np.ndarray]:
@@ -216,7 +217,7 @@ def cases() -> dict[str, list[Case]]:
     return Case(f'{EXPERTS} experts, {name} (dense twin)', 1 / 1.35, functools.partial(our_gradients, model),
                 functools.partial(our_gradients, MODEL), ROWS * (S + T), of(model))
 
-  needed, switch = of(MODEL), with_experts(every=2, group_size=256)
+  needed, switch = of(MODEL), with_experts(every=2, dispatch='dropless')
   return {
       'moe': [
           twin('einsum in 256', group_size=256), twin('dropless', group_size=256, dispatch='dropless'),
@@ -251,9 +252,12 @@ def main() -> None:
         print(f'{case.title} ...', file=sys.stderr, flush=True)
         rows.append(side_by_side.compare(__file__, command, index, case, given.repeats, given.threads))
   side_by_side.show(rows)
+  figures: dict[str, Any] = {'threads': given.threads, 'rows': rows}
+  if given.command in ('all', 'moe'):
+    figures['layer'] = expert_layer.report(MODEL, given.repeats, given.threads)
   if given.json:
     with open(given.json, 'w', encoding='utf-8') as file:
-      json.dump({'threads': given.threads, 'rows': rows}, file, indent=2)
+      json.dump(figures, file, indent=2)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,11 @@
 """The product of runs of rows with a matrix each: row a of expert e's run times expert e's matrix.
 
-Accelerators have jax.lax.ragged_dot. On CPU XLA computes that for every expert and all rows; there the runs are cut into blocks
-of a fixed number of rows, and each block is one product.
+Accelerators have jax.lax.ragged_dot. On CPU XLA computes that for every expert and all rows; there one loop goes over the
+experts that have rows, and takes their rows in blocks, each one product.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,9 @@ import numpy as np
 
 from t5x_cpm import backend
 
-BLOCK = 128  # rows of a product at most: fewer waste less where a run ends, more pass over each matrix less often
+# Rows of a product. A run is cut into as many of the first as fit, what is left into the second, and the rest into the third,
+# the last of which is filled up. Large ones run near the rate of one large product, small ones waste little at the end of a run.
+BLOCKS = 256, 64, 16
 
 
 def grouped_dot(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array) -> jax.Array:
@@ -24,40 +29,59 @@ def grouped_dot(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array) -> 
   return jnp.where(jnp.arange(x_AI.shape[0])[:, None] < counts_E.sum(), y_AO, 0)  # kernels differ in what they leave there
 
 
-def _block_size(A: int, E: int) -> int:
-  return min(A, max(8, min(BLOCK, 1 << (-(-A // E) - 1).bit_length())))
+def _each_run(counts_E: jax.Array, run: Callable[[jax.Array, jax.Array, jax.Array, Any], Any], carry: Any) -> Any:
+  """carry = run(expert, first row, rows, carry) for each expert that has rows."""
+  first_E = jnp.cumsum(counts_E) - counts_E
+  busy_E = jnp.argsort(counts_E == 0, stable=True)
+
+  def one(i: jax.Array, carry: Any) -> Any:
+    return run(busy_E[i], first_E[busy_E[i]], counts_E[busy_E[i]], carry)
+
+  return jax.lax.fori_loop(0, jnp.sum(counts_E > 0), one, carry)
 
 
-def _walk(counts_E: jax.Array, A: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-  """The blocks: how many, and of each its expert, its first row, and the first and the last row but one that count in it."""
-  E = counts_E.shape[0]
-  blocks_E = -(-counts_E // block)
-  most = A // block + E
-  ends_E = jnp.cumsum(blocks_E)
-  index_M = jnp.arange(most)
-  expert_M = jnp.minimum(jnp.searchsorted(ends_E, index_M, side='right'), E - 1)
-  row_E = jnp.cumsum(counts_E) - counts_E
-  from_M = row_E[expert_M] + (index_M - (ends_E - blocks_E)[expert_M]) * block
-  until_M = jnp.minimum(from_M + block, (row_E + counts_E)[expert_M])
-  return ends_E[-1], expert_M, jnp.minimum(from_M, A - block), from_M, until_M
+def _each_block(first: jax.Array, rows: jax.Array, A: int, block: Callable[[jax.Array, int, Any, Any], Any], carry: Any) -> Any:
+  """carry = block(start, size, keep, carry) for the blocks of a run; keep [size, 1], where not None, says which rows are its."""
+  end = first + rows
+  *sizes, least = [size for size in BLOCKS if size <= A] or [A]
+  for size in sizes:
+    number = (end - first) // size
+    carry = jax.lax.fori_loop(0, number, lambda i, carry, f=first, s=size: block(f + i * s, s, None, carry), carry)
+    first = first + number * size
+
+  def last(i: jax.Array, carry: Any) -> Any:
+    start = jnp.minimum(first + i * least, A - least)
+    row = start + jnp.arange(least)[:, None]
+    return block(start, least, (row >= first + i * least) & (row < end), carry)
+
+  return jax.lax.fori_loop(0, -(-(end - first) // least), last, carry)
+
+
+def _dot(x: jax.Array, x_axis: int, y: jax.Array, y_axis: int) -> jax.Array:
+  return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())))
+
+
+def _product(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array, axis: int) -> jax.Array:
+  """Each run of rows times its expert's matrix, summed over that axis of it."""
+  A = x_AI.shape[0]
+
+  def run(expert: jax.Array, first: jax.Array, rows: jax.Array, y_AO: jax.Array) -> jax.Array:
+    kernel = jax.lax.dynamic_index_in_dim(kernel_EIO, expert, keepdims=False)
+
+    def block(start: jax.Array, size: int, keep: jax.Array | None, y_AO: jax.Array) -> jax.Array:
+      y = _dot(jax.lax.dynamic_slice_in_dim(x_AI, start, size), 1, kernel, axis)
+      if keep is not None:
+        y = jnp.where(keep, y, jax.lax.dynamic_slice_in_dim(y_AO, start, size))
+      return jax.lax.dynamic_update_slice_in_dim(y_AO, y, start, 0)
+
+    return _each_block(first, rows, A, block, y_AO)
+
+  return _each_run(counts_E, run, jnp.zeros((A, kernel_EIO.shape[2 - axis]), x_AI.dtype))
 
 
 @jax.custom_vjp
 def _blocks(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array) -> jax.Array:
-  A, E = x_AI.shape[0], kernel_EIO.shape[0]
-  block = _block_size(A, E)
-  number, expert_M, start_M, from_M, until_M = _walk(counts_E, A, block)
-
-  def one(m: jax.Array, y_AO: jax.Array) -> jax.Array:
-    start = start_M[m]
-    row = start + jnp.arange(block)[:, None]
-    x = jax.lax.dynamic_slice_in_dim(x_AI, start, block)
-    y = x @ jax.lax.dynamic_index_in_dim(kernel_EIO, expert_M[m], keepdims=False)
-    old = jax.lax.dynamic_slice_in_dim(y_AO, start, block)
-    y = jnp.where((row >= from_M[m]) & (row < until_M[m]), y, old)
-    return jax.lax.dynamic_update_slice_in_dim(y_AO, y, start, 0)
-
-  return jax.lax.fori_loop(0, number, one, jnp.zeros((A, kernel_EIO.shape[2]), x_AI.dtype))
+  return _product(x_AI, kernel_EIO, counts_E, 0)
 
 
 def _forward(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array) -> tuple[jax.Array, tuple]:
@@ -66,22 +90,20 @@ def _forward(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array) -> tup
 
 def _backward(residuals: tuple, dy_AO: jax.Array) -> tuple[jax.Array, jax.Array, np.ndarray]:
   x_AI, kernel_EIO, counts_E = residuals
-  A, E = x_AI.shape[0], kernel_EIO.shape[0]
-  block = _block_size(A, E)
-  number, expert_M, start_M, from_M, until_M = _walk(counts_E, A, block)
+  x_IA = jax.lax.optimization_barrier(x_AI.T)  # a product that sums over the first axis of both is slower
 
-  def one(m: jax.Array, d_EIO: jax.Array) -> jax.Array:
-    start, e = start_M[m], expert_M[m]
-    row = start + jnp.arange(block)[:, None]
-    x = jax.lax.dynamic_slice_in_dim(x_AI, start, block)
-    x = jnp.where((row >= from_M[m]) & (row < until_M[m]), x, 0)
-    dy = jax.lax.dynamic_slice_in_dim(dy_AO, start, block)
-    old = jax.lax.dynamic_index_in_dim(d_EIO, e, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(d_EIO, old + x.T @ dy, e, 0)
+  def run(expert: jax.Array, first: jax.Array, rows: jax.Array, d_EIO: jax.Array) -> jax.Array:
+    def block(start: jax.Array, size: int, keep: jax.Array | None, d_IO: jax.Array) -> jax.Array:
+      dy = jax.lax.dynamic_slice_in_dim(dy_AO, start, size)
+      if keep is not None:
+        dy = jnp.where(keep, dy, 0)
+      return d_IO + _dot(jax.lax.dynamic_slice_in_dim(x_IA, start, size, axis=1), 1, dy, 0)
 
-  d_EIO = jax.lax.fori_loop(0, number, one, jnp.zeros_like(kernel_EIO))
-  dx_AI = _blocks(dy_AO, jnp.swapaxes(kernel_EIO, 1, 2), counts_E)
-  return dx_AI, d_EIO, np.zeros(counts_E.shape, jax.dtypes.float0)
+    d_IO = _each_block(first, rows, x_AI.shape[0], block, jnp.zeros_like(d_EIO, shape=d_EIO.shape[1:]))
+    return jax.lax.dynamic_update_index_in_dim(d_EIO, d_IO, expert, 0)
+
+  d_EIO = _each_run(counts_E, run, jnp.zeros_like(kernel_EIO))
+  return _product(dy_AO, kernel_EIO, counts_E, 1), d_EIO, np.zeros(counts_E.shape, jax.dtypes.float0)
 
 
 _blocks.defvjp(_forward, _backward)

@@ -100,12 +100,16 @@ def _inverse(order_A: jax.Array) -> jax.Array:
   return jnp.zeros_like(order_A).at[order_A].set(jnp.arange(order_A.shape[0], dtype=order_A.dtype), unique_indices=True)
 
 
+def sort_by_expert(expert_A: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The rows in the order of their experts, nobody's last: order [A], its inverse [A], and the rows of each expert [E]."""
+  order_A = jnp.argsort(expert_A, stable=True)
+  return order_A, _inverse(order_A), jnp.bincount(expert_A, length=num_experts + 1)[:num_experts]
+
+
 def _by_expert(
     mlp: MLP, x_AD: jax.Array, expert_A: jax.Array, seed_A: jax.Array, num_experts: int, rate: float) -> jax.Array:
   """Row a through expert expert_A[a]; anything for nobody's."""
-  order_A = jnp.argsort(expert_A, stable=True)
-  inverse_A = _inverse(order_A)
-  counts_E = jnp.bincount(expert_A, length=num_experts + 1)[:num_experts]
+  order_A, inverse_A, counts_E = sort_by_expert(expert_A, num_experts)
 
   def drop(hidden_AF: jax.Array) -> jax.Array:
     return _dropout_by_row(hidden_AF, rate, seed_A[order_A])

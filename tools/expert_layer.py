@@ -1,0 +1,151 @@
+"""One layer of experts, part by part and by the number of experts: what `tools/benchmark.py moe` prints at its end."""
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from t5x_cpm import backend
+from t5x_cpm.config import ModelConfig
+from t5x_cpm.model_config import MoEConfig
+
+TOKENS, GROUP = 8192, 256
+COUNTS = 4, 8, 16, 32, 64, 128  # experts: 64 tokens each at the most
+SHARES_OF = 8, 2048  # experts and tokens whose shares are shown
+
+Program = Callable[[], Any]
+
+
+def _alternating(programs: dict[Any, Program], repeats: int) -> dict[Any, float]:
+  """Median seconds of each; they take turns, so that what else the machine does hits all."""
+  seconds: dict[Any, list[float]] = {name: [] for name in programs}
+  for turn in range(repeats + 1):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      program()
+      if turn:  # the first one compiles
+        seconds[name].append(time.perf_counter() - start)
+  return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def _layer(model: ModelConfig, experts: int, tokens: int) -> tuple[Callable, Callable, Callable, tuple]:
+  """(route, dispatch, products, what they take) of a dropless layer with random weights."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from flax import nnx
+
+  from t5x_cpm.models import grouped, moe, routing
+  from t5x_cpm.models.layers import MLP
+
+  config = MoEConfig(num_experts=experts, dispatch='dropless')
+  model = dataclasses.replace(model, moe=config)
+
+  @nnx.split_rngs(splits=experts)
+  @nnx.vmap
+  def make(rngs: nnx.Rngs) -> MLP:
+    return MLP(model, model.num_encoder_layers, rngs)
+
+  def both() -> Any:
+    return make(nnx.Rngs(params=0)), routing.Router(model, 'switch', nnx.Rngs(params=1))
+
+  graph = nnx.graphdef(nnx.eval_shape(both))
+  u_GTD = jnp.asarray(np.random.default_rng(0).standard_normal((tokens // GROUP, GROUP, model.d_model), np.float32))
+  context = routing.RouteContext(jnp.ones(u_GTD.shape[:2], bool), jnp.zeros(u_GTD.shape[:2], jnp.int32), key=jax.random.key(0))
+
+  def route(state: Any, u_GTD: jax.Array) -> routing.Routing:
+    return routing.switch(config, nnx.merge(graph, state)[1], u_GTD, context)
+
+  def dispatch(state: Any, u_GTD: jax.Array, where: routing.Routing) -> jax.Array:
+    return moe.dispatch(nnx.merge(graph, state)[0], u_GTD, where, 0.0, None)
+
+  def products(state: Any, u_GTD: jax.Array, where: routing.Routing) -> jax.Array:
+    counts_E = jnp.bincount(where.expert_GTK.reshape(-1), length=experts)
+    return nnx.merge(graph, state)[0](
+        u_GTD.reshape(-1, model.d_model), product=lambda x, kernel: grouped.grouped_dot(x, kernel, counts_E))
+
+  return route, dispatch, products, (jax.jit(lambda: nnx.state(both()))(), u_GTD)
+
+
+def _ready(program: Callable, *arguments: Any) -> Program:
+  import jax
+
+  program = jax.jit(program)
+  return lambda: jax.block_until_ready(program(*arguments))
+
+
+def _with_gradients(fn: Callable) -> Callable:
+  """fn and the gradients of its sum by its first two arguments."""
+  import jax
+  import jax.numpy as jnp
+
+  def total(*arguments: Any) -> Any:
+    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(fn(*arguments)) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+  return jax.value_and_grad(total, argnums=(0, 1))
+
+
+def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
+  """Seconds of a layer, forward and backward, and of its parts, each as a program of its own."""
+  import jax
+
+  from t5x_cpm.models import moe
+
+  experts, tokens = SHARES_OF
+  route, dispatch, products, arguments = _layer(model, experts, tokens)
+  where = jax.jit(route)(*arguments)
+
+  def layer(state: Any, u_GTD: jax.Array) -> Any:
+    where = route(state, u_GTD)
+    return dispatch(state, u_GTD, where), where.losses
+
+  def there_and_back(_: Any, u_GTD: jax.Array) -> Any:
+    return moe.dispatch(lambda x, drop, product: x, u_GTD, where, 0.0, None)  # type: ignore[arg-type]
+
+  def chosen(state: Any, u_GTD: jax.Array) -> Any:
+    where = route(state, u_GTD)
+    return where.weight_GTK, where.losses
+
+  seconds = _alternating({
+      'layer': _ready(_with_gradients(layer), *arguments),
+      'router': _ready(_with_gradients(chosen), *arguments),
+      'sort': _ready(lambda expert_A: moe.sort_by_expert(expert_A, experts), where.expert_GTK.reshape(-1)),
+      'gather': _ready(_with_gradients(there_and_back), *arguments),
+      'products': _ready(_with_gradients(products), *arguments, where)}, repeats)
+  seconds['gather'] -= seconds['sort']
+  return seconds
+
+
+def by_count(model: ModelConfig, repeats: int) -> dict[int, tuple[float, float]]:
+  """Seconds forward, and forward and backward, of TOKENS tokens for each number of experts."""
+  programs: dict[Any, Program] = {}
+  for experts in COUNTS:
+    route, dispatch, _, arguments = _layer(model, experts, TOKENS)
+
+    def layer(state: Any, u_GTD: Any, route: Callable = route, dispatch: Callable = dispatch) -> Any:
+      where = route(state, u_GTD)
+      return dispatch(state, u_GTD, where), where.losses
+
+    programs[experts, 0] = _ready(layer, *arguments)
+    programs[experts, 1] = _ready(_with_gradients(layer), *arguments)
+  seconds = _alternating(programs, repeats)
+  return {experts: (seconds[experts, 0], seconds[experts, 1]) for experts in COUNTS}
+
+
+def report(model: ModelConfig, repeats: int, threads: int) -> dict[str, Any]:
+  """Prints both tables, and returns their figures."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+  backend.keep_memory()
+  parts = shares(model, repeats)
+  whole = parts.pop('layer')
+  print(f'one dropless layer of {SHARES_OF[0]} experts, {SHARES_OF[1]} tokens, forward and backward: {1e3 * whole:.1f} ms')
+  print('  alone: ' + ', '.join(f'{name} {1e3 * each:.1f} ms ({each / whole:.1%})' for name, each in parts.items()))
+  counts = by_count(model, repeats)
+  least = counts[COUNTS[0]]
+  print(f'one dropless layer, {TOKENS} tokens: {"experts":>9} {"tokens each":>12} {"forward":>9} {"of 4":>6} {"and back":>9} {"of 4":>6}')
+  for experts, (forward, both) in counts.items():
+    print(f'{"":32} {experts:9} {TOKENS // experts:12} {forward:8.3f}s {forward / least[0]:6.2f} {both:8.3f}s {both / least[1]:6.2f}')
+  return {'layer': whole, 'parts': parts, 'counts': counts}
