@@ -27,7 +27,7 @@ class MeshConfig:
   model: int = free(1)
   expert: int = free(1)
   sharding: str = free('none')
-  host_gib: float = free(0.0)  # of each device's optimizer state, so much is kept in the memory of its host; -1: all of it
+  host_gib: float = free(0.0)  # of each device's optimizer state, then weights, kept in its host's memory; -1: all that can be
   slices: int = free(1)  # groups of devices with a slower network between them, such as TPU slices: they split `data`
   cpu_devices: int = free(0)  # run on the CPU as so many devices, to try a mesh; 0: on what is there
 

@@ -128,34 +128,6 @@ def check_tree_divides(mesh: Mesh, abstract: Any, names_tree: Any, rules: Rules 
     check_divides(mesh, leaf.shape, leaf_names, jax.tree_util.keystr(path, simple=True, separator='/'), rules)
 
 
-def with_host_memory(abstract: Any, shardings: Any, gib: float) -> Any:
-  """Shardings that keep so many GiB of each device's part of a tree in the memory of its host: whole arrays, largest first.
-
-  Args:
-    abstract: shapes and dtypes.
-    shardings: of the same structure.
-    gib: at least so much is moved, or all there is; -1 is all.
-  """
-  leaves, placed = jax.tree.leaves(abstract), jax.tree.leaves(shardings)
-  sizes = [math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in zip(leaves, placed, strict=True)]
-  moved = 0
-  for index in sorted(range(len(leaves)), key=lambda index: -sizes[index]):
-    if leaves[index].ndim == 0 or (gib >= 0 and moved >= gib * 2**30):
-      break
-    placed[index] = placed[index].with_memory_kind('pinned_host')
-    moved += sizes[index]
-  return jax.tree.unflatten(jax.tree.structure(shardings), placed)
-
-
-def on_device(tree: Any, shardings: Any) -> Any:
-  """Within jit: what the shardings keep in the memory of the hosts, brought to the devices."""
-
-  def bring(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    return x if sharding.memory_kind != 'pinned_host' else jax.device_put(x, sharding.with_memory_kind('device'))
-
-  return jax.tree.map(bring, tree, shardings)
-
-
 def inside(mesh: Mesh) -> Any:
   """A context for tracing: within it `shard` refers to this mesh."""
   return jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)

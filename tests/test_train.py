@@ -86,3 +86,15 @@ def test_starting_from_another_run_takes_its_parameters(folder):
   done = run(folder, 'continued', 3, f'--init_from={folder / "whole"}', '--gin.OptimizerConfig.learning_rate=0.0')
   assert done.returncode == 0, done.stderr[-3000:]
   assert losses(folder, 'continued')[1] < losses(folder, 'whole')[1] - 0.5
+
+
+@pytest.mark.slow
+def test_weights_in_host_memory_are_saved_and_restored(tmp_path):
+  """The run continues with them there or not."""
+  write_run(tmp_path)
+  here = ('--gin.ModelConfig.dtype=bfloat16',)
+  away = (*here, '--gin.MeshConfig.host_gib=-1')
+  for model_dir, steps, extra in (('here', 8, here), ('away', 4, away), ('away', 6, away), ('away', 8, here)):
+    result = run(tmp_path, model_dir, steps, '--gin.CheckpointConfig.every=2', *extra)
+    assert result.returncode == 0, result.stderr
+  assert losses(tmp_path, 'away') == pytest.approx(losses(tmp_path, 'here'), rel=1e-3)

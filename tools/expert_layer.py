@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
@@ -30,8 +30,25 @@ def _alternating(programs: dict[Any, Program], repeats: int) -> dict[Any, float]
   return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def _layer(model: ModelConfig, experts: int, tokens: int) -> tuple[Callable, Callable, Callable, tuple]:
-  """(route, dispatch, products, what they take) of a dropless layer with random weights."""
+class Layer(NamedTuple):
+  """The parts of a dropless layer, functions of its weights and tokens [G, T, D], and random ones of these.
+
+  Attributes:
+    route: where tokens go.
+    dispatch: takes that too, and gives the output.
+    products: what of it is products, with tokens in the order they have.
+    even: the products as if every expert had as many tokens, one batched product a matrix.
+    arguments: weights and tokens.
+  """
+
+  route: Callable[..., Any]
+  dispatch: Callable[..., Any]
+  products: Callable[..., Any]
+  even: Callable[..., Any]
+  arguments: tuple[Any, Any]
+
+
+def _layer(model: ModelConfig, experts: int, tokens: int) -> Layer:
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -66,7 +83,11 @@ def _layer(model: ModelConfig, experts: int, tokens: int) -> tuple[Callable, Cal
     return nnx.merge(graph, state)[0](
         u_GTD.reshape(-1, model.d_model), product=lambda x, kernel: grouped.grouped_dot(x, kernel, counts_E))
 
-  return route, dispatch, products, (jax.jit(lambda: nnx.state(both()))(), u_GTD)
+  def even(state: Any, u_GTD: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)[0](
+        u_GTD.reshape(experts, -1, model.d_model), product=lambda x, kernel: jnp.einsum('eni,eio->eno', x, kernel))
+
+  return Layer(route, dispatch, products, even, (jax.jit(lambda: nnx.state(both()))(), u_GTD))
 
 
 def _ready(program: Callable, *arguments: Any) -> Program:
@@ -94,7 +115,7 @@ def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
   from t5x_cpm.models import moe
 
   experts, tokens = SHARES_OF
-  route, dispatch, products, arguments = _layer(model, experts, tokens)
+  route, dispatch, products, _, arguments = _layer(model, experts, tokens)
   where = jax.jit(route)(*arguments)
 
   def layer(state: Any, u_GTD: jax.Array) -> Any:
@@ -118,11 +139,11 @@ def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
   return seconds
 
 
-def by_count(model: ModelConfig, repeats: int) -> dict[int, tuple[float, float]]:
-  """Seconds forward, and forward and backward, of TOKENS tokens for each number of experts."""
+def by_count(model: ModelConfig, repeats: int) -> dict[int, tuple[float, ...]]:
+  """Seconds of TOKENS tokens for each number of experts: forward, with gradients, and of `even` with gradients."""
   programs: dict[Any, Program] = {}
   for experts in COUNTS:
-    route, dispatch, _, arguments = _layer(model, experts, TOKENS)
+    route, dispatch, _, even, arguments = _layer(model, experts, TOKENS)
 
     def layer(state: Any, u_GTD: Any, route: Callable = route, dispatch: Callable = dispatch) -> Any:
       where = route(state, u_GTD)
@@ -130,8 +151,9 @@ def by_count(model: ModelConfig, repeats: int) -> dict[int, tuple[float, float]]
 
     programs[experts, 0] = _ready(layer, *arguments)
     programs[experts, 1] = _ready(_with_gradients(layer), *arguments)
+    programs[experts, 2] = _ready(_with_gradients(even), *arguments)
   seconds = _alternating(programs, repeats)
-  return {experts: (seconds[experts, 0], seconds[experts, 1]) for experts in COUNTS}
+  return {experts: tuple(seconds[experts, which] for which in range(3)) for experts in COUNTS}
 
 
 def report(model: ModelConfig, repeats: int, threads: int) -> dict[str, Any]:
@@ -144,8 +166,9 @@ def report(model: ModelConfig, repeats: int, threads: int) -> dict[str, Any]:
   print(f'one dropless layer of {SHARES_OF[0]} experts, {SHARES_OF[1]} tokens, forward and backward: {1e3 * whole:.1f} ms')
   print('  alone: ' + ', '.join(f'{name} {1e3 * each:.1f} ms ({each / whole:.1%})' for name, each in parts.items()))
   counts = by_count(model, repeats)
-  least = counts[COUNTS[0]]
-  print(f'one dropless layer, {TOKENS} tokens: {"experts":>9} {"tokens each":>12} {"forward":>9} {"of 4":>6} {"and back":>9} {"of 4":>6}')
-  for experts, (forward, both) in counts.items():
-    print(f'{"":32} {experts:9} {TOKENS // experts:12} {forward:8.3f}s {forward / least[0]:6.2f} {both:8.3f}s {both / least[1]:6.2f}')
+  print(f'one dropless layer of {TOKENS} tokens; of 4: against 4 experts; even: one batched product, as if loads were equal')
+  print(f'{"experts":>9} {"tokens each":>12} {"forward":>9} {"of 4":>6} {"and back":>9} {"of 4":>6} {"even":>9} {"of 4":>6}')
+  for experts, each in counts.items():
+    columns = ' '.join(f'{one:8.3f}s {one / first:6.2f}' for one, first in zip(each, counts[COUNTS[0]], strict=True))
+    print(f'{experts:9} {TOKENS // experts:12} {columns}')
   return {'layer': whole, 'parts': parts, 'counts': counts}

@@ -210,8 +210,8 @@ def advice(plan: Plan, config: Config) -> list[str]:
         lines.append("ModelConfig.remat = 'full' keeps the inputs of layers only")
       lines.append(f'TrainConfig.microbatches = {2 * config.train.microbatches} halves the activations')
       if config.mesh.host_gib == 0:
-        lines.append(f"MeshConfig.host_gib = {math.ceil(plan.missing_bytes / GiB)} keeps that part of the optimizer's state in "
-                     "the memory of the hosts")
+        lines.append(f"MeshConfig.host_gib = {math.ceil(plan.missing_bytes / GiB)} keeps so much of the optimizer's state in "
+                     "the memory of the hosts; beyond that, twice as much for weights")
     else:
       lines.append('a larger MeshConfig.model splits the parameters, a smaller InferConfig.batch_size the cache')
     lines.append('a larger slice')

@@ -131,11 +131,12 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
   moved = count * (6 * local + 8 * held(param_rules) + 60 * sum(t * n for t, n in zip(tokens, layers)) * D)
   moved += 28 * held(optimizer_rules)
   seconds = _together(work / slice_.count / chip.flops, sent, moved / chip.hbm_rate)
-  missing = needed - ROOM * chip.hbm
-  if missing > 0 and missing < 8 * held(optimizer_rules) and config.optimizer.name == 'adamw':
-    gib = math.ceil(missing / GiB)
+  missing, moments = needed - ROOM * chip.hbm, 8 * held(optimizer_rules)
+  away = missing + max(missing - moments, 0)  # of a weight that is away, a copy of half its size stays
+  if missing > 0 and away < moments + 4 * held(param_rules) and config.optimizer.name == 'adamw':
+    gib = math.ceil(away / GiB)
     config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, host_gib=float(gib)))
-    needed, seconds = needed - gib * GiB, seconds + 2 * gib * GiB / chip.host_rate
+    needed, seconds = ROOM * chip.hbm, seconds + 2 * gib * GiB / chip.host_rate
   return Estimate(config, needed, seconds)
 
 
@@ -177,26 +178,36 @@ def best(config: Config, slice_: Slice, step: str) -> tuple[Config, plan.Plan]:
   order = ranked(config, slice_, step)
   print(f'{len(order)} candidates; compiling the best {min(TRIED, len(order))} by their estimates', flush=True)
   plans: list[tuple[Config, plan.Plan]] = []
+
+  def attempt(config: Config, estimated: str = '') -> None:
+    try:
+      made = plan.make(config, slice_, step)
+    except ConfigError as error:
+      print(f'  {_line(config)}: {re.sub(r"[.] .*", "", str(error))}', flush=True)
+      return
+    plans.append((config, made))
+    verdict = f'{made.step_seconds:.3g} s, {made.bound}' if made.fits else f'{made.missing_bytes / GiB:.1f} GiB too much'
+    print(f'  {_line(config)}: {verdict}{estimated}', flush=True)
+
+  def winner() -> tuple[Config, plan.Plan]:
+    return min(plans, key=lambda pair: (not pair[1].fits, pair[1].missing_bytes, pair[1].step_seconds))
+
   seen: set[Any] = set()
   for one in order:
     mesh = one.config.mesh
-    key = (mesh.data, mesh.model, mesh.expert, mesh.sharding)
-    if key in seen:  # the same mesh with other microbatches is tried after the compiler has spoken
-      continue
-    seen.add(key)
-    try:
-      made = plan.make(one.config, slice_, step)
-    except ConfigError as error:
-      print(f'  {_line(one.config)}: {re.sub(r"[.] .*", "", str(error))}', flush=True)
-      continue
-    plans.append((one.config, made))
-    verdict = f'{made.step_seconds:.3g} s, {made.bound}' if made.fits else f'{made.missing_bytes / GiB:.1f} GiB too much'
-    print(f'  {_line(one.config)}: {verdict} (estimate {one.seconds:.3g} s, {one.bytes / GiB:.1f} GiB)', flush=True)
-    if len(plans) == TRIED:
-      break
+    key = (mesh.data, mesh.model, mesh.expert, mesh.sharding if mesh.data * mesh.expert > 1 else 'none')
+    if key not in seen and len(plans) < TRIED:  # the same mesh with other microbatches waits until the compiler has spoken
+      seen.add(key)
+      attempt(one.config, f' (estimate {one.seconds:.3g} s, {one.bytes / GiB:.1f} GiB)')
   if not plans:
     raise ConfigError(f'no mesh of {slice_.name} can split this model and batch.')
-  return min(plans, key=lambda pair: (not pair[1].fits, pair[1].missing_bytes, pair[1].step_seconds))
+  config, made = winner()
+  while made.fits and made.bound != 'compute' and config.train.microbatches % 2 == 0:  # estimates ask for too many
+    attempt(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=config.train.microbatches // 2)))
+    if winner()[0] is config:
+      break
+    config, made = winner()
+  return config, made
 
 
 def _line(config: Config) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 
 from t5x_cpm import backend
 
-# Rows of a product. A run is cut into as many of the first as fit, what is left into the second, and the rest into the third,
-# the last of which is filled up. Large ones run near the rate of one large product, small ones waste little at the end of a run.
+# Rows of a product. A run is cut into as many of the first as fit, what is left into the second, the rest into the third, the
+# last of which is filled up. Large ones run near the rate of one large product, small ones waste little where a run ends.
 BLOCKS = 256, 64, 16
 
 
@@ -40,8 +40,9 @@ def _each_run(counts_E: jax.Array, run: Callable[[jax.Array, jax.Array, jax.Arra
   return jax.lax.fori_loop(0, jnp.sum(counts_E > 0), one, carry)
 
 
-def _each_block(first: jax.Array, rows: jax.Array, A: int, block: Callable[[jax.Array, int, Any, Any], Any], carry: Any) -> Any:
-  """carry = block(start, size, keep, carry) for the blocks of a run; keep [size, 1], where not None, says which rows are its."""
+def _each_block(
+    first: jax.Array, rows: jax.Array, A: int, block: Callable[[jax.Array, int, Any, Any], Any], carry: Any) -> Any:
+  """carry = block(start, size, keep, carry) for the blocks of a run; keep [size, 1], where not None: which rows count."""
   end = first + rows
   *sizes, least = [size for size in BLOCKS if size <= A] or [A]
   for size in sizes:

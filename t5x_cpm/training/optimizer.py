@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import ConfigError, OptimizerConfig
 from t5x_cpm.mesh import is_names
 
@@ -146,48 +145,14 @@ def _wide(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-def in_turn(inner: optax.GradientTransformation, shardings: Any) -> optax.GradientTransformationExtraArgs:
-  """The same transformation for one parameter after the other, bringing its state from the memory of the host and back.
-
-  All at once, as XLA would order it, would need as much memory of the device as was saved. The state does not change where
-  the extra argument `halted` is true.
-
-  Args:
-    inner: whose update of one parameter depends on no other.
-    shardings: of its state.
-  """
-
-  def update(updates: Any, state: Any, params: Any = None, *, halted: Any) -> tuple[Any, Any]:
-    gradients, structure = jax.tree.flatten(updates)
-
-    def is_one_each(node: Any) -> bool:
-      return bool(jax.tree.structure(node) == structure)  # type: ignore[operator]
-
-    def pick(tree: Any, index: int) -> Any:
-      return jax.tree.map(lambda node: jax.tree.leaves(node)[index] if is_one_each(node) else node, tree, is_leaf=is_one_each)
-
-    results: list[Any] = []
-    states: list[Any] = []
-    for index, gradient in enumerate(gradients):
-      own, place = pick(state, index), pick(shardings, index)
-      if results:  # not before the last one is done
-        own, gradient, _ = jax.lax.optimization_barrier((own, gradient, (results[-1], states[-1])))
-      own = mesh_lib.on_device(own, place)
-      result, new = inner.update(gradient, own, pick(params, index))
-      new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), own, new)
-      results.append(result)
-      states.append(jax.tree.map(jax.device_put, new, place))
-    merged = jax.tree.map(
-        lambda node, *parts: jax.tree.unflatten(structure, parts) if is_one_each(node) else parts[-1], state, *states,
-        is_leaf=is_one_each)
-    return jax.tree.unflatten(structure, results), merged
-
-  return optax.GradientTransformationExtraArgs(inner.init, update)
+def weight_decays(config: OptimizerConfig, abstract_params: Any) -> Any:
+  """The weight decay of each parameter."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: config.weight_decay if decays('/'.join(_names(path))) else 0.0, abstract_params)
 
 
 def make(
-    config: OptimizerConfig, steps: int, logical_axes: Any, abstract_params: Any,
-    shardings: Any = None) -> optax.GradientTransformationExtraArgs:
+    config: OptimizerConfig, steps: int, logical_axes: Any, abstract_params: Any) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a run: clip by the global norm, precondition, decay weights, multiply by the learning rate.
 
   Weight decay is decoupled: the decay of a step is learning rate * weight_decay * parameter, for every optimizer.
@@ -198,10 +163,10 @@ def make(
     steps: length of the run, for schedules that end with it.
     logical_axes: tree of tuples of axis names, like the parameters.
     abstract_params: tree of shapes, of trained parameters only.
-    shardings: of the state, where some of it lies in the memory of the hosts: see `in_turn`.
 
   Returns:
-    A transformation whose state is {'count': updates done, 'inner': of the named optimizer}.
+    A transformation whose state is {'count': updates done, 'inner': of the named optimizer}. A caller that gives it a part of
+    the gradients says so with `norm`, that of all, and `decay`, of this part.
 
   Raises:
     ConfigError: see `make_schedule`.
@@ -219,28 +184,24 @@ def make(
     inner = optax.trace(config.momentum)
   else:
     inner = optax.GradientTransformation(lambda params: {}, lambda updates, state, params=None: (updates, state))
-  weight_decay = jax.tree_util.tree_map_with_path(
-      lambda path, _: config.weight_decay if decays('/'.join(_names(path))) else 0.0, abstract_params)
+  all_decays = weight_decays(config, abstract_params)
 
   def init(params: Any) -> dict[str, Any]:
     return {'count': jnp.zeros((), jnp.int32), 'inner': inner.init(_wide(params))}
 
-  if shardings is not None:
-    inner = in_turn(inner, shardings['inner'])
-
-  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, dict[str, Any]]:
+  def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, decay: Any = all_decays) -> tuple[Any, Any]:
     updates, params = _wide(updates), _wide(params)
     if config.clip_norm:
       # optax.clip_by_global_norm divides every element, which XLA does in a pass of its own: on CPU, longer than Adam takes.
-      factor = jnp.minimum(1.0, config.clip_norm / optax.tree.norm(updates))
+      factor = jnp.minimum(1.0, config.clip_norm / (optax.tree.norm(updates) if norm is None else norm))
       updates = jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
-    updates, inner_state = inner.update(updates, state['inner'], params, **extra)
+    updates, inner_state = inner.update(updates, state['inner'], params)
     rate = schedule(state['count'])
 
     def descend(update: jax.Array, decay: float, parameter: jax.Array) -> jax.Array:
       return -rate.astype(update.dtype) * (update + decay * parameter if decay else update)
 
-    updates = jax.tree.map(descend, updates, weight_decay, params)
+    updates = jax.tree.map(descend, updates, decay, params)
     return updates, {'count': state['count'] + 1, 'inner': inner_state}
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -5,7 +5,7 @@ from typing import Any
 Tree = dict[str, Any]
 
 
-def split(tree: Tree, labels: Tree, label: str = 'train') -> tuple[Tree, Tree]:
+def split(tree: Tree, labels: Tree, label: Any = 'train') -> tuple[Tree, Tree]:
   """The leaves with this label, and the others: nested dicts without the branches that would be empty.
 
   Args:

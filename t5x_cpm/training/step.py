@@ -2,7 +2,8 @@
 
 Building touches no device and no data: training, ahead-of-time compilation, benchmarks and tests call the same function.
 The state is a plain dict: `step` (int32), `params`, `opt_state`, and `halted` (bool), which a loss or gradient that is not
-finite sets: from then on the state stays as it was before that step, so that the cause can be looked for.
+finite sets: from then on the state stays as it was before that step, so that the cause can be looked for. Where weights lie in
+the memory of the hosts there are their `copies` too: see host_memory.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ import optax
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import losses, optimizer, partition, stability
+from t5x_cpm.models.layers import compute_dtype
+from t5x_cpm.training import host_memory, losses, optimizer, partition, stability
 
 State = dict[str, Any]
 Batch = dict[str, Any]
@@ -33,10 +35,11 @@ class Step:
     model: the model.
     fn: (state, frozen, batch) -> (state, metrics); jit-compiled, donates the state. `frozen` are parameters that are read
       but neither donated nor saved; a plain training run has none, {}.
-    evaluate: (params, batch) -> sums over the batch: loss, correct, weight.
+    evaluate: (host_memory.working(state), batch) -> sums over the batch: loss, correct, weight.
     explain: (state, frozen, batch) -> the name of the first tensor that is not finite among parameters, loss and gradients
       of a step, which is not taken; None where there is none.
     init: key -> a fresh state, laid out on the mesh.
+    complete: what host_memory.saved leaves of a state -> the state.
     abstract_state: shapes, dtypes and shardings of the state.
     abstract_batch: the same of a batch.
     schedule: step -> learning rate.
@@ -47,6 +50,7 @@ class Step:
   evaluate: Callable[..., dict[str, jax.Array]]
   explain: Callable[..., str | None]
   init: Callable[[jax.Array], State]
+  complete: Callable[[State], State]
   abstract_state: State
   abstract_batch: Batch
   schedule: Callable[[Any], Any]
@@ -109,6 +113,8 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   trained_axes = partition.split(axes, labels)[0]
   trained_shapes = partition.split(abstract_params, labels)[0]
   tx = optimizer.make(config.optimizer, config.train.steps, trained_axes, trained_shapes)
+  dtype = compute_dtype(config.model)
+  decay = optimizer.weight_decays(config.optimizer, trained_shapes)
   schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
 
   def loss_sums(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Sums]:
@@ -129,7 +135,8 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
         total, auxiliary, sums = loss_sums(partition.join(trained, rest), batch, key)
         return total / weight + auxiliary / config.train.microbatches, sums
 
-      return jax.grad(objective, has_aux=True)(trained)
+      found, sums = jax.grad(objective, has_aux=True)(trained)
+      return jax.tree.map(lambda gradient, shape: gradient.astype(shape.dtype), found, trained_shapes), sums
 
     count = config.train.microbatches
     if count == 1:
@@ -150,7 +157,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     del frozen  # nothing of a plain run is frozen
     with mesh_lib.inside(mesh):
-      grads, sums = gradients(state['params'], batch, key_of(state['step']))
+      grads, sums = gradients(host_memory.working(state), batch, key_of(state['step']))
     if optimizer_rules is not mesh_lib.RULES:  # a device updates its part alone, so it needs that part of the sum alone
       grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
     trained, rest = partition.split(state['params'], labels)
@@ -158,20 +165,27 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     halted = state['halted']
     if config.train.check_finite:
       halted |= ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state['opt_state'], trained, **({'halted': halted} if config.mesh.host_gib else {}))
-    params = model.advance(partition.join(optax.apply_updates(trained, updates), rest), sums.updates)
+    kept = {name: part for name, part in state.items() if name != 'halted'}
+    if config.mesh.host_gib:
+      places = {'params': partition.split(state_shardings['params'], labels)[0], 'opt_state': state_shardings['opt_state']}
+      parts, squares = host_memory.update(
+          tx, grads, state['opt_state'], trained, places, decay, dtype, norm=norm, halted=halted)
+      trained, squares = parts['params'], squares + optax.tree.norm(rest, squared=True)
+      kept |= parts | {'params': partition.join(trained, rest)}  # they have seen to it
+    else:
+      updates, opt_state = tx.update(grads, state['opt_state'], trained)
+      trained = optax.apply_updates(trained, updates)
+      parts, squares = {'opt_state': opt_state}, optax.tree.norm(partition.join(trained, rest), squared=True)
+    params = model.advance(partition.join(trained, rest), sums.updates)
     metrics = means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
         'gradient_norm': norm,
-        'parameter_norm': optax.tree.norm(params),
+        'parameter_norm': jnp.sqrt(squares),
         'learning_rate': jnp.asarray(schedule(state['step']), jnp.float32),
         'encoder_tokens': (batch['encoder_segment_ids'] != 0).sum(),
         'decoder_tokens': (batch['decoder_segment_ids'] != 0).sum(),
     }
-    new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    new = parts | {'step': state['step'] + 1, 'params': params}
     if config.train.check_finite:
-      kept = {name: state[name] for name in new}
-      if config.mesh.host_gib:  # there the optimizer has seen to it
-        kept['opt_state'] = state['opt_state'] | {'inner': opt_state['inner']}
       new = jax.tree.map(lambda a, b: a if a is b else jnp.where(halted, a, b), kept, new)
     return new | {'halted': halted}, metrics | {'halted': halted}
 
@@ -182,7 +196,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   @jax.jit
   def causes(state: State, batch: Batch) -> tuple[Any, Any]:
     with mesh_lib.inside(mesh):
-      grads, sums = gradients(state['params'], batch, key_of(state['step']))
+      grads, sums = gradients(host_memory.working(state), batch, key_of(state['step']))
     return means(sums.pairs)['loss'], grads
 
   def explain(state: State, frozen: Any, batch: Batch) -> str | None:
@@ -196,15 +210,17 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     opt_state = tx.init(partition.split(params, labels)[0])
     return {'step': jnp.int32(0), 'params': params, 'opt_state': opt_state, 'halted': jnp.bool(False)}
 
+  def complete(state: State) -> State:
+    return host_memory.complete(state, state_shardings, dtype)
+
   abstract = jax.eval_shape(init_state, jax.random.key(0))
   # Without shardings jit would put all moments on one device.
   state_shardings = mesh_lib.shardings(mesh, {'step': (), 'params': axes, 'halted': ()}, param_rules)
   moments = optimizer.state_axes(tx, trained_shapes, trained_axes)
   state_shardings['opt_state'] = mesh_lib.shardings(mesh, moments, optimizer_rules)
   if config.mesh.host_gib:
-    state_shardings['opt_state'] = mesh_lib.with_host_memory(
-        abstract['opt_state'], state_shardings['opt_state'], config.mesh.host_gib)
-    tx = optimizer.make(config.optimizer, config.train.steps, trained_axes, trained_shapes, state_shardings['opt_state'])
+    state_shardings = host_memory.place(abstract, state_shardings, axes, config.mesh.host_gib, dtype)
+    abstract = jax.eval_shape(complete, abstract)
   gradient_shardings = mesh_lib.shardings(mesh, trained_axes, optimizer_rules)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = batch_shapes(config)
@@ -218,9 +234,11 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
       fn=jax.jit(
           train_step, donate_argnums=0, in_shardings=(state_shardings, None, batch_shardings),
           out_shardings=(state_shardings, everywhere)),
-      evaluate=jax.jit(evaluate, in_shardings=(state_shardings['params'], batch_shardings), out_shardings=everywhere),
+      evaluate=jax.jit(
+          evaluate, in_shardings=(host_memory.working(state_shardings), batch_shardings), out_shardings=everywhere),
       explain=explain,
-      init=jax.jit(init_state, out_shardings=state_shardings),
+      init=lambda key: complete(jax.jit(init_state, out_shardings=host_memory.saved(state_shardings))(key)),
+      complete=complete,
       abstract_state=on_mesh(abstract, state_shardings),
       abstract_batch=on_mesh(shapes, batch_shardings),
       schedule=schedule)

@@ -21,7 +21,7 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.data import vocabulary as vocabulary_lib
-from t5x_cpm.training import checkpoint, metrics, plots, run_directory
+from t5x_cpm.training import checkpoint, host_memory, metrics, plots, run_directory
 from t5x_cpm.training import step as step_lib
 from t5x_cpm.watch import Group
 
@@ -159,6 +159,7 @@ def initial_state(config: Config, step: step_lib.Step, vocabulary: vocabulary_li
           f'TrainConfig.init_from = {config.train.init_from!r}: that run was trained with another vocabulary ({theirs}, this '
           f'run has {vocabulary.fingerprint}). Set TaskConfig.vocabulary to the one in {config.train.init_from}/vocabulary.')
     state['params'] = checkpoint.load_params(config.train.init_from, into=step.abstract_state['params'])
+    state = step.complete(host_memory.saved(state))
   return state
 
 
@@ -207,7 +208,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   if latest is None:
     state = initial_state(config, step, reader.vocabulary)
   else:
-    state = manager.restore(step.abstract_state, latest)
+    state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
     say(f'continuing {model_dir} from step {latest}')
   first = latest or 0
 
@@ -238,14 +239,15 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
     nonlocal evaluation, evaluated
     group.at(f'the evaluation after step {number}')
     evaluated = number
-    evaluation = evaluate(step, state['params'], reader_lib.open_reader(config, 'validation'), config.train.eval_batches)
+    evaluation = evaluate(
+        step, host_memory.working(state), reader_lib.open_reader(config, 'validation'), config.train.eval_batches)
     writers.evaluation(number, evaluation)
 
   def save(number: int) -> None:
     report()  # a state that is not finite is never saved
     group.at(f'saving step {number}')
     current = evaluation if evaluated == number else {}  # an older evaluation is not of this state
-    manager.save(number, state, metrics={f'eval/{name}': value for name, value in current.items()} or None)
+    manager.save(number, host_memory.saved(state), metrics={f'eval/{name}': value for name, value in current.items()} or None)
 
   def make(index: int) -> Any:
     return put_batch(step, reader.batch(index, rows), rows)

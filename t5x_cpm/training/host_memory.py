@@ -1,0 +1,151 @@
+"""What a device has no room for: the optimizer's state, and then the weights of layers, in the memory of the hosts.
+
+A step takes them through the device one parameter after the other, behind optimization barriers: all at once, as XLA would
+order it, would need as much of the device's memory as was saved. Weights that are away leave a copy on the device, in the type
+that computes: state['copies'], made anew by every update and never saved. Nothing of them moves where both types are the same.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5x_cpm.mesh import is_names
+from t5x_cpm.training import partition
+
+GiB = 2.0**30
+HOST = 'pinned_host'
+# Logical axes of weights that compute in the compute dtype alone, once for each token: a gradient in it loses nothing.
+KERNELS = {'heads', 'mlp'}
+
+
+def _moved(abstract: Any, shardings: Any, gib: float) -> tuple[Any, float]:
+  """Shardings that keep so many GiB of each device's part on its host, whole arrays, largest first; and what is left of gib."""
+  leaves, placed = jax.tree.leaves(abstract), jax.tree.leaves(shardings)
+  sizes = [math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in zip(leaves, placed, strict=True)]
+  for index in sorted(range(len(leaves)), key=lambda index: -sizes[index]):
+    if leaves[index].ndim and gib > 0:
+      placed[index] = placed[index].with_memory_kind(HOST)
+      gib -= sizes[index] / GiB
+  return jax.tree.unflatten(jax.tree.structure(shardings), placed), gib
+
+
+def place(abstract: Any, shardings: Any, axes: Any, gib: float, dtype: Any) -> Any:
+  """Shardings of a state of which each device keeps so much in the memory of its host: the optimizer's part goes first.
+
+  Args:
+    abstract: shapes and dtypes of the state.
+    shardings: of the state.
+    axes: logical axes of the parameters.
+    gib: at least so many GiB are moved, or all that can be; -1 is all.
+    dtype: that the model computes in.
+  """
+  moments, left = _moved(abstract['opt_state'], shardings['opt_state'], math.inf if gib < 0 else gib)
+  labels = jax.tree.map(
+      lambda names, leaf: 'layers' in names and bool(KERNELS & set(names)) and leaf.dtype.itemsize > dtype.itemsize,
+      axes, abstract['params'], is_leaf=is_names)
+  kernels = partition.split(abstract['params'], labels, True)[0]
+  places, rest = partition.split(shardings['params'], labels, True)
+  placed = shardings | {'opt_state': moments, 'params': partition.join(_moved(kernels, places, left)[0], rest)}
+  away = _away(placed['params'], placed['params'])
+  return placed | ({'copies': jax.tree.map(lambda s: s.with_memory_kind('device'), away)} if away else {})
+
+
+def _away(tree: Any, places: Any) -> Any:
+  """The leaves of a tree like the parameters that lie in the memory of the hosts."""
+  return partition.split(tree, jax.tree.map(lambda place: place.memory_kind == HOST, places), True)[0]
+
+
+def is_away(x: Any) -> bool:
+  """Whether an array lies in the memory of the hosts."""
+  return isinstance(x, jax.Array) and x.sharding.memory_kind == HOST
+
+
+def brought(x: Any) -> Any:
+  """Outside jit: an array, on the devices."""
+  return jax.device_put(x, x.sharding.with_memory_kind('device')) if is_away(x) else x
+
+
+def _on_device(tree: Any, places: Any) -> Any:
+  return jax.tree.map(
+      lambda x, place: jax.device_put(x, place.with_memory_kind('device')) if place.memory_kind == HOST else x, tree, places)
+
+
+def saved(state: Any) -> Any:
+  """The state as a checkpoint holds it."""
+  return {name: part for name, part in state.items() if name != 'copies'}
+
+
+def complete(state: Any, places: Any, dtype: Any) -> Any:
+  """The state with the copies of what is away; the inverse of `saved`."""
+  if 'copies' not in places:
+    return state
+
+  def copies(params: Any) -> Any:
+    leaves, structure = jax.tree.flatten(params)
+    for index, place in enumerate(jax.tree.leaves(_away(places['params'], places['params']))):
+      if index:  # not before the last one is cast
+        leaves[index], leaves[index - 1] = jax.lax.optimization_barrier((leaves[index], leaves[index - 1]))
+      leaves[index] = _on_device(leaves[index], place).astype(dtype)
+    return jax.tree.unflatten(structure, leaves)
+
+  away = _away(state['params'], places['params'])
+  return state | {'copies': jax.jit(copies, out_shardings=places['copies'])(away)}
+
+
+def working(state: Any) -> Any:
+  """The parameters to compute with, all on the devices. Works on shardings too."""
+  return _overlay(state['params'], state.get('copies', {}))
+
+
+def _overlay(tree: Any, over: Any) -> Any:
+  return tree | {name: _overlay(tree[name], part) if isinstance(part, dict) else part for name, part in over.items()}
+
+
+def update(tx: optax.GradientTransformationExtraArgs, gradients: Any, state: Any, params: Any, places: Any, decay: Any,
+           dtype: Any, *, norm: jax.Array, halted: jax.Array) -> tuple[Any, jax.Array]:
+  """One update, of one parameter after the other.
+
+  Args:
+    tx: from `optimizer.make`; its update of one parameter depends on the others by the norm alone.
+    gradients, params: of what is trained.
+    state: of tx.
+    places: shardings {'params', 'opt_state'} of params and state.
+    decay: weight decay of each parameter.
+    dtype: of copies.
+    norm: of all gradients.
+    halted: whether everything stays as it is.
+
+  Returns:
+    {'params', 'opt_state'} where they were, with 'copies' of the parameters that are away; and the sum of the squares of all.
+  """
+  leaves, structure = jax.tree.flatten(gradients)
+
+  def is_one_each(node: Any) -> bool:
+    return bool(jax.tree.structure(node) == structure)  # type: ignore[operator]
+
+  def pick(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[index] if is_one_each(node) else node, tree, is_leaf=is_one_each)
+
+  both = {'params': params, 'opt_state': state}
+  results: list[Any] = []
+  copies: list[Any] = []
+  squares = jnp.zeros((), jnp.float32)
+  for index, gradient in enumerate(leaves):
+    own, place = pick(both, index), pick(places, index)
+    if results:  # not before the last one is done
+      own, gradient, _ = jax.lax.optimization_barrier((own, gradient, (results[-1], copies[-1], squares)))
+    own = _on_device(own, place)
+    change, new_state = tx.update(gradient, own['opt_state'], own['params'], decay=pick(decay, index), norm=norm)
+    new = {'params': optax.apply_updates(own['params'], change), 'opt_state': new_state}
+    new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), own, new)
+    squares += jnp.sum(jnp.square(new['params'].astype(squares.dtype)))
+    copies.append(new['params'].astype(dtype) if place['params'].memory_kind == HOST else None)
+    results.append(jax.tree.map(jax.device_put, new, place))
+  merged = jax.tree.map(
+      lambda node, *parts: jax.tree.unflatten(structure, parts) if is_one_each(node) else parts[-1], both, *results,
+      is_leaf=is_one_each)
+  away = _away(jax.tree.unflatten(structure, copies), places['params'])
+  return merged | ({'copies': away} if away else {}), squares
