@@ -82,6 +82,15 @@ def test_a_program_is_read_with_its_loops():
   assert read.hbm_bytes() == 6 * (404 + 400 + 400 + 1600) + 2 * 200 + 8 + 400
 
 
+def test_what_goes_to_other_slices_is_read():
+  send = ('  %send.1 = (bf16[100]{0}, u32[]{:S(2)}, token[]) send(%y, %token), channel_id=2, is_host_transfer=true, '
+          'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="KIND"}\n')
+  for kind, sent in (('ALL_REDUCE', 2 * 3 / 4), ('ALL_GATHER', 3), ('ALL_TO_ALL', 3 / 4)):
+    text = HLO.replace('  ROOT %sum', send.replace('KIND', kind) + '  ROOT %sum')
+    found = [one for one in program.Program(text).collectives(slices=4) if one.kind == 'between slices']
+    assert found == [program.Collective('between slices', 200 * sent, 1, ())]
+
+
 def test_a_number_of_loops_that_the_compiler_knows_is_taken():
   text = HLO.replace('body=%body\n', 'body=%body, backend_config={"known_trip_count":{"n":"9"}}\n')
   assert {one.kind: one.times for one in program.Program(text).collectives()}['all-gather'] == 9
@@ -186,6 +195,9 @@ def test_the_search_divides_everything_and_ranks():
     assert 2048 % (mesh.data * mesh.expert * one.config.train.microbatches) == 0
     assert one.bytes <= slice_.chip.hbm
   assert [one.seconds for one in order] == sorted(one.seconds for one in order)
+  for one in search.ranked(config, chips.parse('v5p:4x4x4', 4), 'train')[:40]:
+    assert math.prod((one.config.mesh.data, one.config.mesh.model, one.config.mesh.expert)) == 256
+    assert one.config.mesh.data % 4 == 0
   half = search.ranked(config, chips.parse('v5p:2x4x4'), 'train')  # too small without the memory of the hosts
   assert all(one.config.mesh.host_gib for one in half[:3])
   narrow = dataclasses.replace(config.model, num_heads=1)
@@ -245,6 +257,20 @@ def test_host_memory_takes_what_the_device_gives(tmp_path):
   freed = plain['argument_bytes'] + plain['temporary_bytes'] - moved['argument_bytes'] - moved['temporary_bytes']
   assert freed > 0.5 * moved['host_bytes']
   assert moved['executed_flops'] == plain['executed_flops']
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_slices_exchange_gradients_alone(tmp_path):
+  """Summed up in each slice first: a chip of four sends a quarter of them, twice a half of it in each of two slices."""
+  arguments = [one for one in SMALL if 'sharding' not in one]
+  one = compiled(tmp_path, *arguments)
+  two = compiled(tmp_path, *arguments, '--gin.MeshConfig.slices=2')
+  assert two['topology'] == '2 x v5p:2x2x1' and two['mesh']['data'] == 2 * one['mesh']['data'] == 8
+  assert 'between slices' not in one['collectives']
+  sent = two['collectives']['between slices']
+  assert 0.9 * 2 * two['parameters'] / 4 < sent['bytes'] < 1.5 * 4 * two['parameters'] / 4  # bfloat16 and float32
+  assert sent['seconds'] == pytest.approx(sent['bytes'] / chips.CHIPS['v5p'].network_rate)
 
 
 @pytest.mark.slow

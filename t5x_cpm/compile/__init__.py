@@ -15,7 +15,7 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
 
   Args:
     config: model, mesh, task lengths and batch sizes.
-    topology: as in 'v5p:4x4x4'.
+    topology: as in 'v5p:4x4x4'; of TPUs, MeshConfig.slices of them.
     step: 'train', 'encode' or 'decode'.
     search: choose mesh, sharding, rematerialisation and microbatches, and write them beside `output` as a gin file.
     output: JSON file of the plan.
@@ -28,7 +28,7 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
 
   if step not in plan.STEPS:
     raise ConfigError(f'--step={step}: expected one of {", ".join(plan.STEPS)}.{did_you_mean(step, plan.STEPS)}')
-  slice_ = chips.parse(topology)
+  slice_ = chips.parse(topology, config.mesh.slices)
   path = pathlib.Path(output)
   if output:  # told now, not after minutes
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,5 +46,5 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
     text = search_lib.as_gin(config)
     print(text, end='')
     if output:
-      path.with_suffix('.gin').write_text(f'# {slice_.count} chips, {topology}: found by compile --search\n{text}')
+      path.with_suffix('.gin').write_text(f'# {slice_.count} chips, {slice_.title}: found by compile --search\n{text}')
   return result

@@ -23,7 +23,8 @@ class Chip:
 
   TPUs: Austin et al. 2025, "How to Scale Your Model", part 2, and Google's data sheets; what a program may use of the memory
   is what the compiler enforces. GPUs: NVIDIA's data sheets, a network card of 400 Gbit/s for each (A100: 200), and nine tenths
-  of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
+  of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION). Between slices of TPUs: a chip's share of its host's network card, Google's
+  data sheets; of v4 what PaLM's training was seen to send (81 Tbit/s from 1,536 hosts of 4, Chowdhery et al. 2022, section 4).
   """
 
   flops: float  # of dense bfloat16 products a second
@@ -34,7 +35,7 @@ class Chip:
   dimensions: int  # of a slice's shape; of GPUs hosts x GPUs
   wraps: int = 0  # a dimension of a torus is a ring when this divides it
   options: tuple[tuple[str, Any], ...] = ()  # for the topology
-  network_rate: float = 0.0  # bytes a second from a GPU to another host; 0 for TPUs
+  network_rate: float = 0.0  # bytes a second from a GPU to another host, from a TPU to another slice
   target: str = ''  # what XLA's compiler wants to know of a GPU
 
   @property
@@ -58,10 +59,10 @@ def _gpu(name: str, major: int, cores: int, lanes: int, shared: int, cache: int,
 A100 = _gpu('NVIDIA A100-SXM4-80GB', 8, 108, 64, 167936, 41943040, 1.41, 85094825984, 2039e9)
 H100 = _gpu('NVIDIA H100 80GB HBM3', 9, 132, 128, 233472, 52428800, 1.98, 84978434048, 3352e9)
 CHIPS = {
-    'v4': Chip(275e12, 30.75 * GiB, 1.2e12, 4.5e10, 1.5e10, 3, 4, (('chip_config_name', 'megacore'),)),
-    'v5e': Chip(197e12, 15.75 * GiB, 8.1e11, 5e10, 1.5e10, 2, 16),
-    'v5p': Chip(459e12, 95.74 * GiB, 2.8e12, 1e11, 1.5e10, 3, 4),
-    'v6e': Chip(918e12, 31.25 * GiB, 1.6e12, 1e11, 3.2e10, 2, 16),
+    'v4': Chip(275e12, 30.75 * GiB, 1.2e12, 4.5e10, 1.5e10, 3, 4, (('chip_config_name', 'megacore'),), 1.6e9),
+    'v5e': Chip(197e12, 15.75 * GiB, 8.1e11, 5e10, 1.5e10, 2, 16, network_rate=3.1e9),
+    'v5p': Chip(459e12, 95.74 * GiB, 2.8e12, 1e11, 1.5e10, 3, 4, network_rate=6.2e9),
+    'v6e': Chip(918e12, 31.25 * GiB, 1.6e12, 1e11, 3.2e10, 2, 16, network_rate=1.25e10),
     'a100': Chip(312e12, 0.9 * 85094825984, 2039e9, 3e11, 2.5e10, 2, network_rate=2.5e10, target=A100),
     'h100': Chip(989e12, 0.9 * 84978434048, 3352e9, 4.5e11, 5e10, 2, network_rate=5e10, target=H100),
 }
@@ -70,22 +71,27 @@ EXAMPLES = 'v4:2x2x2, v4:4x4x4, v5e:4x8, v5e:16x16, v5p:2x2x2, v5p:4x4x4, v6e:4x
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Chips that a program runs on."""
+  """Chips that a program runs on: one slice of TPUs or several alike, or hosts with GPUs."""
 
   name: str
   chip: Chip
   shape: tuple[int, ...]
+  slices: int = 1
 
   @property
   def count(self) -> int:
-    return math.prod(self.shape)
+    return self.slices * math.prod(self.shape)
+
+  @property
+  def title(self) -> str:
+    return self.name if self.slices == 1 else f'{self.slices} x {self.name}'
 
   def rate(self, coordinates: Any) -> float:
-    """Bytes a second that a chip can send to a group of chips, all of which lie at these coordinates [n, dimensions].
+    """Bytes a second that a chip can send to a group of chips of its slice, which lie at these coordinates [n, dimensions].
 
     A ring over one dimension uses its links in both directions; a line has no way back, so only one of them helps.
     """
-    if self.chip.network_rate:
+    if self.chip.platform == 'cuda':
       return self.chip.link_rate if len(set(coordinates[:, 0])) == 1 else self.chip.network_rate
     rate = 0.0
     for dimension, size in enumerate(self.shape):
@@ -95,7 +101,6 @@ class Slice:
         rate += (2 if ring else 1) * self.chip.link_rate
     return rate or self.chip.link_rate
 
-
   def coordinates(self, devices: list[Any]) -> Any:
     """Where devices are in the slice: [n, dimensions]."""
     if self.chip.platform == 'cuda':
@@ -103,15 +108,15 @@ class Slice:
     return np.array([device.coords[:self.chip.dimensions] for device in devices])
 
 
-def parse(name: str) -> Slice:
-  """'v5p:4x4x4' -> the slice. Raises ConfigError with what is known."""
+def parse(name: str, slices: int = 1) -> Slice:
+  """'v5p:4x4x4' -> the slice, or several (of hosts with GPUs the name says how many). Raises ConfigError with what is known."""
   kind, _, shape = name.partition(':')
   if kind not in CHIPS:
     raise ConfigError(f'--topology={name}: unknown chip {kind!r}.{did_you_mean(kind, CHIPS)} Known are {", ".join(CHIPS)}, '
                       f'with the shape of the slice in chips, as in {EXAMPLES}.')
   if not re.fullmatch(r'\d+(x\d+)*', shape) or len(shape.split('x')) != CHIPS[kind].dimensions:
     raise ConfigError(f'--topology={name}: a slice of {kind} has {CHIPS[kind].dimensions} dimensions, as in {EXAMPLES}.')
-  return Slice(name, CHIPS[kind], tuple(map(int, shape.split('x'))))
+  return Slice(name, CHIPS[kind], tuple(map(int, shape.split('x'))), slices if CHIPS[kind].platform == 'tpu' else 1)
 
 
 def devices(slice_: Slice) -> list[Any]:
@@ -131,6 +136,8 @@ def devices(slice_: Slice) -> list[Any]:
 
   chip, options = slice_.chip, dict(slice_.chip.options)
   name = slice_.name
+  if slice_.slices > 1:
+    options['num_slices'] = slice_.slices
   if chip.target:  # processes of a host each, with its GPUs
     name, options = '', {'target_config': chip.target, 'topology': f'1x{slice_.shape[0]}x{slice_.shape[1]}'}
   try:

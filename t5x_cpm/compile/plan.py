@@ -149,14 +149,14 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
     counts = (config.infer.batch_size * S, 0) if step == 'encode' else (0, config.infer.batch_size)
   tokens = float(sum(counts))
   needed = flops.model_flops(config.model, *counts, S, T) / (1 if step == 'train' else 3)
-  collectives = _by_kind(compiled.collectives(), mesh, slice_) if compiled else {}
+  collectives = _by_kind(compiled.collectives(slice_.slices), mesh, slice_) if compiled else {}
   hbm = compiled.hbm_bytes() if compiled else 0.0
   seconds = {
       'compute': executed / (slice_.count * slice_.chip.flops), 'memory': hbm / slice_.chip.hbm_rate,
       'interconnect': sum(kind['seconds'] for kind in collectives.values()), 'host': host / slice_.chip.host_rate}
   left = slice_.chip.hbm - arguments_bytes - temporary
   return Plan(
-      topology=slice_.name, step=step, mesh=dict(mesh.shape) | {'sharding': config.mesh.sharding},
+      topology=slice_.title, step=step, mesh=dict(mesh.shape) | {'sharding': config.mesh.sharding},
       fits=not missing and left >= 0, missing_bytes=missing or max(-left, 0.0), argument_bytes=arguments_bytes,
       temporary_bytes=temporary, host_bytes=host,
       tokens=tokens, parameters=model.num_parameters(), active_parameters=model.num_active_parameters(), model_flops=needed,
@@ -191,7 +191,9 @@ def _by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[
     total = kinds[one.kind]
     total['times'] += one.times
     total['bytes'] += one.times * one.sent
-    if one.kind == 'collective-permute':  # to a neighbour, over one link; those to another neighbour take another link
+    if one.kind == 'between slices':
+      total['seconds'] += one.times * one.sent / slice_.chip.network_rate
+    elif one.kind == 'collective-permute':  # to a neighbour, over one link; those to another neighbour take another link
       neighbours[one.group] += one.times * one.sent / min(slice_.chip.link_rate, slice_.rate(coordinates[list(one.group)]))
       total['seconds'] = max(neighbours.values())
     else:

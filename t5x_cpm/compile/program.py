@@ -149,8 +149,12 @@ class Program:
         for branch in re.findall(r'%?([\w.-]+)', branches[1])[:1]:
           yield from self._walk(branch, times, fused)
 
-  def collectives(self) -> list[Collective]:
-    """All collectives with the number of times that they run."""
+  def collectives(self, slices: int = 1) -> list[Collective]:
+    """All collectives with the number of times that they run.
+
+    What goes from slice to slice the compiler hands to the hosts, a chip its part of what its slice has summed up: here it is
+    of kind 'between slices', without a group.
+    """
     result = []
     for name, i, times, _ in self._walk(self.entry, 1, False):
       kind = i.opcode.removesuffix('-start')
@@ -158,6 +162,11 @@ class Program:
         given = sum(_bytes(self.types[name].get(operand, '')) for operand in i.operands)
         group = _group(i.attributes)
         result.append(Collective(kind, _sent(kind, given, max(len(group), 1)), times, group))
+      elif kind == 'send' and 'megascale' in i.attributes:
+        whole = re.search(r'megascale_transfer_type="(\w+)"', i.attributes)
+        kind = whole[1].lower().replace('_', '-') if whole else 'all-gather'
+        given = _bytes(self.types[name].get(i.operands[0], ''))
+        result.append(Collective('between slices', _sent(kind, given, slices), times, ()))
     return result
 
   def hbm_bytes(self) -> float:

@@ -45,7 +45,7 @@ def candidates(config: Config, slice_: Slice, step: str) -> Iterator[Config]:
   batch = config.train.batch_size if step == 'train' else config.infer.batch_size
   experts = _divisors(model.moe.num_experts) if model.moe.num_experts else [1]
   for m, e in itertools.product(_divisors(width), experts):
-    if count % (m * e) or batch % (count // m):
+    if count % (m * e * slice_.slices) or batch % (count // m):
       continue
     choices: list[tuple[str, str, int]] = [('none', 'none', 1)]
     if step == 'train':
@@ -85,10 +85,11 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
 
   def rate(size: int) -> float:
     """Of a group of `size` chips: it spans a part of the torus's dimensions."""
-    if chip.network_rate:
+    if chip.platform == 'cuda':
       return chip.link_rate if size <= slice_.shape[1] else chip.network_rate
-    spans = max(1, round(len(slice_.shape) * math.log(size) / math.log(slice_.count))) if size > 1 else 1
-    return spans * chip.link_rate * (2 if slice_.count >= chip.wraps ** len(slice_.shape) else 1)
+    chips = slice_.count // slice_.slices
+    spans = max(1, round(len(slice_.shape) * math.log(size) / math.log(chips))) if size > 1 and chips > 1 else 1
+    return spans * chip.link_rate * (2 if chips >= chip.wraps ** len(slice_.shape) else 1)
 
   def exchange(tokens: tuple[float, float]) -> float:
     """Seconds to sum over `model` and to send over `expert`, in one pass."""
@@ -127,6 +128,8 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
   else:
     sent = (8 if mesh.sharding == 'none' else 12) * local / rate(parts)
   sent += count * (3 if full else 2) * exchange(tokens)
+  between = (6 * count if mesh.sharding == 'full' else 8) * local / (parts // slice_.slices)  # of a chip, to other slices
+  sent += (slice_.slices - 1) / slice_.slices * between / chip.network_rate
   # Weights are read three times and gradients added up for each microbatch; activations pass about 30 times, the optimizer 7.
   moved = count * (6 * local + 8 * held(param_rules) + 60 * sum(t * n for t, n in zip(tokens, layers)) * D)
   moved += 28 * held(optimizer_rules)
