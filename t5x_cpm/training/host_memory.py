@@ -1,6 +1,6 @@
 """What a device has no room for: the optimizer's state, and then the weights of layers, in the memory of the hosts.
 
-A step takes them through the device one parameter after the other, behind optimization barriers: all at once, as XLA would
+An update takes them through the device one parameter after the other, behind optimization barriers: all at once, as XLA would
 order it, would need as much of the device's memory as was saved. Weights that are away leave a copy on the device, in the type
 that computes: state['copies'], made anew by every update and never saved. Nothing of them moves where both types are the same.
 """
@@ -83,16 +83,11 @@ def complete(state: Any, places: Any, dtype: Any) -> Any:
   if 'copies' not in places:
     return state
 
-  def copies(params: Any) -> Any:
-    leaves, structure = jax.tree.flatten(params)
-    for index, place in enumerate(jax.tree.leaves(_away(places['params'], places['params']))):
-      if index:  # not before the last one is cast
-        leaves[index], leaves[index - 1] = jax.lax.optimization_barrier((leaves[index], leaves[index - 1]))
-      leaves[index] = _on_device(leaves[index], place).astype(dtype)
-    return jax.tree.unflatten(structure, leaves)
+  def copies(away: Any) -> Any:  # all at once: weights and copies take less than gradients and copies do in a step
+    here = _on_device(away, _away(places['params'], places['params']))
+    return jax.tree.map(lambda x: x.astype(dtype), here)
 
-  away = _away(state['params'], places['params'])
-  return state | {'copies': jax.jit(copies, out_shardings=places['copies'])(away)}
+  return state | {'copies': jax.jit(copies, out_shardings=places['copies'])(_away(state['params'], places['params']))}
 
 
 def working(state: Any) -> Any:
