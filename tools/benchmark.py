@@ -217,7 +217,7 @@ def cases() -> dict[str, list[Case]]:
     return Case(f'{EXPERTS} experts, {name} (dense twin)', 1 / 1.35, functools.partial(our_gradients, model),
                 functools.partial(our_gradients, MODEL), ROWS * (S + T), of(model))
 
-  needed, switch = of(MODEL), with_experts(every=2, dispatch='dropless')
+  needed, switch = of(MODEL), with_experts(every=2, group_size=256)
   return {
       'moe': [
           twin('einsum in 256', group_size=256), twin('dropless', group_size=256, dispatch='dropless'),
