@@ -23,8 +23,8 @@ class Chip:
 
   TPUs: Austin et al. 2025, "How to Scale Your Model", part 2, and Google's data sheets; what a program may use of the memory
   is what the compiler enforces. GPUs: NVIDIA's data sheets, a network card of 400 Gbit/s for each (A100: 200), and nine tenths
-  of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION). Between slices of TPUs: a chip's share of its host's network card, Google's
-  data sheets; of v4 what PaLM's training was seen to send (81 Tbit/s from 1,536 hosts of 4, Chowdhery et al. 2022, section 4).
+  of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION). Between slices of TPUs: a chip's share of its host's network cards,
+  of v5e and v6e by Google's data sheet (25 and 100 Gbit/s); of v4 and v5p it is an assumption (12.5 and 50 Gbit/s).
   """
 
   flops: float  # of dense bfloat16 products a second

@@ -205,7 +205,8 @@ def best(config: Config, slice_: Slice, step: str) -> tuple[Config, plan.Plan]:
   if not plans:
     raise ConfigError(f'no mesh of {slice_.name} can split this model and batch.')
   config, made = winner()
-  while made.fits and made.bound != 'compute' and config.train.microbatches % 2 == 0:  # estimates ask for too many
+  # Estimates ask for too many microbatches.
+  while step == 'train' and made.fits and made.bound != 'compute' and config.train.microbatches % 2 == 0:
     attempt(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=config.train.microbatches // 2)))
     if winner()[0] is config:
       break
