@@ -166,12 +166,15 @@ def test_wandb(tmp_path, monkeypatch):
     metrics.Writers(tmp_path, config(wandb_project='p'), start_step=0, total_steps=10)
   log = []
   started = types.SimpleNamespace(log=lambda values, step: log.append((step, values)), finish=lambda: log.append('finished'))
-  fake = types.SimpleNamespace(init=lambda **given: log.append(given) or started)
+  fake = types.SimpleNamespace(init=lambda **given: log.append(given) or started, Error=ValueError)
   monkeypatch.setitem(sys.modules, 'wandb', fake)
   run(tmp_path, 4, 6, cfg=config(wandb_project='p'), evaluate=(6,))
   assert (log[0]['project'], log[0]['group'], log[0]['name']) == ('p', tmp_path.name, f'{tmp_path.name}-from-4')
   assert log[1][0] == 6 and log[1][1]['train/loss'] == pytest.approx(10 / 6)
   assert log[2:] == [(6, {'eval/loss': 20 / 6}), 'finished']
+  fake.init = lambda **given: int('no key')
+  with pytest.raises(ConfigError, match="W&B did not start: .*'no key' Run 'wandb login', set WANDB_MODE=offline"):
+    metrics.Writers(tmp_path, config(wandb_project='p'), start_step=0, total_steps=10)
 
 
 def test_profile_window(tmp_path):

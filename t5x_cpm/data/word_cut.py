@@ -35,7 +35,7 @@ _ALONE = re.compile('([\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U0002f
 # Step 4, on words with NUL between them; of ASCII, rjieba's step 2 joins letters and digits only. The first expression finds
 # where that and jieba's expression, the third, may differ. The second takes all neighbours; no word of the dictionary
 # matches it: those in pure ASCII have a sign beside a letter ('C++', 'AT&T').
-_NOT_AS_JIEBA = re.compile('[+#&._-]\0[+#&._%-]|\\.\0[0-9]|%')
+_NOT_AS_JIEBA = re.compile('[+#&._%-](?:(?<=%)|\0(?:[+#&._%-]|(?<=\\.\0)[0-9]))')
 _NOT_CHINESE = re.compile('(?<![^\0])(?:[a-zA-Z0-9]+\0)?(?:[+#&._%-]\0(?:[a-zA-Z0-9]+\0)?)+')
 _NAME_OR_NUMBER = re.compile(r'([a-zA-Z0-9]+(?:\.\d+)?%?)')
 _NAME_CHARACTERS = frozenset('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+#&._%-\0')

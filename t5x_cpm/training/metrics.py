@@ -97,9 +97,14 @@ def _start_wandb(config: Config, model_dir: epath.Path, start_step: int) -> Any:
         f"MetricsConfig.wandb_project = {config.metrics.wandb_project!r} needs the package wandb: run 'pip install wandb', or "
         "set MetricsConfig.wandb_project = ''.") from error
   # W&B cannot take back the steps after a restored one, so each start is a run of its own, all in one group.
-  return wandb.init(
-      project=config.metrics.wandb_project, dir=str(model_dir), group=model_dir.name,
-      name=f'{model_dir.name}-from-{start_step}', config=to_dict(config))
+  try:
+    return wandb.init(
+        project=config.metrics.wandb_project, dir=str(model_dir), group=model_dir.name,
+        name=f'{model_dir.name}-from-{start_step}', config=to_dict(config))
+  except wandb.Error as error:  # no key, no network
+    raise ConfigError(
+        f"MetricsConfig.wandb_project = {config.metrics.wandb_project!r}: W&B did not start: {error} Run 'wandb login', set "
+        "WANDB_MODE=offline, or MetricsConfig.wandb_project = ''.") from error
 
 
 class _Progress:
