@@ -180,7 +180,7 @@ def make_config(arguments: Arguments) -> Config:
   if mode in ('eval', 'infer'):
     base = run_directory.read_run(model_dir, step_of(arguments)).config
   elif source:
-    base = Config(model=run_directory.read_run(source).config.model, task=TaskConfig(vocabulary=vocabulary_of(source)))
+    base = origin(source, model_dir)
     overrides.append(f'TrainConfig.init_from={source!r}')
 
   scope = {'train': 'train', 'compile': 'train', 'cache': 'train', 'eval': 'eval', 'infer': 'eval'}.get(mode, '')
@@ -190,6 +190,16 @@ def make_config(arguments: Arguments) -> Config:
     if changed:
       raise ConfigError(f'the model of {model_dir} cannot be changed:\n  ' + '\n  '.join(changed))
   return config
+
+
+def origin(source: str, model_dir: str) -> Config:
+  """What a run takes over from the run `source`: its model and its vocabulary."""
+  from t5x_cpm.training import run_directory
+
+  if model_dir and run_directory.scan(run_directory.resolve(model_dir))[0]:  # it has them already; the source may be gone
+    own = run_directory.read_run(model_dir).config
+    return Config(model=own.model, task=TaskConfig(vocabulary=own.task.vocabulary))
+  return Config(model=run_directory.read_run(source).config.model, task=TaskConfig(vocabulary=vocabulary_of(source)))
 
 
 def vocabulary_of(model_dir: str) -> str:

@@ -28,9 +28,13 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 def on_cpu() -> bool:
   """Whether computations run on CPU, or will."""
+  return _platform() == 'cpu'
+
+
+def _platform() -> str:
   import jax
 
-  return (_compiling_for.get() or jax.default_backend()) == 'cpu'
+  return _compiling_for.get() or jax.default_backend()
 
 
 def keep_memory() -> None:
@@ -74,6 +78,15 @@ def use_cpu_devices(count: int, processes: int = 1) -> None:
     raise ConfigError(
         f'MeshConfig.cpu_devices needs {count}, but JAX has started with {jax.local_device_count()} {jax.default_backend()} '
         'devices: set it before anything runs, in a new process.')
+
+
+def compiler_options(deterministic: bool) -> dict[str, bool] | None:
+  """XLA's options for a training step.
+
+  On GPUs some kernels add up in the order in which their threads finish, and the fastest of several is chosen by timing them.
+  Neither is done where runs are to be the same bit for bit; TPUs and CPUs need no option for that.
+  """
+  return {'xla_gpu_deterministic_ops': True} if deterministic and _platform() in ('gpu', 'cuda') else None
 
 
 def keep_compiled_programs() -> None:

@@ -126,9 +126,12 @@ class OptimizerConfig:
   def validate(self) -> None:
     choice(self, 'name', ('adamw', 'adafactor', 'sgd'))
     choice(self, 'schedule', ('noam', 'inverse_square_root', 'cosine', 'linear', 'constant'))
-    for field in ('learning_rate', 'warmup_steps', 'decay_steps', 'weight_decay', 'clip_norm', 'z_loss', 'epsilon'):
+    for field in ('learning_rate', 'warmup_steps', 'decay_steps', 'weight_decay', 'clip_norm', 'z_loss'):
       in_range(self, field, 0)
-    for field in ('beta1', 'beta2', 'momentum', 'final_scale'):
+    in_range(self, 'epsilon', 1e-30)
+    for field in ('beta1', 'beta2'):  # at 1 the mean of past gradients never sees one, and its correction divides by 0
+      in_range(self, field, 0.0, 1.0 - 1e-9)
+    for field in ('momentum', 'final_scale'):
       in_range(self, field, 0.0, 1.0)
     in_range(self, 'adafactor_decay_exponent', 0.01, 1.0)
     in_range(self, 'adafactor_clip_threshold', 0.0)
@@ -145,7 +148,7 @@ class TrainConfig:
   eval_every: int = free(0)  # steps between evaluations inside the loop; 0 is only at the end
   eval_batches: int = free(0)  # at most so many batches of the validation split; 0 is all of it
   init_from: str = ''  # a model_dir whose parameters this run starts from
-  deterministic: bool = free(False)  # ask XLA for deterministic kernels on GPU (slower)
+  deterministic: bool = free(False)  # the same bits in every run on GPUs too: slower kernels, and none chosen by timing
   check_finite: bool = free(True)  # stop on a loss or gradient that is not finite and name the first bad tensor
 
   def validate(self) -> None:

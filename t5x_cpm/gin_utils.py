@@ -13,15 +13,21 @@ import difflib
 import operator
 import pathlib
 import re
+import sys
 import tokenize
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gin import config_parser
-
 from t5x_cpm.config import Config, ConfigError
+
+try:
+  from gin import config_parser
+except ImportError as error:  # in a clone the folder gin/ is found in the place of the missing package
+  raise ConfigError(
+      f'{sys.executable} has no gin-config: activate the environment of t5x_cpm (. .venv/bin/activate), or install its '
+      'requirements.txt.') from error
 
 PACKAGE = pathlib.Path(__file__).parent / 'gin_files'
 SCOPES = ('train', 'eval')

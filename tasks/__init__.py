@@ -6,7 +6,10 @@ neither. `get` makes the seqio.Task or seqio.Mixture. Tasks that other modules r
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
+import os
+import pathlib
 import re
 import sys
 from typing import Any
@@ -21,7 +24,7 @@ ROWS: dict[str, Row | MixtureRow] = {row.name: row for row in (*quickstart.ROWS,
 _FREE = {'local': 'your own .txt or .jsonl files: LocalTaskConfig.files is a glob, or a dict of globs for a mixture',
          'tfds:BUILDER': 'text of any TFDS builder, e.g. tfds:wiki40b/zh-cn; tfds:c4/multilingual@zh for split zh'}
 _MADE = re.compile('__[0-9a-f]{8}$')  # ends the SeqIO names of the tasks of these tables
-_modules: list[str] = []
+_modules: dict[str, str] = {}  # modules that register tasks -> a digest of their code
 
 
 def listing() -> dict[str, str]:
@@ -32,7 +35,8 @@ def listing() -> dict[str, str]:
 
 def remember_modules(names: list[str]) -> None:
   """Names modules that register tasks with SeqIO, so that the workers of the cache can import them as well."""
-  _modules.extend(name for name in names if name not in _modules)
+  for name in names:
+    _modules.setdefault(name, _code(name))
 
 
 def imported() -> list[str]:
@@ -53,18 +57,46 @@ def in_any_process(config: Config) -> bool:
 
 
 def identity(config: Config) -> dict:
-  """What determines the tokens of a task: the name of its cache is a hash of it. Raises ConfigError for an unknown name."""
+  """What determines the tokens of a task: the name of its cache is a hash of it.
+
+  The text of files is not part of it: `cache.stale` looks at that. For tasks of other modules their code is, since nothing
+  else is known of them.
+
+  Raises:
+    ConfigError: an unknown name.
+  """
   row = _row(config)
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
-  result: dict[str, Any] = {'name': config.task.name, 'vocabulary': config.task.vocabulary, 'row': repr(row)}
+  kind, _, file = config.task.vocabulary.partition(':')
+  vocabulary = f'{kind}:{_absolute(file)}' if file else ''
+  result: dict[str, Any] = {'name': config.task.name, 'vocabulary': vocabulary, 'row': repr(row)}
   if isinstance(row, MixtureRow):
     result['rates'] = _rates(row, config)
     result['parts'] = [identity(_named(config, name)) for name in result['rates']]
   elif row is not None and row.kind == 'local':
-    result |= {'local': dataclasses.asdict(local.part(config.task.name, config.local_task)),
-               'pairs': config.task.objective == 'pairs'}
+    own = dataclasses.asdict(local.part(config.task.name, config.local_task))
+    own |= {field: _absolute(own[field]) for field in ('files', 'validation_files') if own[field]}
+    result |= {'local': own, 'pairs': config.task.objective == 'pairs'}
+  elif row is None:
+    result['modules'] = _modules
   return result
+
+
+def _absolute(path: str) -> str:
+  """So that the same words in another folder are another cache."""
+  return path if '://' in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _code(name: str) -> str:
+  """A digest of the Python files of a module's package that are imported by now."""
+  package = name.partition('.')[0]
+  digest = hashlib.blake2b(digest_size=8)
+  for module in sorted(sys.modules):
+    file = getattr(sys.modules[module], '__file__', None)
+    if f'{module}.'.startswith(f'{package}.') and file and file.endswith('.py'):
+      digest.update(pathlib.Path(file).read_bytes())
+  return digest.hexdigest()
 
 
 def get(config: Config) -> Any:

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from t5x_cpm import backend
 
 # Twenty blocks of 32 MB, each freed before the next: without the setting every one of them is 8,192 pages new to the process.
 FAULTS = """
@@ -23,3 +26,15 @@ def test_freed_memory_is_used_again():
     return int(subprocess.run([sys.executable, '-c', FAULTS.format(keep=keep)], capture_output=True, check=True).stdout)
 
   assert faults(True) < 0.3 * faults(False)
+
+
+def test_deterministic_kernels_are_asked_for_on_gpus_alone():
+  assert backend.compiler_options(True) is None
+  with backend.compiling_for('cuda'):
+    assert backend.compiler_options(False) is None
+    options = backend.compiler_options(True)
+  assert options
+  doubled = jax.jit(lambda x: 2 * x, compiler_options=options)  # XLA refuses an option that it does not know
+  assert doubled(1.0) == 2.0
+  with pytest.raises(jax.errors.JaxRuntimeError, match='xla_gpu_no_such_option'):
+    jax.jit(lambda x: 2 * x, compiler_options={'xla_gpu_no_such_option': True})(1.0)

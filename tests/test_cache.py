@@ -238,7 +238,7 @@ def test_an_exception_of_a_users_module_arrives_with_its_traceback(large, tmp_pa
   (folder / 'broken').mkdir()
   (tmp_path / 'my_broken_task.py').write_text(BROKEN)
   monkeypatch.syspath_prepend(str(tmp_path))
-  monkeypatch.setattr(tasks, '_modules', ['my_broken_task'])
+  monkeypatch.setattr(tasks, '_modules', {'my_broken_task': ''})
   with pytest.raises(RuntimeError, match=r"(?s)my_broken_task.py.*KeyError: 'no such field'"):
     cache.build(make_large(folder, 'broken', processes=2), progress=False)
 

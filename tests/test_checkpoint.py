@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit, in parts, on any mesh, and intact whatever happens during a save."""
 
 import concurrent.futures
+import os
 import signal
 import socket
 import time
@@ -63,11 +64,21 @@ def test_keeps_the_newest_and_the_best(tmp_path):
   assert not list((tmp_path / 'a' / 'checkpoints').glob('.deleted/*'))
 
 
-def test_unknown_best_metric(tmp_path):
-  with Manager(tmp_path, config(keep_best=1, best_metric='eval/bleu'), info=INFO) as manager:
-    manager.save(1, small_state(1))  # no evaluation yet
-    with pytest.raises(CheckpointError, match=r"best_metric = 'eval/bleu': expected one of eval/accuracy, eval/loss"):
-      manager.save(2, small_state(2), {'eval/loss': 1.0, 'eval/accuracy': 0.5})
+def test_two_runs_in_one_directory(tmp_path):
+  with Manager(tmp_path, config(), info=INFO) as manager:
+    with pytest.raises(CheckpointError, match=f'is in use: process {os.getpid()} on .* trains there'):
+      Manager(tmp_path, config(), info=INFO)
+    manager.save(1, small_state(1))
+  with Manager(tmp_path, config(), info=INFO) as manager:
+    assert manager.latest_step() == 1
+
+
+def test_damaged_description_of_a_checkpoint(tmp_path):
+  saved(tmp_path, (1, 2), config())
+  (tmp_path / 'checkpoints/2/meta/metadata').write_text('')  # as a power cut leaves it
+  for read in (read_run, load_params, lambda path: Manager(path, config(), info=INFO)):
+    with pytest.raises(CheckpointError, match=r'checkpoints/2 is damaged: meta/metadata: .* Move it away'):
+      read(tmp_path)
 
 
 def test_disk_full_during_a_save(tmp_path, capfd):

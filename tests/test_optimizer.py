@@ -93,6 +93,12 @@ def test_warmup_longer_than_the_decay_is_refused():
     optimizer.make_schedule(OptimizerConfig(schedule='cosine', warmup_steps=100), 20)
 
 
+@pytest.mark.parametrize('field, value', [('beta1', 1.0), ('beta2', 1.0), ('epsilon', 0.0)])
+def test_what_would_divide_by_zero_is_refused(field, value):
+  with pytest.raises(ConfigError, match=f'OptimizerConfig.{field} = {value}: expected a number'):
+    OptimizerConfig(**{field: value}).validate()
+
+
 def test_adamw_is_that_of_optax():
   params = random_tree(0, SHAPES)
   gradients = [random_tree(seed, SHAPES, 10.0**(seed - 2)) for seed in range(1, 5)]

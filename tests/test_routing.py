@@ -275,7 +275,7 @@ def test_routers_stay_in_float32_where_the_rest_is_cast():
   assert prepared['encoder']['routers']['kernel'].dtype == jnp.float32 and prepared['lm_head'].dtype == jnp.bfloat16
 
 
-def test_a_capacity_below_one_token_is_refused():
+def test_groups_and_capacities_that_cannot_work_are_refused():
   from t5x_cpm import mesh as mesh_lib
   from t5x_cpm.config import Config, MeshConfig, TaskConfig, TrainConfig
   from t5x_cpm.training import step
@@ -287,6 +287,10 @@ def test_a_capacity_below_one_token_is_refused():
     step.build(run, mesh)
   free = MoEConfig(num_experts=64, group_size=16, dispatch='dropless')
   step.build(dataclasses.replace(run, model=ModelConfig(moe=free)), mesh)  # has no capacity
+  prime = dataclasses.replace(run, task=TaskConfig(encoder_length=509, decoder_length=16), model=ModelConfig(
+      moe=MoEConfig(num_experts=4, group_size=256, router='random_projection')))
+  with pytest.raises(ConfigError, match='encoder_length = 509: its equal parts .*group_size = 256 .*have 1, .*such as 508'):
+    step.build(prime, mesh)
   many = dataclasses.replace(run, model=ModelConfig(moe=MoEConfig(num_experts=4, group_size=512)),
                              train=TrainConfig(batch_size=8, microbatches=4))
   with pytest.raises(ConfigError, match='microbatches = 4.*8 rows are routed together.*2 rows'):

@@ -10,7 +10,7 @@ import pytest
 import small_data
 
 from t5x_cpm import tasks
-from t5x_cpm.config import ConfigError
+from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data import cache
 from t5x_cpm.tasks import metrics, pretrain, quickstart
 from t5x_cpm.tasks.table import MixtureRow
@@ -29,6 +29,37 @@ def test_a_changed_row_is_another_cache_also_of_its_mixtures(tmp_path, monkeypat
   before = cache.directory(config)
   monkeypatch.setitem(tasks.ROWS, 'wiki_en', dataclasses.replace(tasks.ROWS['wiki_en'], source='wiki40b/en:1.4.0'))
   assert cache.directory(config) != before
+
+
+def test_the_same_words_in_another_folder_are_another_cache(tmp_path, monkeypatch):
+  plain = small_data.make_config(tmp_path, name='local')
+  found = {}
+  for folder, vocabulary, files in (('a', 'v.txt', 't.txt'), ('b', 'v.txt', 't.txt'), ('b', '../a/v.txt', '../a/t.txt'),
+                                    ('b', '../a/v.txt', 't.txt'), ('b', 'v.txt', '../a/t.txt')):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / folder)
+    config = dataclasses.replace(plain, task=dataclasses.replace(plain.task, vocabulary=f'cpm2:{vocabulary}'),
+                                 local_task=LocalTaskConfig(files=files))
+    found[folder, vocabulary, files] = cache.directory(config)
+  a, b, a_from_b, *mixed = found.values()
+  assert a == a_from_b and len({a, b, *mixed}) == 4
+
+
+def test_a_task_of_an_edited_module_is_another_cache(tmp_path, monkeypatch):
+  (tmp_path / 'my_corpus').mkdir()
+  (tmp_path / 'my_corpus/__init__.py').write_text('import my_corpus.rates')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+  monkeypatch.setattr(tasks, '_registered', lambda: {'my_text'})
+  found = []
+  for text in ('RATE = 1', 'RATE = 2', 'RATE = 1'):
+    (tmp_path / 'my_corpus/rates.py').write_text(text)
+    monkeypatch.setattr(tasks, '_modules', {})
+    for name in ('my_corpus', 'my_corpus.rates'):
+      monkeypatch.delitem(sys.modules, name, raising=False)
+    tasks.import_modules(['my_corpus'])
+    found.append(cache.directory(small_data.make_config(tmp_path, name='my_text')))
+  assert found[0] == found[2] != found[1]
 
 
 def test_listing_names_every_task():

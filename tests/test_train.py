@@ -1,6 +1,7 @@
 """Whole runs through the command line: training, kill and resume, refusals."""
 
 import pathlib
+import shutil
 import signal
 import subprocess
 
@@ -86,6 +87,45 @@ def test_starting_from_another_run_takes_its_parameters(folder):
   done = run(folder, 'continued', 3, f'--init_from={folder / "whole"}', '--gin.OptimizerConfig.learning_rate=0.0')
   assert done.returncode == 0, done.stderr[-3000:]
   assert losses(folder, 'continued')[1] < losses(folder, 'whole')[1] - 0.5
+
+
+def test_a_run_that_began_with_another_is_continued_without_it_and_made_longer(folder):
+  shutil.copytree(folder / 'whole', folder / 'source')
+  more = (f'--init_from={folder / "source"}', '--gin.OptimizerConfig.schedule=cosine', '--gin.OptimizerConfig.warmup_steps=1')
+  assert run(folder, 'begun', 2, *more).returncode == 0
+  shutil.rmtree(folder / 'source')
+  done = run(folder, 'begun', 3, *more)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert sorted(losses(folder, 'begun')) == [1, 2, 3]
+  assert 'for TrainConfig.steps = 3 instead of 2 the learning rate goes from' in done.stdout
+
+
+def test_a_run_without_validation_text_is_not_evaluated(tmp_path):
+  (tmp_path / 'a.txt').write_text(''.join(f'one short line of text, number {i}\n\n' for i in range(20)))
+  write_run(tmp_path)
+  local = ('--gin.TaskConfig.name=local', f'--gin.TaskConfig.vocabulary=cpm2:{ROOT}/tasks/corpus/vocab.txt',
+           f'--gin.LocalTaskConfig.files={tmp_path}/a.txt', '--gin.LocalTaskConfig.validation_fraction=0.0')
+  done = run(tmp_path, 'ranked', 2, *local, '--gin.CheckpointConfig.keep_best=1')
+  assert done.returncode == 2 and 'CheckpointConfig.keep_best = 1 needs evaluations' in done.stderr
+  done = run(tmp_path, 'plain', 2, *local, '--gin.TrainConfig.eval_every=1')
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "The run is not evaluated: task 'local' has no documents in split 'validation'" in done.stdout
+  assert (tmp_path / 'plain/checkpoints/2').is_dir()
+
+
+def test_a_metric_to_rank_by_is_checked_before_the_first_step(folder):
+  done = run(folder, 'ranked', 2, '--gin.CheckpointConfig.keep_best=1', '--gin.CheckpointConfig.best_metric=eval/bleu')
+  assert done.returncode == 2
+  assert "best_metric = 'eval/bleu': expected one of eval/accuracy, eval/loss" in done.stderr
+  assert not (folder / 'ranked').exists()
+
+
+def test_an_update_that_is_not_finite_is_never_saved(folder):
+  done = run(folder, 'overflow', 2, '--gin.OptimizerConfig.name=sgd', '--gin.OptimizerConfig.learning_rate=3e38',
+             '--gin.OptimizerConfig.schedule=constant', '--gin.OptimizerConfig.warmup_steps=0',
+             '--gin.OptimizerConfig.clip_norm=1000.0', '--gin.CheckpointConfig.every=1')
+  assert done.returncode == 1 and 'error: step 1: loss' in done.stderr, done.stderr
+  assert not list((folder / 'overflow' / 'checkpoints').glob('[0-9]*'))
 
 
 @pytest.mark.slow

@@ -62,6 +62,10 @@ def assemble(parts: list[Part], rows: int, room: tuple[int, int], pad: int, unpr
   return batch
 
 
+class EmptySplitError(ConfigError):
+  """A task has no document in a split."""
+
+
 class Reader:
   """Batches of one split. See the head of this file; made by `open_reader`.
 
@@ -165,8 +169,8 @@ def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = N
     vocabulary: that of a model which is to read the batches; None is the cache's.
 
   Raises:
-    ConfigError: the task has no such split or no document in it, the objective does not fit the task, or the vocabulary is
-      another one.
+    EmptySplitError: the task has no such split, or no document in it.
+    ConfigError: the objective does not fit the task, or the vocabulary is another one.
   """
   config.task.validate()
   parts = cache_lib.components(cache_lib.build(config))
@@ -200,6 +204,6 @@ def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = N
     rates.append(rate)
     domains.append(domain if one_each else config.infer.domain)
   if not components:
-    raise ConfigError(f'task {config.task.name!r} has no documents in split {split!r}; for files of your own set '
-                      'LocalTaskConfig.validation_files, or a larger validation_fraction.')
+    raise EmptySplitError(f'task {config.task.name!r} has no documents in split {split!r}; for files of your own set '
+                          'LocalTaskConfig.validation_files, or a larger validation_fraction.')
   return Reader(config, split, own if vocabulary is None else vocabulary, components, rates, domains)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_cpm.config import ModelConfig
+from t5x_cpm.config import ConfigError, ModelConfig
 from t5x_cpm.mesh import shard
 from t5x_cpm.models import moe, stack
 from t5x_cpm.models import routing as routing_lib
@@ -165,12 +165,18 @@ class Model:
     """How many rows of a training batch, B encoder rows of S and decoder rows of T tokens, are routed together.
 
     Raises:
-      ConfigError: a capacity of less than one token.
+      ConfigError: a capacity of less than one token, or a length whose equal parts are all far shorter than a group.
     """
     config, together = self.config.moe, 1
     for name, length in zip(STACKS, (S, T)):
       if config.every(name):
         rows, parts = moe.rows_together(B, length, config.group_size)
+        fewest = -(-length // config.group_size)
+        if parts >= 4 * fewest:  # the balance of a group of a few tokens is none
+          raise ConfigError(
+              f'TaskConfig.{name}_length = {length}: its equal parts of at most MoEConfig.group_size = {config.group_size} '
+              f'tokens have {length // parts}, too few to be balanced over experts. Take a length such as '
+              f'{length // fewest * fewest}, or another group_size.')
         if routing_lib.has_capacity(config, config.of(name)):
           config.capacity(config.of(name), rows * length // parts)
         together = math.lcm(together, rows)

@@ -104,29 +104,31 @@ class Manager:
     self._primary = jax.process_index() == 0
     self._meta = run_directory.describe(config, info)
     self._failed = False
-    if self._primary:
-      run_directory.claim(self.model_dir)
-    _wait_for_all('claimed')
-    run_directory.check_identity(self.model_dir, config, info)
-    _wait_for_all('checked')
-    if self._primary:
-      self._clear_partial()
-      text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
-      run_directory.write_atomically(self.model_dir / 'config.json', text.encode())
-    _wait_for_all('ready')
-    if not (self.model_dir / 'config.json').exists():
-      raise CheckpointError(
-          f'--model_dir={self.model_dir}: process {jax.process_index()} does not see what process 0 has written there. Give a '
-          'directory that all hosts share, or a bucket.')
-    with _quiet_orbax():
-      self._orbax = ocp.CheckpointManager(
-          self.model_dir / 'checkpoints',
-          options=ocp.CheckpointManagerOptions(
-              # _Keep ranks by the metric; without a best_fn Orbax would not store it.
-              best_fn=lambda metrics: metrics.get(config.checkpoint.best_metric, math.nan),
-              preservation_policy=_Keep(config.checkpoint),
-              # A directory that a kill left half deleted would look complete, so it is renamed first.
-              todelete_subdir=DELETED))
+    with contextlib.ExitStack() as claim:
+      if self._primary:
+        claim.enter_context(run_directory.claim(self.model_dir))
+      _wait_for_all('claimed')
+      run_directory.check_identity(self.model_dir, config, info)
+      _wait_for_all('checked')
+      if self._primary:
+        self._clear_partial()
+        text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
+        run_directory.write_atomically(self.model_dir / 'config.json', text.encode())
+      _wait_for_all('ready')
+      if not (self.model_dir / 'config.json').exists():
+        raise CheckpointError(
+            f'--model_dir={self.model_dir}: process {jax.process_index()} does not see what process 0 has written there. Give '
+            'a directory that all hosts share, or a bucket.')
+      with _quiet_orbax():
+        self._orbax = ocp.CheckpointManager(
+            self.model_dir / 'checkpoints',
+            options=ocp.CheckpointManagerOptions(
+                # _Keep ranks by the metric; without a best_fn Orbax would not store it.
+                best_fn=lambda metrics: metrics.get(config.checkpoint.best_metric, math.nan),
+                preservation_policy=_Keep(config.checkpoint),
+                # A directory that a kill left half deleted would look complete, so it is renamed first.
+                todelete_subdir=DELETED))
+      self._claim = claim.pop_all()
 
   def _clear_partial(self) -> None:
     """Says which half-written checkpoints a killed run left, and puts them where no one looks."""
@@ -159,14 +161,10 @@ class Manager:
       metrics: by name, for CheckpointConfig.keep_best and for who reads the checkpoint.
 
     Raises:
-      CheckpointError: the previous save failed, this one failed at once, or `metrics` lacks the one to rank by.
+      CheckpointError: the previous save failed, or this one failed at once.
     """
     import orbax.checkpoint as ocp
 
-    options = self.config.checkpoint
-    if metrics is not None and options.keep_best and options.best_metric not in metrics:
-      raise CheckpointError(
-          f'CheckpointConfig.best_metric = {options.best_metric!r}: expected one of {", ".join(sorted(metrics))}.')
     self.wait()
     if step in run_directory.scan(self.model_dir)[0]:
       return
@@ -212,6 +210,7 @@ class Manager:
     finally:
       with _quiet_orbax():
         self._orbax.close()
+      self._claim.close()
 
   def __enter__(self) -> 'Manager':
     return self

@@ -10,9 +10,13 @@ A checkpoint is complete when Orbax has renamed its directory and left its commi
 read. Nothing here imports JAX or Orbax.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -93,9 +97,14 @@ def read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
   """What a complete checkpoint says of itself.
 
   Raises:
-    CheckpointError: a later version of t5x_cpm wrote it in another format.
+    CheckpointError: it is damaged, or a later version of t5x_cpm wrote it in another format.
   """
-  meta = json.loads((model_dir / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text())
+  path = model_dir / 'checkpoints' / str(step)
+  try:
+    meta = json.loads((path / 'meta' / 'metadata').read_text())
+  except ValueError as error:
+    raise CheckpointError(f'The checkpoint {path} is damaged: meta/metadata: {error}. Move it away to use an earlier '
+                          'one.') from error
   if meta['format_version'] > FORMAT_VERSION:
     raise CheckpointError(
         f'Checkpoint {step} in {model_dir} has format version {meta["format_version"]}, written by t5x_cpm '
@@ -115,11 +124,12 @@ def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
   return RunInfo(from_dict(meta['config']), step, meta['info'], scan(model_dir)[0], meta['metrics'])
 
 
-def claim(path: epath.Path) -> None:
-  """Creates a model_dir.
+@contextlib.contextmanager
+def claim(path: epath.Path) -> Iterator[None]:
+  """Creates a model_dir and keeps other runs out of it. The system frees it when the process ends, however it ends.
 
   Raises:
-    CheckpointError: it cannot be written, or holds something that is not a run.
+    CheckpointError: it cannot be written, holds something that is not a run, or another process trains in it.
   """
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -133,6 +143,22 @@ def claim(path: epath.Path) -> None:
     raise CheckpointError(
         f'--model_dir={path} is not empty and not the model_dir of a run (no config.json; it holds {", ".join(names[:5])}). '
         'Give an empty or new directory.')
+  if '://' in str(path):  # a bucket has no locks
+    yield
+    return
+  with open(path / '.lock', 'a+') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      lock.seek(0)
+      raise CheckpointError(f'--model_dir={path} is in use: {lock.read().strip() or "another process"} trains there. Wait for '
+                            'its end, or give another directory.') from None
+    except OSError:
+      pass  # a file system without locks
+    lock.truncate(0)
+    lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+    lock.flush()
+    yield
 
 
 def info_differences(saved: Any, given: Any, name: str = '') -> list[str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t5x_cpm import backend
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.models import encoder_decoder
@@ -187,6 +188,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     new = parts | {'step': state['step'] + 1, 'params': params}
     if config.train.check_finite:
       new = jax.tree.map(lambda a, b: a if a is b else jnp.where(halted, a, b), kept, new)
+      halted |= ~jnp.isfinite(squares)  # the update itself did it: reported by this step, before anything is saved
     return new | {'halted': halted}, metrics | {'halted': halted}
 
   def evaluate(params: Any, batch: Batch) -> losses.Pairs:
@@ -233,7 +235,8 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
       model=model,
       fn=jax.jit(
           train_step, donate_argnums=0, in_shardings=(state_shardings, None, batch_shardings),
-          out_shardings=(state_shardings, everywhere)),
+          out_shardings=(state_shardings, everywhere),
+          compiler_options=backend.compiler_options(config.train.deterministic)),
       evaluate=jax.jit(
           evaluate, in_shardings=(host_memory.working(state_shardings), batch_shardings), out_shardings=everywhere),
       explain=explain,

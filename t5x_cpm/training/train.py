@@ -21,7 +21,7 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.data import vocabulary as vocabulary_lib
-from t5x_cpm.training import checkpoint, host_memory, metrics, plots, run_directory
+from t5x_cpm.training import checkpoint, host_memory, metrics, optimizer, plots, run_directory
 from t5x_cpm.training import step as step_lib
 from t5x_cpm.watch import Group
 
@@ -121,10 +121,28 @@ def evaluate(step: step_lib.Step, params: Any, reader: reader_lib.Reader, max_ba
     for name, (value, weight) in sums.items():
       a, b = total.get(name, (0.0, 0.0))
       total[name] = (a + float(value), b + float(weight))
-  if not total:
-    raise ConfigError(
-        'the validation split is empty: raise LocalTaskConfig.validation_fraction or name LocalTaskConfig.validation_files.')
   return {name: float(value) for name, value in step_lib.means(total).items()}
+
+
+def validation_reader(config: Config, step: step_lib.Step, say: Callable[[str], None]) -> reader_lib.Reader | None:
+  """Opens what the run is evaluated on, once, so that every evaluation is of the same; None where the task has nothing.
+
+  Raises:
+    ConfigError: checkpoints are to be ranked by what no evaluation gives.
+  """
+  options = config.checkpoint
+  if options.keep_best:
+    names = [f'eval/{name}' for name in jax.eval_shape(
+        step.evaluate, host_memory.working(step.abstract_state), step.abstract_batch)]
+    if options.best_metric not in names:
+      raise ConfigError(f'CheckpointConfig.best_metric = {options.best_metric!r}: expected one of {", ".join(sorted(names))}.')
+  try:
+    return reader_lib.open_reader(config, 'validation')
+  except reader_lib.EmptySplitError as error:
+    if options.keep_best:
+      raise ConfigError(f'CheckpointConfig.keep_best = {options.keep_best} needs evaluations, but {error}') from error
+    say(f'The run is not evaluated: {error}')
+    return None
 
 
 def own_rows(step: step_lib.Step) -> np.ndarray:
@@ -189,13 +207,14 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   step = step_lib.build(config, mesh)
 
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
+  say = functools.partial(print, flush=True) if group.first else lambda text: None
   reader = reader_lib.open_reader(config, 'train')
   check_vocabulary(config, reader.vocabulary)
+  held_out = validation_reader(config, step, say)
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   manager = checkpoint.Manager(model_dir, config, info=info)
-  say = functools.partial(print, flush=True) if group.first else lambda text: None
   if group.first:
     reader.vocabulary.save(manager.model_dir / 'vocabulary')
     run_directory.write_atomically(manager.model_dir / 'config.gin', gin_utils.dump(config).encode())
@@ -210,6 +229,12 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   else:
     state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
     say(f'continuing {model_dir} from step {latest}')
+    steps = run_directory.read_run(model_dir, latest).config.train.steps
+    before, now = float(optimizer.make_schedule(config.optimizer, steps)(latest)), float(step.schedule(latest))
+    if before != now:
+      say(f'OptimizerConfig.schedule = {config.optimizer.schedule!r} ends with the run: for TrainConfig.steps = '
+          f'{config.train.steps} instead of {steps} the learning rate goes from {before:.3g} to {now:.3g} here. '
+          'OptimizerConfig.decay_steps, set from the start, keeps it.')
   first = latest or 0
 
   # Loop. Input runs ahead in a thread; metrics are read one step late, when the next step is already dispatched.
@@ -237,10 +262,11 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 
   def validation(number: int) -> None:
     nonlocal evaluation, evaluated
+    if held_out is None:
+      return
     group.at(f'the evaluation after step {number}')
     evaluated = number
-    evaluation = evaluate(
-        step, host_memory.working(state), reader_lib.open_reader(config, 'validation'), config.train.eval_batches)
+    evaluation = evaluate(step, host_memory.working(state), held_out, config.train.eval_batches)
     writers.evaluation(number, evaluation)
 
   def save(number: int) -> None:
@@ -286,7 +312,6 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 def describe(config: Config) -> dict[str, Any]:
   """What `--dry_run` prints beside the configuration: parameters, tokens per step, learning rates. Touches no device."""
   from t5x_cpm.models import encoder_decoder
-  from t5x_cpm.training import optimizer
 
   schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
   steps = sorted({0, config.optimizer.warmup_steps, config.train.steps // 2, config.train.steps})
