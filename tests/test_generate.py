@@ -188,9 +188,12 @@ def test_jsonl_input_and_byte_order_mark(run):
 
 
 @pytest.mark.parametrize(('content', 'suffix', 'message'), [
-    (b'{"text": "a"}\n{"text": "b"\n', '.jsonl', r'in\.jsonl:2: not a JSON object'),
-    (b'{"text": "a"}\n["a"]\n', '.jsonl', r'in\.jsonl:2: expected text in the field .text. .*is no object'),
-    (b'{"text": "a"}\n\n{"words": "a"}\n', '.jsonl', r'in\.jsonl:3: .*InferConfig.text_field.*has words'),
+    (b'{"text": "a"}\n{"text": "b"\n', '.jsonl', r'in\.jsonl:2: malformed JSON \(.* at column 13\)'),
+    (b'{"text": "a"}\n["a"]\n', '.jsonl', r'in\.jsonl:2: expected a JSON object with .text., got'),
+    (b'{"text": "a"}\n\n{"words": "a"}\n', '.jsonl', r'in\.jsonl:3: no field .text. among .*words.*InferConfig.text_field'),
+    (b'{"text": "a"}\n{"text": "\\ud83d"}\n', '.jsonl', r'in\.jsonl:2: .text. holds half of a surrogate pair'),
+    (b'{"text": "a"}\n{"text": "a", "id": ' + b'9' * 5000 + b'}\n', '.jsonl', r'in\.jsonl:2: .*number of too many digits'),
+    (b'{"text": "a"}\n' + b'[' * 100_000 + b'\n', '.jsonl', r'in\.jsonl:2: .*nested too deeply'),
     (b'abc\n\xff\xfe\n', '.txt', r'in\.txt:2: .*0xff, is not UTF-8'),
     ('ok\n' + '一' * 61, '.txt', r'in\.txt:2: the input has 62 tokens and InferConfig.input_length = 60'),
 ])

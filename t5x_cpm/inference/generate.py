@@ -19,6 +19,7 @@ from t5x_cpm import config as config_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import text
+from t5x_cpm.tasks import text_files
 from t5x_cpm.training import run_directory
 
 if TYPE_CHECKING:
@@ -55,13 +56,10 @@ def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
 
 def _from_json(number: int, line: str, field: str) -> Line:
   try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    return Line(number, '', f'not a JSON object: {error.msg} (column {error.colno})')
-  if not isinstance(record, dict) or not isinstance(record.get(field), str):
-    has = f'has {", ".join(record) or "no field"}' if isinstance(record, dict) else 'is no object'
-    return Line(number, '', f'expected text in the field {field!r} (InferConfig.text_field); the line {has}')
-  return Line(number, record[field] if record[field].strip() else '')
+    given, = text_files.json_texts(line, (field,), 'InferConfig.text_field names the field')
+  except text_files.MalformedError as error:
+    return Line(number, '', str(error))
+  return Line(number, given if given.strip() else '')
 
 
 def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
