@@ -247,9 +247,22 @@ def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path):
       run(**{'content': content, **change})
   run(content, batch_size=2)  # speed only
   assert len(out.read_text().splitlines()) == 11
-  (tmp_path / 'out.jsonl.run.json').unlink()
+  note = tmp_path / 'out.jsonl.run.json'
+  good = note.read_bytes()
+  for damaged in (b'', good[:40], b'\xff' * 20):
+    note.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r'out\.jsonl\.run\.json beside it.* is damaged.*Remove both'):
+      run(content)
+  note.unlink()
   with pytest.raises(ConfigError, match='not from `infer`'):
     run(content)
+
+
+def test_what_a_file_is_made_from_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
+  written = []
+  monkeypatch.setattr(run_directory, 'write_atomically', lambda path, data: written.append((path.name, json.loads(data))))
+  run('a')
+  assert [name for name, _ in written] == ['out.jsonl.run.json'] and written[0][1]['step'] == 3
 
 
 def command(model_dir, *flags):
@@ -306,5 +319,5 @@ def test_piped_prompt_answers_line_by_line(engine, capsys):
   generate.interact(engine, io.BytesIO(b'\n'.join(lines)), False)
   out, err = capsys.readouterr()
   first, third = (engine.answers([line], engine.decode_config())[0].output for line in ('一<span>a', 'abc'))
-  assert out == f'{first}\n\n{third}\n'
+  assert out == f'{first}\n\n{third}\n\n\n'  # one line out for each line in
   assert 'line 4: byte 0 of the line is not UTF-8' in err and 'line 5: the input has 71 tokens' in err
