@@ -109,6 +109,7 @@ def test_answers_of_pairs_are_texts(vocabulary, tmp_path):
   assert request.ids == [*vocabulary.encode('一丁'), vocabulary.eos_id] and request.blanks == 0
   assert codec.output(request, [*vocabulary.encode('七'), vocabulary.eos_id, 30]) == ('七', [])
   assert codec.targets(request, '七') == [*vocabulary.encode('七'), vocabulary.eos_id]
+  assert codec.targets(request, '<s_0>') == [*vocabulary.encode('<s_0>'), vocabulary.eos_id]  # a text like any other
   answers = inference.load(folder).generate(['一丁'])
   assert len(answers) == 1
 

@@ -83,8 +83,11 @@ class Engine:
 
     Args:
       inputs: texts.
-      targets: for each, the text of its blank, or a list of the texts of its blanks; of a model that was trained on inputs
-        and targets, the target.
+      targets: for each, the text of its blank, or a list of the texts of its blanks, one for each in order, all without
+        sentinels; of a model that was trained on inputs and targets, the target.
+
+    Raises:
+      ConfigError: a target that does not fit its input, or has the name of a sentinel in it, such as '<s_0>'.
     """
     if len(inputs) != len(targets):
       raise ConfigError(f'score: {len(inputs)} inputs and {len(targets)} targets: give one target for each input.')

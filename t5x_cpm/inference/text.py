@@ -5,11 +5,14 @@ of every piece; so an input that does not end with a blank gets one more, which 
 is cut where the model reaches it. An input without any blank is continued.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data.vocabulary import BLANK, Vocabulary
+
+_SENTINEL = re.compile(r'<(?:s|extra_id)_\d+>')  # as people and T5's files write it
 
 
 class Request(NamedTuple):
@@ -70,8 +73,10 @@ class Codec:
   def targets(self, request: Request, target: str | Sequence[str]) -> list[int]:
     """The tokens of a given answer: the texts of its blanks, or one text for one blank or a task of pairs.
 
+    The sentinels before, between and after the texts are added here.
+
     Raises:
-      ConfigError: the number of texts is not that of the blanks.
+      ConfigError: the number of texts is not that of the blanks, or a text has the name of a sentinel in it.
     """
     vocabulary = self.vocabulary
     if self.is_pairs:
@@ -81,6 +86,10 @@ class Codec:
     texts = [target] if isinstance(target, str) else list(target)
     if len(texts) != request.blanks:
       raise ConfigError(f'{len(texts)} texts for the {request.blanks} blanks of {request.text!r}: give one for each.')
+    for text in texts:
+      if found := _SENTINEL.search(text):
+        raise ConfigError(f'the target {text!r} has {found[0]} in it, which would be read as characters: give the text of each '
+                          'blank alone, sentinels are put around it.')
     ids = []
     for sentinel, text in zip(vocabulary.sentinels, texts):
       ids += [sentinel, *vocabulary.encode(text)]
