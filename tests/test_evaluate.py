@@ -10,8 +10,9 @@ import small_data
 import small_model
 
 from t5x_cpm import inference
-from t5x_cpm.config import ConfigError
+from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data import reader as reader_lib
+from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import evaluate
 from t5x_cpm.training import run_directory
 
@@ -95,7 +96,6 @@ def pairs_task(folder):
   import tensorflow as tf
 
   from t5x_cpm.data import seqio_vocabulary
-  from t5x_cpm.data import vocabulary as vocabulary_lib
 
   adapter = seqio_vocabulary.SeqioVocabulary(vocabulary_lib.load(f'cpm2:{folder / "vocab.txt"}'))
   seen = {}
@@ -122,8 +122,6 @@ def pairs_task(folder):
 
 
 def test_seqio_metrics_count_the_last_partial_batch_once(folder, pairs_task, tmp_path):
-  from t5x_cpm.data import vocabulary as vocabulary_lib
-
   vocabulary = vocabulary_lib.load(f'cpm2:{folder / "vocab.txt"}')
   model_dir = small_model.model_dir(tmp_path, vocabulary, objective='pairs', name='measured')
   metrics = evaluate.run(config_of(model_dir, batch_size=4), str(model_dir), ['measured'])[3]['measured']
@@ -149,11 +147,37 @@ def test_a_model_that_fills_blanks_continues_the_inputs(folder, model_dir, pairs
 
 
 def test_another_vocabulary_is_refused(folder, pairs_task, tmp_path):
-  from t5x_cpm.data import vocabulary as vocabulary_lib
-
   lines = (folder / 'vocab.txt').read_text().splitlines()
   (tmp_path / 'vocab.txt').write_text('\n'.join(lines[:50] + lines[60:]) + '\n')
   other = vocabulary_lib.load(f'cpm2:{tmp_path / "vocab.txt"}')
   model_dir = small_model.model_dir(tmp_path, other, objective='pairs')
   with pytest.raises(ConfigError, match='vocabulary'):
     evaluate.run(config_of(model_dir), str(model_dir), ['measured'])
+
+
+def test_a_copied_run_brings_its_vocabulary(tmp_path, capsys):
+  """Neither the file that the run was trained with nor its cache is there, as on another machine."""
+  (tmp_path / 'home').mkdir()
+  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(tmp_path / "home")}')
+  home = small_model.model_dir(tmp_path / 'home', vocabulary, name='local', cache_dir=str(tmp_path / 'home'))
+  (tmp_path / 'text.txt').write_text('\n'.join('abc一丁七 xyz' * n for n in range(1, 30)))
+  (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps({'inputs': a, 'targets': b}) + '\n' for a, b in PAIRS))
+
+  def results(model_dir, cache, file='text.txt', objective='isolated'):
+    config = config_of(model_dir, split='train', max_examples=3)
+    config = dataclasses.replace(
+        config, task=dataclasses.replace(config.task, cache_dir=str(cache), objective=objective),
+        local_task=LocalTaskConfig(files=str(tmp_path / file)))
+    return evaluate.run(config, str(model_dir), ['local'])
+
+  at_home = results(home, tmp_path / 'home')
+  assert len(list((tmp_path / 'home').glob('local-*/cache.json'))) == 1  # named by the file that the run was trained with
+  assert 'read with the copy' not in capsys.readouterr().err
+  pairs = results(home, tmp_path / 'home', 'pairs.jsonl', 'pairs')
+  (tmp_path / 'home' / 'vocab.txt').unlink()
+  assert results(home, tmp_path / 'home') == at_home  # from its cache alone
+  assert 'read with the copy' not in capsys.readouterr().err
+  copied = (tmp_path / 'home' / 'model').rename(tmp_path / 'away')
+  assert results(copied, tmp_path / 'cache') == at_home
+  assert results(copied, tmp_path / 'cache', 'pairs.jsonl', 'pairs') == pairs
+  assert capsys.readouterr().err.count(f'local is read with the copy in {copied}') == 2
