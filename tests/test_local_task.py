@@ -129,6 +129,15 @@ def test_globs_that_cannot_be_read(tmp_path, files, complaint):
     tasks.get(config_for(tmp_path, files.format(folder=tmp_path)))
 
 
+@pytest.mark.parametrize('files, validation_files, complaint', [
+    ('/x/*.txt', {'a': '/y/*.txt'}, "validation_files = {'a': '/y/\\*.txt'}: expected one glob, as LocalTaskConfig.files"),
+    ({'a': '/x/*.txt', 'b': '/y/*.txt'}, {'a': '/v', 'c': '/w'}, r"validation_files names \['c'\], .*files names \['a', 'b'\]"),
+])
+def test_validation_files_that_fit_no_files_are_refused(files, validation_files, complaint):
+  with pytest.raises(ConfigError, match=complaint):
+    LocalTaskConfig(files=files, validation_files=validation_files).validate()
+
+
 def test_pairs_need_jsonl(tmp_path):
   path = write(tmp_path / 'a.txt', 'x')
   with pytest.raises(ConfigError, match="a.txt: TaskConfig.objective = 'pairs' reads .jsonl"):
