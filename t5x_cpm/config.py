@@ -265,7 +265,7 @@ class EvalConfig:
   split: str = free('validation')
   checkpoints: str = free('last')  # 'last', 'all', or a step
   batch_size: int = free(32)
-  max_examples: int = free(0)  # 0 is all
+  max_examples: int = free(0)  # of a task of text: rows, each of several packed pieces; 0 is all
 
   def validate(self) -> None:
     in_range(self, 'batch_size', 1)

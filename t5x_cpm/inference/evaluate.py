@@ -42,10 +42,22 @@ class Example:
 
 
 def task_config(config: Config, name: str) -> Config:
-  """The configuration under which a task is read for evaluation."""
+  """The configuration under which a task is read for evaluation; `config` may name a mixture that the task is part of."""
   return dataclasses.replace(
       config, task=dataclasses.replace(config.task, name=name),
+      infer=dataclasses.replace(config.infer, domain=domain(config, name)),
       train=dataclasses.replace(config.train, batch_size=config.eval.batch_size))
+
+
+def domain(config: Config, name: str) -> int:
+  """The domain of a task for router 'domain': its number in the mixture that `config` names, else InferConfig.domain."""
+  moe = config.model.moe
+  if moe.by_domain and name != config.task.name:
+    with contextlib.suppress(ConfigError):  # what the run was trained on need not be known here
+      parts = list(tasks.parts(config) or ())
+      if name in parts and len(parts) == moe.num_experts:
+        return parts.index(name)
+  return config.infer.domain
 
 
 def has_inputs(config: Config) -> bool:
@@ -91,9 +103,11 @@ def evaluate_text(engine: engine_lib.Engine, config: Config) -> Metrics:
   config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective))
   reader = reader_lib.open_reader(config, config.eval.split, vocabulary=engine.vocabulary)
   totals: dict[str, np.ndarray] = {}
-  batches = -(-config.eval.max_examples // config.eval.batch_size)
+  rows, size = config.eval.max_examples, config.eval.batch_size
   marks = np.asarray([*engine.vocabulary.sentinels, engine.vocabulary.eos_id])
-  for batch in reader.eval_batches(batches):
+  for number, batch in enumerate(reader.eval_batches(-(-rows // size))):
+    if rows:
+      batch['decoder_loss_weights'][rows - number * size:] = 0.0
     is_text = batch['decoder_loss_weights'] * ~np.isin(batch['decoder_target_tokens'], marks)
     for name, pair in jax.device_get(_sums(engine.model, engine.params, batch, is_text)).items():
       totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
@@ -141,7 +155,7 @@ def _example(task: Any, features: Mapping[str, Any], codec: text.Codec) -> Examp
     written = features.get(f'{side}_pretokenized')
     texts[side] = written.decode() if isinstance(written, bytes) else vocabulary.decode(ids[side])
   if codec.is_pairs:
-    request = codec.fit(text.Request(texts['inputs'], ids['inputs'] + codec.end, 0, (vocabulary.eos_id,)))
+    request = codec.pairs_request(texts['inputs'], ids['inputs'])
     target_ids = ids['targets'] + codec.end
   else:  # a model that fills blanks continues the inputs
     request = codec.request(texts['inputs'])

@@ -22,13 +22,14 @@ class Request(NamedTuple):
   ids: list[int]
   blanks: int  # that the answer must fill; 0 for a task of pairs, whose answer is a text
   stop: tuple[int, ...]  # tokens that end the answer
+  domain: int  # for a model with router 'domain'
 
 
 class Codec:
   """The form of inputs and answers that an objective trains."""
 
   def __init__(self, vocabulary: Vocabulary, config: Config):
-    """config: of the model's run; TaskConfig.objective and the lengths of InferConfig are read."""
+    """config: of the model's run; TaskConfig.objective, and the lengths and the domain of InferConfig, are read."""
     self.vocabulary, self.limits = vocabulary, config.infer
     self.is_pairs = config.task.objective == 'pairs'
     self.number = {token: k for k, token in enumerate(vocabulary.sentinels)}
@@ -43,7 +44,7 @@ class Codec:
     """
     vocabulary = self.vocabulary
     if self.is_pairs:
-      return self.fit(Request(text, vocabulary.encode_blanks(text) + self.end, 0, (vocabulary.eos_id,)))
+      return self.pairs_request(text, vocabulary.encode_blanks(text))
     form = text if BLANK in text else text + BLANK
     blanks = form.count(BLANK)
     if blanks >= len(vocabulary.sentinels):
@@ -52,7 +53,11 @@ class Codec:
     ids = vocabulary.encode_blanks(form)
     if ids[-1] not in self.number:
       ids = [*ids, closing]
-    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing)))
+    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.limits.domain))
+
+  def pairs_request(self, text: str, ids: list[int]) -> Request:
+    """An input of a model that was trained on inputs and targets, from its tokens without end of sequence."""
+    return self.fit(Request(text, ids + self.end, 0, (self.vocabulary.eos_id,), self.limits.domain))
 
   def fit(self, request: Request) -> Request:
     """Refuses an input that is too long, or cuts it at its end, where its last sentinel and end of sequence stay."""
