@@ -91,6 +91,14 @@ class LocalTaskConfig:
       value = getattr(self, field)
       if isinstance(value, dict) and not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
         raise ConfigError(f'LocalTaskConfig.{field} = {value!r}: expected a glob, or a dict of name -> glob.')
+    if isinstance(self.validation_files, dict):
+      if not isinstance(self.files, dict):
+        raise ConfigError(f'LocalTaskConfig.validation_files = {self.validation_files!r}: expected one glob, as '
+                          f'LocalTaskConfig.files = {self.files!r} is one.')
+      unknown = sorted(set(self.validation_files) - set(self.files))
+      if unknown:
+        raise ConfigError(f'LocalTaskConfig.validation_files names {unknown}, but LocalTaskConfig.files names '
+                          f'{sorted(self.files)}: name only these.')
     if self.rates:
       names = set(self.files) if isinstance(self.files, dict) else set()
       if set(self.rates) != names:
@@ -260,7 +268,7 @@ class EvalConfig:
   split: str = free('validation')
   checkpoints: str = free('last')  # 'last', 'all', or a step
   batch_size: int = free(32)
-  max_examples: int = free(0)  # 0 is all
+  max_examples: int = free(0)  # of a task of text: rows, each of several packed pieces; 0 is all
 
   def validate(self) -> None:
     in_range(self, 'batch_size', 1)

@@ -73,7 +73,7 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
       for number, raw in reader(_lines(f, end - begin if end >= 0 else -1), config):
         try:
           document = _parse(raw, fields) if reader is _json_lines else (_decode(raw),)
-        except _MalformedError as error:
+        except MalformedError as error:
           if not config.skip_malformed:
             line = number + error.line + _newlines(path, begin)
             raise DataError(f'{path}:{line}: {error}. Mend the line, or set LocalTaskConfig.skip_malformed = True to leave '
@@ -88,7 +88,8 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
     raise DataError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
 
 
-class _MalformedError(Exception):
+class MalformedError(Exception):
+  """A document that cannot be read; the message has no place."""
 
   def __init__(self, text: str, line: int = 0):
     super().__init__(text)
@@ -148,24 +149,40 @@ def _decode(raw: bytes) -> str:
   except UnicodeDecodeError as error:
     line = raw.count(b'\n', 0, error.start)
     column = error.start - (raw.rfind(b'\n', 0, error.start) + 1) + 1
-    raise _MalformedError(f'byte {column} of the line (0x{raw[error.start]:02x}) is not valid UTF-8', line) from None
+    raise MalformedError(f'byte {column} of the line (0x{raw[error.start]:02x}) is not valid UTF-8', line) from None
 
 
 def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
-  text = _decode(raw)
+  return json_texts(_decode(raw), fields, 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields')
+
+
+def json_texts(line: str, fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
+  """The texts in some fields of a JSON object.
+
+  Args:
+    line: the object.
+    fields: names of the fields.
+    hint: which field of the configuration names them.
+
+  Raises:
+    MalformedError: no JSON object, a field that is missing or no text, or a text that UTF-8 cannot write.
+  """
   try:
-    value = json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as error:
-    reason = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else 'nested too deeply'
-    raise _MalformedError(f'malformed JSON ({reason})') from None
+    value = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise MalformedError(f'malformed JSON ({error.msg} at column {error.colno})') from None
+  except RecursionError:
+    raise MalformedError('malformed JSON (nested too deeply)') from None
+  except ValueError:  # Python's limit of the digits of an integer
+    raise MalformedError('malformed JSON (a number of too many digits)') from None
   if not isinstance(value, dict):
-    raise _MalformedError(f'expected a JSON object with {" and ".join(map(repr, fields))}, got {text[:40]!r}')
+    raise MalformedError(f'expected a JSON object with {" and ".join(map(repr, fields))}, got {line[:40]!r}')
   for field in fields:
     if not isinstance(value.get(field), str):
       given = f'{field!r} is not a text' if field in value else f'no field {field!r} among {sorted(value)[:8]}'
-      raise _MalformedError(f'{given} (LocalTaskConfig.text_field, inputs_field and targets_field name the fields)')
+      raise MalformedError(f'{given} ({hint})')
     if any('\ud800' <= c <= '\udfff' for c in value[field]):
-      raise _MalformedError(f'{field!r} holds half of a surrogate pair')
+      raise MalformedError(f'{field!r} holds half of a surrogate pair')
   return tuple(value[field] for field in fields)
 
 

@@ -10,9 +10,11 @@ import small_data
 import small_model
 
 from t5x_cpm import inference
-from t5x_cpm.config import ConfigError
+from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data import reader as reader_lib
-from t5x_cpm.inference import evaluate
+from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm.inference import evaluate, text
+from t5x_cpm.model_config import MoEConfig
 from t5x_cpm.training import run_directory
 
 PAIRS = [('一丁', '七'), ('abc', '丁'), ('x', 'y'), ('一', '一'), ('q q', 'z'), ('丄', '丅'), ('下', '一一')]
@@ -79,6 +81,13 @@ def test_all_checkpoints_or_one(model_dir):
   assert one == {3: results[3]}
 
 
+def test_a_number_of_rows_does_not_depend_on_the_batch(model_dir):
+  every = [evaluate.run(config_of(model_dir, max_examples=3, batch_size=size), str(model_dir), ['wiki_zh'])[5]['wiki_zh']
+           for size in (1, 2, 4)]
+  assert every[0]['targets'] == every[1]['targets'] == every[2]['targets']
+  assert every[0]['loss'] == pytest.approx(every[1]['loss'], rel=1e-5) == pytest.approx(every[2]['loss'], rel=1e-5)
+
+
 def test_what_cannot_be_evaluated_is_told(model_dir):
   with pytest.raises(ConfigError, match='did you mean.*wiki_zh'):
     evaluate.run(config_of(model_dir), str(model_dir), ['wiki_zhh'])
@@ -95,7 +104,6 @@ def pairs_task(folder):
   import tensorflow as tf
 
   from t5x_cpm.data import seqio_vocabulary
-  from t5x_cpm.data import vocabulary as vocabulary_lib
 
   adapter = seqio_vocabulary.SeqioVocabulary(vocabulary_lib.load(f'cpm2:{folder / "vocab.txt"}'))
   seen = {}
@@ -122,8 +130,6 @@ def pairs_task(folder):
 
 
 def test_seqio_metrics_count_the_last_partial_batch_once(folder, pairs_task, tmp_path):
-  from t5x_cpm.data import vocabulary as vocabulary_lib
-
   vocabulary = vocabulary_lib.load(f'cpm2:{folder / "vocab.txt"}')
   model_dir = small_model.model_dir(tmp_path, vocabulary, objective='pairs', name='measured')
   metrics = evaluate.run(config_of(model_dir, batch_size=4), str(model_dir), ['measured'])[3]['measured']
@@ -149,11 +155,72 @@ def test_a_model_that_fills_blanks_continues_the_inputs(folder, model_dir, pairs
 
 
 def test_another_vocabulary_is_refused(folder, pairs_task, tmp_path):
-  from t5x_cpm.data import vocabulary as vocabulary_lib
-
   lines = (folder / 'vocab.txt').read_text().splitlines()
   (tmp_path / 'vocab.txt').write_text('\n'.join(lines[:50] + lines[60:]) + '\n')
   other = vocabulary_lib.load(f'cpm2:{tmp_path / "vocab.txt"}')
   model_dir = small_model.model_dir(tmp_path, other, objective='pairs')
   with pytest.raises(ConfigError, match='vocabulary'):
     evaluate.run(config_of(model_dir), str(model_dir), ['measured'])
+
+
+def test_a_copied_run_brings_its_vocabulary(tmp_path, capsys):
+  """Neither the file that the run was trained with nor its cache is there, as on another machine."""
+  (tmp_path / 'home').mkdir()
+  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(tmp_path / "home")}')
+  home = small_model.model_dir(tmp_path / 'home', vocabulary, name='local', cache_dir=str(tmp_path / 'home'))
+  (tmp_path / 'text.txt').write_text('\n'.join('abc一丁七 xyz' * n for n in range(1, 30)))
+  (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps({'inputs': a, 'targets': b}) + '\n' for a, b in PAIRS))
+
+  def results(model_dir, cache, file='text.txt', objective='isolated'):
+    config = config_of(model_dir, split='train', max_examples=3)
+    config = dataclasses.replace(
+        config, task=dataclasses.replace(config.task, cache_dir=str(cache), objective=objective),
+        local_task=LocalTaskConfig(files=str(tmp_path / file)))
+    return evaluate.run(config, str(model_dir), ['local'])
+
+  at_home = results(home, tmp_path / 'home')
+  assert len(list((tmp_path / 'home').glob('local-*/cache.json'))) == 1  # named by the file that the run was trained with
+  assert 'read with the copy' not in capsys.readouterr().err
+  pairs = results(home, tmp_path / 'home', 'pairs.jsonl', 'pairs')
+  (tmp_path / 'home' / 'vocab.txt').unlink()
+  assert results(home, tmp_path / 'home') == at_home  # from its cache alone
+  assert 'read with the copy' not in capsys.readouterr().err
+  copied = (tmp_path / 'home' / 'model').rename(tmp_path / 'away')
+  assert results(copied, tmp_path / 'cache') == at_home
+  assert results(copied, tmp_path / 'cache', 'pairs.jsonl', 'pairs') == pairs
+  assert capsys.readouterr().err.count(f'local is read with the copy in {copied}') == 2
+
+
+def with_domains(folder, objective):
+  """An engine with an expert for each of two tasks, and the configuration that names their mixture, in this order: b, a."""
+  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(folder)}')
+  files = {name: str(folder / f'{name}.jsonl') for name in 'ba'}
+  for name, inputs in (('a', '一丁'), ('b', 'xyz')):
+    lines = [json.dumps({'inputs': inputs * n, 'targets': 'x', 'text': inputs * n * 9}) for n in range(1, 4)]
+    (folder / f'{name}.jsonl').write_text('\n'.join(lines))
+  model_dir = small_model.model_dir(folder, vocabulary, objective=objective, name='local', cache_dir=str(folder),
+                                    moe=MoEConfig(num_experts=2, router='domain', group_size=16))
+  config = dataclasses.replace(config_of(model_dir), local_task=LocalTaskConfig(files=files, validation_files=files))
+  return inference.load(model_dir, config=config), config
+
+
+def test_each_pair_is_answered_by_the_expert_of_its_task(tmp_path):
+  engine, config = with_domains(tmp_path, 'pairs')
+  together = evaluate.evaluate_task(engine, config, 'local')
+  assert together == {name: result for part in ('local:b', 'local:a')
+                      for name, result in evaluate.evaluate_task(engine, config, part).items()}
+  for number, (_, records) in enumerate(together.values()):
+    by_expert = []
+    for expert in (0, 1):
+      infer = dataclasses.replace(config.infer, domain=expert)
+      engine.codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=infer))
+      by_expert.append(engine.generate([record['input'] for record in records]))
+    assert by_expert[0] != by_expert[1]
+    assert [record['output'] for record in records] == by_expert[number]
+
+
+def test_each_text_is_read_by_the_expert_of_its_task(tmp_path):
+  engine, config = with_domains(tmp_path, 'isolated')
+  whole, a, b = (evaluate.evaluate_task(engine, config, name)[name][0] for name in ('local', 'local:a', 'local:b'))
+  total = a['loss'] * a['targets'] + b['loss'] * b['targets']
+  assert whole['loss'] * whole['targets'] == pytest.approx(total, rel=1e-5)

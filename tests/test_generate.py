@@ -109,6 +109,7 @@ def test_answers_of_pairs_are_texts(vocabulary, tmp_path):
   assert request.ids == [*vocabulary.encode('一丁'), vocabulary.eos_id] and request.blanks == 0
   assert codec.output(request, [*vocabulary.encode('七'), vocabulary.eos_id, 30]) == ('七', [])
   assert codec.targets(request, '七') == [*vocabulary.encode('七'), vocabulary.eos_id]
+  assert codec.targets(request, '<s_0>') == [*vocabulary.encode('<s_0>'), vocabulary.eos_id]  # a text like any other
   answers = inference.load(folder).generate(['一丁'])
   assert len(answers) == 1
 
@@ -188,9 +189,12 @@ def test_jsonl_input_and_byte_order_mark(run):
 
 
 @pytest.mark.parametrize(('content', 'suffix', 'message'), [
-    (b'{"text": "a"}\n{"text": "b"\n', '.jsonl', r'in\.jsonl:2: not a JSON object'),
-    (b'{"text": "a"}\n["a"]\n', '.jsonl', r'in\.jsonl:2: expected text in the field .text. .*is no object'),
-    (b'{"text": "a"}\n\n{"words": "a"}\n', '.jsonl', r'in\.jsonl:3: .*InferConfig.text_field.*has words'),
+    (b'{"text": "a"}\n{"text": "b"\n', '.jsonl', r'in\.jsonl:2: malformed JSON \(.* at column 13\)'),
+    (b'{"text": "a"}\n["a"]\n', '.jsonl', r'in\.jsonl:2: expected a JSON object with .text., got'),
+    (b'{"text": "a"}\n\n{"words": "a"}\n', '.jsonl', r'in\.jsonl:3: no field .text. among .*words.*InferConfig.text_field'),
+    (b'{"text": "a"}\n{"text": "\\ud83d"}\n', '.jsonl', r'in\.jsonl:2: .text. holds half of a surrogate pair'),
+    (b'{"text": "a"}\n{"text": "a", "id": ' + b'9' * 5000 + b'}\n', '.jsonl', r'in\.jsonl:2: .*number of too many digits'),
+    (b'{"text": "a"}\n' + b'[' * 100_000 + b'\n', '.jsonl', r'in\.jsonl:2: .*nested too deeply'),
     (b'abc\n\xff\xfe\n', '.txt', r'in\.txt:2: .*0xff, is not UTF-8'),
     ('ok\n' + '一' * 61, '.txt', r'in\.txt:2: the input has 62 tokens and InferConfig.input_length = 60'),
 ])
@@ -244,9 +248,22 @@ def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path):
       run(**{'content': content, **change})
   run(content, batch_size=2)  # speed only
   assert len(out.read_text().splitlines()) == 11
-  (tmp_path / 'out.jsonl.run.json').unlink()
+  note = tmp_path / 'out.jsonl.run.json'
+  good = note.read_bytes()
+  for damaged in (b'', good[:40], b'\xff' * 20):
+    note.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r'out\.jsonl\.run\.json beside it.* is damaged.*Remove both'):
+      run(content)
+  note.unlink()
   with pytest.raises(ConfigError, match='not from `infer`'):
     run(content)
+
+
+def test_what_a_file_is_made_from_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
+  written = []
+  monkeypatch.setattr(run_directory, 'write_atomically', lambda path, data: written.append((path.name, json.loads(data))))
+  run('a')
+  assert [name for name, _ in written] == ['out.jsonl.run.json'] and written[0][1]['step'] == 3
 
 
 def command(model_dir, *flags):
@@ -303,5 +320,5 @@ def test_piped_prompt_answers_line_by_line(engine, capsys):
   generate.interact(engine, io.BytesIO(b'\n'.join(lines)), False)
   out, err = capsys.readouterr()
   first, third = (engine.answers([line], engine.decode_config())[0].output for line in ('一<span>a', 'abc'))
-  assert out == f'{first}\n\n{third}\n'
+  assert out == f'{first}\n\n{third}\n\n\n'  # one line out for each line in
   assert 'line 4: byte 0 of the line is not UTF-8' in err and 'line 5: the input has 71 tokens' in err

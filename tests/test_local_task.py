@@ -75,6 +75,7 @@ def test_shards_hold_every_document_once(tmp_path, monkeypatch, suffix, document
     ('{"text": "a"}\n{"text": "\\ud800"}\n', 2, 'half of a surrogate pair'),
     (b'{"text": "a"}\n{"text": "b\xff"}\n', 2, 'byte 12 of the line \\(0xff\\) is not valid UTF-8'),
     ('{"text": "a"}\n' + '[' * 100_000 + '\n', 2, 'malformed JSON'),
+    ('{"text": "a"}\n{"text": "a", "id": ' + '9' * 5000 + '}\n', 2, 'number of too many digits'),
 ])
 def test_a_malformed_line_is_named_or_skipped_if_told(tmp_path, content, line, complaint):
   path = write(tmp_path / 'a.jsonl', content)
@@ -126,6 +127,15 @@ def test_globs_that_cannot_be_read(tmp_path, files, complaint):
   write(tmp_path / 'empty.txt', '')
   with pytest.raises(ConfigError, match=complaint):
     tasks.get(config_for(tmp_path, files.format(folder=tmp_path)))
+
+
+@pytest.mark.parametrize('files, validation_files, complaint', [
+    ('/x/*.txt', {'a': '/y/*.txt'}, "validation_files = {'a': '/y/\\*.txt'}: expected one glob, as LocalTaskConfig.files"),
+    ({'a': '/x/*.txt', 'b': '/y/*.txt'}, {'a': '/v', 'c': '/w'}, r"validation_files names \['c'\], .*files names \['a', 'b'\]"),
+])
+def test_validation_files_that_fit_no_files_are_refused(files, validation_files, complaint):
+  with pytest.raises(ConfigError, match=complaint):
+    LocalTaskConfig(files=files, validation_files=validation_files).validate()
 
 
 def test_pairs_need_jsonl(tmp_path):

@@ -215,6 +215,22 @@ def test_cpm2_training_reads_every_token_equally_often(tmp_path):
   del config
 
 
+@pytest.mark.parametrize('objective', ['isolated', 't5', 'cpm2'])
+def test_a_vocabulary_without_sentinels_is_for_pairs_alone(tmp_path, monkeypatch, objective):
+  plain = cache.Cache.vocabulary
+
+  def vocabulary(self):
+    found = plain(self)
+    found.sentinels = ()  # as CPM-1's
+    return found
+
+  monkeypatch.setattr(cache.Cache, 'vocabulary', vocabulary)
+  with pytest.raises(ConfigError, match=f"objective = '{objective}' marks .*has none .*only TaskConfig.objective = 'pairs'"):
+    make_reader(tmp_path, [[20] * 30], objective=objective)
+  pairs = {'inputs': [[20] * 30], 'targets': [[21] * 5]}
+  assert make_reader(tmp_path, pairs, objective='pairs', name='wiki_en')[0].rows_per_epoch == 1
+
+
 def test_cpm2_with_too_many_sentinels_is_refused(tmp_path):
   rng = np.random.default_rng(0)
   with pytest.raises(ConfigError, match='more than the 100 sentinels.*encoder_length'):

@@ -56,6 +56,13 @@ def test_the_score_of_a_generated_answer_is_what_generation_says(engine):
     engine.score(texts, ['a'])
 
 
+@pytest.mark.parametrize('target', ['<s_0>七<s_1>', ['七', '丁<s_1>'], '<extra_id_0>七'])
+def test_a_target_with_sentinels_is_refused(engine, target):
+  line = '一<span>丁' if isinstance(target, str) else '一<span>丁<span>'
+  with pytest.raises(ConfigError, match='would be read as characters: give the text of each blank alone'):
+    engine.score([line], [target])
+
+
 def test_choices(engine):
   inputs, choices = ['一<span>丁', 'x<span>y'], [['七', '一一一', '丁'], ['q', 'abc']]
   ids = engine.codec.targets

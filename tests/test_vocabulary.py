@@ -114,6 +114,7 @@ def test_cpm1(shared_data):
   assert (cpm1.size, cpm1.bos_id, cpm1.pad_id, cpm1.eos_id, cpm1.sentinels) == (30_000, 1, 5, 7, ())
   for text in ('清华大学发布了模型。', '两行\n文字 和空格'):
     assert cpm1.decode(cpm1.encode(text)) == text
+  assert cpm1.encode('你好 \ud83d x') == cpm1.encode('你好 \ufffd x')
 
 
 def documents(folder: pathlib.Path):
@@ -198,6 +199,7 @@ def test_plain_sentencepiece_counts_its_sentinels_from_the_end(tmp_path):
   ids = vocab.encode_blanks('word1 <span> one')
   assert vocab.size - 1 in ids and '<s_0>' in vocab.decode(ids)
   assert vocab.decode(vocab.encode('word1 and one')) == 'word1 and one'
+  assert vocab.encode('word1 \ud83d one') == vocab.encode('word1 \ufffd one')  # half of a surrogate pair
 
 
 @pytest.mark.parametrize('content, message', [

@@ -39,7 +39,11 @@ class Component(abc.ABC):
   rows_per_epoch: int
   left_out: int
 
-  def __init__(self, cache: cache_lib.Cache, vocabulary: Vocabulary):
+  def __init__(self, cache: cache_lib.Cache, vocabulary: Vocabulary, objective: str):
+    if not vocabulary.sentinels and objective != 'pairs':
+      raise ConfigError(f'TaskConfig.objective = {objective!r} marks masked spans with sentinels, and {vocabulary.spec!r} has '
+                        "none (CPM-1's have none): only TaskConfig.objective = 'pairs' works with it, or set another "
+                        'TaskConfig.vocabulary.')
     self.name, self.checksum, self.vocabulary = cache.name, cache.info['checksum'], vocabulary
     self.salt = int.from_bytes(hashlib.blake2b(cache.name.encode(), digest_size=7).digest(), 'big')
     self.sentinels = np.asarray(vocabulary.sentinels, np.int32)
@@ -65,7 +69,7 @@ class Packed(Component):
   """Rows of several pieces, each in a segment of its own: objectives 'isolated', 't5' and 'pairs'."""
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
-    super().__init__(cache, vocabulary)
+    super().__init__(cache, vocabulary, config.task.objective)
     task = config.task
     self.task = task
     self.most = max(1, task.encoder_length // 8)  # pieces in a row
@@ -184,7 +188,7 @@ class Windows(Component):
   """
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
-    super().__init__(cache, vocabulary)
+    super().__init__(cache, vocabulary, config.task.objective)
     task = config.task
     folder = cache.path / 'index'
     table = index.cpm2_streams(folder, split, cache.tokens(split, 'targets'), cache.lengths(split, 'targets'),

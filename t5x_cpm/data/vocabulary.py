@@ -120,7 +120,7 @@ class SentencePiece(Vocabulary):
 def _encode(model: Any, text: str) -> list[int]:
   try:
     return model.encode(text)
-  except UnicodeEncodeError:  # half of a surrogate pair
+  except (UnicodeEncodeError, RuntimeError):  # half of a surrogate pair; which error depends on SentencePiece's version
     return model.encode(text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace'))
 
 

@@ -83,8 +83,11 @@ class Engine:
 
     Args:
       inputs: texts.
-      targets: for each, the text of its blank, or a list of the texts of its blanks; of a model that was trained on inputs
-        and targets, the target.
+      targets: for each, the text of its blank, or a list of the texts of its blanks, one for each in order, all without
+        sentinels; of a model that was trained on inputs and targets, the target.
+
+    Raises:
+      ConfigError: a target that does not fit its input, or has the name of a sentinel in it, such as '<s_0>'.
     """
     if len(inputs) != len(targets):
       raise ConfigError(f'score: {len(inputs)} inputs and {len(targets)} targets: give one target for each input.')
@@ -115,7 +118,8 @@ class Engine:
     rows = [self.vocabulary.encode_blanks(line) + self.codec.end for line in texts]
     result = []
     for batch_rows in self._batches(rows):
-      hidden = np.asarray(self._encode(self.params, self._encoder_batch(batch_rows)))
+      batch = self._encoder_batch(batch_rows, [self.config.infer.domain] * len(batch_rows))
+      hidden = np.asarray(self._encode(self.params, batch))
       result += [hidden[i, :len(row)] for i, row in enumerate(batch_rows)]
     return result
 
@@ -198,8 +202,8 @@ class Engine:
       padded = mine + [mine[-1]] * (self._bucket(len(mine)) - len(mine))
       ids = [target for _, target in padded]
       batch = score.teacher_forced(
-          self._encoder_batch([request.ids for request, _ in padded]), ids, round_up(max(map(len, ids))),
-          self.vocabulary.bos_id, self.vocabulary.pad_id)
+          self._request_batch([request for request, _ in padded]), ids, round_up(max(map(len, ids))), self.vocabulary.bos_id,
+          self.vocabulary.pad_id)
       log_prob, count = jax.device_get(self._score(self.params, batch))
       sums += log_prob[:len(mine)].tolist()
       counts += count[:len(mine)].tolist()
@@ -220,11 +224,14 @@ class Engine:
     """Rows that are computed for so many: a power of two or the batch size, so that few shapes are compiled."""
     return min(1 << (rows - 1).bit_length(), self.config.infer.batch_size)
 
-  def _encoder_batch(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+  def _request_batch(self, requests: Sequence[text.Request]) -> dict[str, np.ndarray]:
+    return self._encoder_batch([request.ids for request in requests], [request.domain for request in requests])
+
+  def _encoder_batch(self, rows: Sequence[Sequence[int]], domains: Sequence[int]) -> dict[str, np.ndarray]:
     tokens, segments = score.pad(rows, round_up(max(map(len, rows))), self.vocabulary.pad_id)
     batch = {'encoder_input_tokens': tokens, 'encoder_segment_ids': segments}
     if self.config.model.moe.by_domain:
-      batch['domain'] = np.full(len(tokens), self.config.infer.domain, np.int32)
+      batch['domain'] = np.asarray(domains, np.int32)
     return batch
 
   def _decode_inputs(self, requests: Sequence[text.Request]) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
@@ -235,7 +242,7 @@ class Engine:
     for row, request in enumerate(requests):
       stop[row, :len(request.stop)] = request.stop
       allowed[row, self.codec.forbidden(request)] = False
-    return self._encoder_batch([request.ids for request in requests]), stop, allowed
+    return self._request_batch(requests), stop, allowed
 
   def _answer(self, request: text.Request, ids: np.ndarray, log_prob: Any) -> Answer:
     tokens = [int(token) for token in ids]

@@ -5,6 +5,7 @@ and without TensorFlow. A task of inputs and targets has SeqIO metrics: of gener
 the targets, or both. Results go to model_dir/eval/<step>/: metrics.json and, for each task with predictions, <task>.jsonl.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,6 +23,7 @@ from t5x_cpm import tasks
 from t5x_cpm.config import Config, ConfigError, to_dict
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import reader as reader_lib
+from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import engine as engine_lib
 from t5x_cpm.inference import text
 from t5x_cpm.training import losses, run_directory
@@ -40,10 +42,22 @@ class Example:
 
 
 def task_config(config: Config, name: str) -> Config:
-  """The configuration under which a task is read for evaluation."""
+  """The configuration under which a task is read for evaluation; `config` may name a mixture that the task is part of."""
   return dataclasses.replace(
       config, task=dataclasses.replace(config.task, name=name),
+      infer=dataclasses.replace(config.infer, domain=domain(config, name)),
       train=dataclasses.replace(config.train, batch_size=config.eval.batch_size))
+
+
+def domain(config: Config, name: str) -> int:
+  """The domain of a task for router 'domain': its number in the mixture that `config` names, else InferConfig.domain."""
+  moe = config.model.moe
+  if moe.by_domain and name != config.task.name:
+    with contextlib.suppress(ConfigError):  # what the run was trained on need not be known here
+      parts = list(tasks.parts(config) or ())
+      if name in parts and len(parts) == moe.num_experts:
+        return parts.index(name)
+  return config.infer.domain
 
 
 def has_inputs(config: Config) -> bool:
@@ -55,6 +69,25 @@ def has_inputs(config: Config) -> bool:
   if parts:
     return has_inputs(task_config(config, next(iter(parts))))
   return 'inputs' in tasks.tokens(config).features
+
+
+def vocabulary_spec(config: Config, saved: vocabulary_lib.Vocabulary) -> str:
+  """TaskConfig.vocabulary for a task: that of `config` where it is still the model's, because caches are named by it.
+
+  Args:
+    config: names the task.
+    saved: the copy in the model_dir, which is taken where the file that the run was trained with is gone or was changed.
+  """
+  given = config.task.vocabulary
+  path = cache_lib.directory(config)
+  if cache_lib.is_ready(path) and not has_inputs(config):
+    return given  # the cache holds its vocabulary, which the reader checks
+  for spec in (given, saved.spec):
+    with contextlib.suppress(ConfigError):
+      theirs = tasks.vocabulary(dataclasses.replace(config, task=dataclasses.replace(config.task, vocabulary=spec)))
+      if theirs.fingerprint == saved.fingerprint:
+        return spec
+  return given
 
 
 # Text: masked tokens.
@@ -70,9 +103,11 @@ def evaluate_text(engine: engine_lib.Engine, config: Config) -> Metrics:
   config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective))
   reader = reader_lib.open_reader(config, config.eval.split, vocabulary=engine.vocabulary)
   totals: dict[str, np.ndarray] = {}
-  batches = -(-config.eval.max_examples // config.eval.batch_size)
+  rows, size = config.eval.max_examples, config.eval.batch_size
   marks = np.asarray([*engine.vocabulary.sentinels, engine.vocabulary.eos_id])
-  for batch in reader.eval_batches(batches):
+  for number, batch in enumerate(reader.eval_batches(-(-rows // size))):
+    if rows:
+      batch['decoder_loss_weights'][rows - number * size:] = 0.0
     is_text = batch['decoder_loss_weights'] * ~np.isin(batch['decoder_target_tokens'], marks)
     for name, pair in jax.device_get(_sums(engine.model, engine.params, batch, is_text)).items():
       totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
@@ -120,7 +155,7 @@ def _example(task: Any, features: Mapping[str, Any], codec: text.Codec) -> Examp
     written = features.get(f'{side}_pretokenized')
     texts[side] = written.decode() if isinstance(written, bytes) else vocabulary.decode(ids[side])
   if codec.is_pairs:
-    request = codec.fit(text.Request(texts['inputs'], ids['inputs'] + codec.end, 0, (vocabulary.eos_id,)))
+    request = codec.pairs_request(texts['inputs'], ids['inputs'])
     target_ids = ids['targets'] + codec.end
   else:  # a model that fills blanks continues the inputs
     request = codec.request(texts['inputs'])
@@ -265,8 +300,13 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
   names = [name.strip() for name in names if name.strip()]
   if not names:
     raise ConfigError('eval needs --tasks=NAME,...; `t5x_cpm tasks` lists them.')
-  for name in names:
-    has_inputs(task_config(config, name))  # a misspelt name is told before a model is read
+  saved = vocabulary_lib.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
+  specs = {}
+  for name in names:  # a misspelt name is told before a model is read
+    specs[name] = vocabulary_spec(task_config(config, name), saved)
+    if specs[name] != config.task.vocabulary:
+      print(f'eval: TaskConfig.vocabulary = {config.task.vocabulary!r} is not the vocabulary of the model, or gone; '
+            f'{name} is read with the copy in {model_dir}', file=sys.stderr, flush=True)
   config = dataclasses.replace(config, infer=dataclasses.replace(config.infer, batch_size=config.eval.batch_size))
   steps = chosen_steps(config, model_dir)
   engine = engine_lib.load(model_dir, step=steps[0], config=config)
@@ -277,7 +317,8 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
     results: dict[str, tuple[Metrics, list[dict]]] = {}
     for name in names:
       print(f'eval: step {step}, {name}', file=sys.stderr, flush=True)
-      results |= evaluate_task(engine, config, name)
+      task = dataclasses.replace(config.task, vocabulary=specs[name])
+      results |= evaluate_task(engine, dataclasses.replace(config, task=task), name)
     write(model_dir, step, config, results)
     summary[step] = {task: metrics for task, (metrics, _) in results.items()}
     print(table(step, summary[step]), flush=True)

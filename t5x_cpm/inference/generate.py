@@ -15,10 +15,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 
+from etils import epath
+
 from t5x_cpm import config as config_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import text
+from t5x_cpm.tasks import text_files
 from t5x_cpm.training import run_directory
 
 if TYPE_CHECKING:
@@ -55,13 +58,10 @@ def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
 
 def _from_json(number: int, line: str, field: str) -> Line:
   try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    return Line(number, '', f'not a JSON object: {error.msg} (column {error.colno})')
-  if not isinstance(record, dict) or not isinstance(record.get(field), str):
-    has = f'has {", ".join(record) or "no field"}' if isinstance(record, dict) else 'is no object'
-    return Line(number, '', f'expected text in the field {field!r} (InferConfig.text_field); the line {has}')
-  return Line(number, record[field] if record[field].strip() else '')
+    given, = text_files.json_texts(line, (field,), 'InferConfig.text_field names the field')
+  except text_files.MalformedError as error:
+    return Line(number, '', str(error))
+  return Line(number, given if given.strip() else '')
 
 
 def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
@@ -117,7 +117,7 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
     How many lines are answered already.
 
   Raises:
-    ConfigError: the file is there and not made from the same, or cannot be written.
+    ConfigError: the file is there and not made from the same (or nothing says from what), or cannot be written.
   """
   note = output.with_name(output.name + '.run.json')
   remedy = 'Remove it, or give another --output.'
@@ -125,7 +125,12 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
     if output.exists() and output.stat().st_size:
       if not note.exists():
         raise ConfigError(f'--output={output} is there, but not from `infer` ({note.name} is missing). {remedy}')
-      differences = run_directory.info_differences(json.loads(note.read_text()), wanted)
+      try:
+        made_from = json.loads(note.read_text())
+      except ValueError:
+        raise ConfigError(f'--output={output} is there, but {note.name} beside it, which says what it was made from, is '
+                          'damaged (no JSON). Remove both, or give another --output.') from None
+      differences = run_directory.info_differences(made_from, wanted)
       if differences:
         lines = '\n  '.join(line.replace('in the checkpoint', 'in the file') for line in differences)
         raise ConfigError(f'--output={output} was made from something else:\n  {lines}\n{remedy}')
@@ -140,7 +145,7 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
       os.truncate(output, offsets[done])
       return done
     output.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(wanted, ensure_ascii=False, indent=2) + '\n')
+    run_directory.write_atomically(epath.Path(note), (json.dumps(wanted, ensure_ascii=False, indent=2) + '\n').encode())
     output.write_bytes(b'')
   except OSError as error:
     raise ConfigError(f'--output={output} cannot be written: {error.strerror}.') from None
@@ -238,10 +243,7 @@ def interact(engine: 'Engine', stdin: BinaryIO, is_terminal: bool) -> None:
   """Answers line by line, tokens as they come. A line with blanks is printed filled when it is complete."""
   for line in prompts(stdin, is_terminal):
     if line.error or not line.text.strip():
-      if line.error:
-        print(f'error: line {line.number}: {line.error}', file=sys.stderr, flush=True)
-      elif not is_terminal:
-        print(flush=True)  # one line out for each line in
+      refuse(line.number, line.error, is_terminal)
       continue
     has_blanks = vocabulary_lib.BLANK in line.text
     pieces = engine.stream(line.text)
@@ -256,7 +258,15 @@ def interact(engine: 'Engine', stdin: BinaryIO, is_terminal: bool) -> None:
       else:
         print(flush=True)
     except ConfigError as error:
-      print(f'error: line {line.number}: {error}', file=sys.stderr, flush=True)
+      refuse(line.number, str(error), is_terminal)
+
+
+def refuse(number: int, error: str, is_terminal: bool) -> None:
+  """Tells what is wrong with a line ('' for an empty one); a pipe gets an empty line, so that lines out match lines in."""
+  if error:
+    print(f'error: line {number}: {error}', file=sys.stderr, flush=True)
+  if not is_terminal:
+    print(flush=True)
 
 
 def run(config: Config, model_dir: str, input_path: str = '', output_path: str = '', *, step: int | None = None) -> None:

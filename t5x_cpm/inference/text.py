@@ -5,11 +5,14 @@ of every piece; so an input that does not end with a blank gets one more, which 
 is cut where the model reaches it. An input without any blank is continued.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data.vocabulary import BLANK, Vocabulary
+
+_SENTINEL = re.compile(r'<(?:s|extra_id)_\d+>')  # as people and T5's files write it
 
 
 class Request(NamedTuple):
@@ -19,13 +22,14 @@ class Request(NamedTuple):
   ids: list[int]
   blanks: int  # that the answer must fill; 0 for a task of pairs, whose answer is a text
   stop: tuple[int, ...]  # tokens that end the answer
+  domain: int  # for a model with router 'domain'
 
 
 class Codec:
   """The form of inputs and answers that an objective trains."""
 
   def __init__(self, vocabulary: Vocabulary, config: Config):
-    """config: of the model's run; TaskConfig.objective and the lengths of InferConfig are read."""
+    """config: of the model's run; TaskConfig.objective, and the lengths and the domain of InferConfig, are read."""
     self.vocabulary, self.limits = vocabulary, config.infer
     self.is_pairs = config.task.objective == 'pairs'
     self.number = {token: k for k, token in enumerate(vocabulary.sentinels)}
@@ -40,7 +44,7 @@ class Codec:
     """
     vocabulary = self.vocabulary
     if self.is_pairs:
-      return self.fit(Request(text, vocabulary.encode_blanks(text) + self.end, 0, (vocabulary.eos_id,)))
+      return self.pairs_request(text, vocabulary.encode_blanks(text))
     form = text if BLANK in text else text + BLANK
     blanks = form.count(BLANK)
     if blanks >= len(vocabulary.sentinels):
@@ -49,7 +53,11 @@ class Codec:
     ids = vocabulary.encode_blanks(form)
     if ids[-1] not in self.number:
       ids = [*ids, closing]
-    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing)))
+    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.limits.domain))
+
+  def pairs_request(self, text: str, ids: list[int]) -> Request:
+    """An input of a model that was trained on inputs and targets, from its tokens without end of sequence."""
+    return self.fit(Request(text, ids + self.end, 0, (self.vocabulary.eos_id,), self.limits.domain))
 
   def fit(self, request: Request) -> Request:
     """Refuses an input that is too long, or cuts it at its end, where its last sentinel and end of sequence stay."""
@@ -70,8 +78,10 @@ class Codec:
   def targets(self, request: Request, target: str | Sequence[str]) -> list[int]:
     """The tokens of a given answer: the texts of its blanks, or one text for one blank or a task of pairs.
 
+    The sentinels before, between and after the texts are added here.
+
     Raises:
-      ConfigError: the number of texts is not that of the blanks.
+      ConfigError: the number of texts is not that of the blanks, or a text has the name of a sentinel in it.
     """
     vocabulary = self.vocabulary
     if self.is_pairs:
@@ -81,6 +91,10 @@ class Codec:
     texts = [target] if isinstance(target, str) else list(target)
     if len(texts) != request.blanks:
       raise ConfigError(f'{len(texts)} texts for the {request.blanks} blanks of {request.text!r}: give one for each.')
+    for text in texts:
+      if found := _SENTINEL.search(text):
+        raise ConfigError(f'the target {text!r} has {found[0]} in it, which would be read as characters: give the text of each '
+                          'blank alone, sentinels are put around it.')
     ids = []
     for sentinel, text in zip(vocabulary.sentinels, texts):
       ids += [sentinel, *vocabulary.encode(text)]
