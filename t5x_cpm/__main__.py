@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import t5x_cpm
 from t5x_cpm import backend
-from t5x_cpm.config import Config, ConfigError, TaskConfig
+from t5x_cpm.config import Config, ConfigError, MeshConfig, TaskConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,7 @@ def make_config(arguments: Arguments) -> Config:
     overrides.append(f'EvalConfig.checkpoints={arguments.get("step")}')
   base = None
   if mode in ('eval', 'infer'):
-    base = run_directory.read_run(model_dir, step_of(arguments)).config
+    base = dataclasses.replace(run_directory.read_run(model_dir, step_of(arguments)).config, mesh=MeshConfig())
   elif source:
     base = origin(source, model_dir)
     overrides.append(f'TrainConfig.init_from={source!r}')

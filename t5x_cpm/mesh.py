@@ -1,7 +1,8 @@
 """The device mesh, and the only table that maps what an array axis means to the mesh axis that splits it."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -131,6 +132,16 @@ def check_tree_divides(mesh: Mesh, abstract: Any, names_tree: Any, rules: Rules 
 def inside(mesh: Mesh) -> Any:
   """A context for tracing: within it `shard` refers to this mesh."""
   return jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
+
+
+def traced(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+  """A function whose body is `inside` a mesh."""
+  @functools.wraps(fn)
+  def on_mesh(*args: Any, **kwargs: Any) -> Any:
+    with inside(mesh):
+      return fn(*args, **kwargs)
+
+  return on_mesh
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:

@@ -16,7 +16,7 @@ def model_dir(folder: pathlib.Path, vocabulary: vocabulary_lib.Vocabulary, *, st
               objective: str = 'isolated', moe: MoEConfig | None = None, **task) -> pathlib.Path:
   """Writes checkpoints of a random model with logits far enough apart to decode in a stable way."""
   config = Config(
-      model=ModelConfig(vocab_size=vocabulary.size + 5, d_model=16, d_ff=24, num_heads=2, head_dim=8, num_encoder_layers=1,
+      model=ModelConfig(vocab_size=vocabulary.size + 4, d_model=16, d_ff=24, num_heads=2, head_dim=8, num_encoder_layers=1,
                         num_decoder_layers=2, init_std=0.5, layer_loop='scan', moe=moe or MoEConfig()),
       task=TaskConfig(vocabulary=vocabulary.spec, objective=objective, encoder_length=32, decoder_length=16, **task),
       decode=DecodeConfig(max_new_tokens=8), infer=InferConfig(batch_size=4, input_length=60))

@@ -45,7 +45,8 @@ def test_each_masked_token_counts_once(model_dir, capsys):
   got = results[5]['wiki_zh']
   # By hand: rows one by one.
   engine = inference.load(model_dir)
-  config = evaluate.task_config(config_of(model_dir, batch_size=1), 'wiki_zh')
+  config = evaluate.task_config(config_of(model_dir), 'wiki_zh')
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=1))
   marks = {*engine.vocabulary.sentinels, engine.vocabulary.eos_id}
   loss, correct, count, rows, text_correct, text = 0.0, 0, 0, 0, 0, 0
   for batch in reader_lib.open_reader(config, 'validation').eval_batches():

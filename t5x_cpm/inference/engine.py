@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_cpm import backend
-from t5x_cpm.config import Config, ConfigError, DecodeConfig
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.config import Config, ConfigError, DecodeConfig, MeshConfig
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import decode, score, text
 from t5x_cpm.models import attention, encoder_decoder
@@ -48,20 +49,25 @@ class Engine:
   """Generates, scores and encodes with one model. Not tied to files.
 
   Attributes:
+    mesh: the devices that share the work: rows of a batch over `data` and `expert`, the model over `model` and `expert`.
     model, params: the model, and its parameters as `Model.prepare` gives them.
     vocabulary, config, step: of the run and its checkpoint.
     codec: how texts become inputs, and answers texts.
   """
 
-  def __init__(self, model: encoder_decoder.Model, params: Any, vocabulary: vocabulary_lib.Vocabulary, config: Config,
-               step: int = 0):
-    self.model, self.params, self.vocabulary, self.config, self.step = model, params, vocabulary, config, step
+  def __init__(self, mesh: jax.sharding.Mesh, model: encoder_decoder.Model, params: Any,
+               vocabulary: vocabulary_lib.Vocabulary, config: Config, step: int = 0):
+    self.mesh, self.model, self.params, self.vocabulary, self.config, self.step = mesh, model, params, vocabulary, config, step
     self.codec = text.Codec(vocabulary, config)
-    self._generate = jax.jit(functools.partial(_generate, model, vocabulary.bos_id), static_argnames='rule')
-    self._start = jax.jit(model.start, static_argnames='max_len')
-    self._step = jax.jit(model.step, donate_argnums=1)
-    self._score = jax.jit(functools.partial(score.targets_log_prob, model))
-    self._encode = jax.jit(model.encode)
+
+    def jit(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+      return jax.jit(mesh_lib.traced(mesh, fn), **options)
+
+    self._generate = jit(functools.partial(_generate, model, vocabulary.bos_id), static_argnames='rule')
+    self._start = jit(model.start, static_argnames='max_len')
+    self._step = jit(model.step, donate_argnums=1)
+    self._score = jit(functools.partial(score.targets_log_prob, model))
+    self._encode = jit(model.encode)
 
   # What users call.
 
@@ -118,7 +124,8 @@ class Engine:
     rows = [self.vocabulary.encode_blanks(line) + self.codec.end for line in texts]
     result = []
     for batch_rows in self._batches(rows):
-      batch = self._encoder_batch(batch_rows, [self.config.infer.domain] * len(batch_rows))
+      padded = self._padded(batch_rows)
+      batch = self._encoder_batch(padded, [self.config.infer.domain] * len(padded))
       hidden = np.asarray(self._encode(self.params, batch))
       result += [hidden[i, :len(row)] for i, row in enumerate(batch_rows)]
     return result
@@ -132,9 +139,9 @@ class Engine:
     config = self.decode_config(**overrides)
     request = self.codec.request(line)
     rule: decode.Rule = decode.make_rule(config, self.vocabulary.pad_id)
-    batch, stop, allowed = self._decode_inputs([request])
+    batch, stop, allowed = self._decode_inputs([request] * self.whole(1))
     cache, forced = self._start(self.params, batch, max_len=rule.max_new_tokens)
-    prefix = jnp.concatenate([jnp.full((1, 1), self.vocabulary.bos_id, jnp.int32), forced], axis=1)
+    prefix = jnp.concatenate([jnp.full((len(stop), 1), self.vocabulary.bos_id, jnp.int32), forced], axis=1)
     ids: list[int] = []
     shown, state = '', None
     for state in decode.python_loop(functools.partial(self._step, self.params), cache, rule, prefix, jnp.asarray(stop),
@@ -156,10 +163,14 @@ class Engine:
 
   # What files and evaluation call.
 
+  def whole(self, rows: int) -> int:
+    """Rows, rounded up to what the devices of the mesh share evenly."""
+    share = self.mesh.shape['data'] * self.mesh.shape['expert']
+    return -(-rows // share) * share
+
   def read(self, model_dir: Any, step: int) -> None:
     """Takes the parameters of another checkpoint of the run."""
-    params = checkpoint.load_params(model_dir, step=step, into=self.model.abstract()[0])
-    self.params, self.step = jax.jit(self.model.prepare)(params), step
+    self.params, self.step = _params(self.mesh, self.model, model_dir, step), step
 
   def decode_config(self, **overrides: Any) -> DecodeConfig:
     """The run's DecodeConfig with other values; raises ConfigError for a name or value that it does not have."""
@@ -188,7 +199,7 @@ class Engine:
     rows = range(len(requests)) if rows is None else rows
     result = []
     for mine in self._batches(list(zip(requests, rows))):
-      padded = mine + [mine[-1]] * (self._bucket(len(mine)) - len(mine))  # equal rows end together: they cost no step
+      padded = self._padded(mine)
       batch, stop, allowed = self._decode_inputs([request for request, _ in padded])
       numbers = np.asarray([row for _, row in padded], np.int32)
       out = jax.device_get(self._generate(self.params, batch, stop, allowed, config.seed, numbers, rule=rule))
@@ -199,7 +210,7 @@ class Engine:
     """Sums of log-probabilities, and numbers of tokens, of targets that are encoded."""
     sums, counts = [], []
     for mine in self._batches(list(zip(requests, targets))):
-      padded = mine + [mine[-1]] * (self._bucket(len(mine)) - len(mine))
+      padded = self._padded(mine)
       ids = [target for _, target in padded]
       batch = score.teacher_forced(
           self._request_batch([request for request, _ in padded]), ids, round_up(max(map(len, ids))), self.vocabulary.bos_id,
@@ -220,9 +231,10 @@ class Engine:
     for begin in range(0, len(items), size):
       yield items[begin:begin + size]
 
-  def _bucket(self, rows: int) -> int:
-    """Rows that are computed for so many: a power of two or the batch size, so that few shapes are compiled."""
-    return min(1 << (rows - 1).bit_length(), self.config.infer.batch_size)
+  def _padded(self, items: list) -> list:
+    """With the last repeated up to a power of two or the batch size, so that few shapes are compiled; whole over the mesh."""
+    rows = self.whole(min(1 << (len(items) - 1).bit_length(), self.config.infer.batch_size))
+    return items + [items[-1]] * (rows - len(items))  # equal rows end together: they cost no step
 
   def _request_batch(self, requests: Sequence[text.Request]) -> dict[str, np.ndarray]:
     return self._encoder_batch([request.ids for request in requests], [request.domain for request in requests])
@@ -260,18 +272,27 @@ def _generate(model: encoder_decoder.Model, start: int, params: Any, batch: dict
       seed=seed, rows_B=rows_B, allowed=allowed_BV)
 
 
+def _params(mesh: jax.sharding.Mesh, model: encoder_decoder.Model, model_dir: Any, step: int) -> Any:
+  """A checkpoint's parameters in the form for inference, each device with its part."""
+  shapes, axes = model.abstract()
+  params = checkpoint.load_params(model_dir, step=step, into=shapes, shardings=mesh_lib.shardings(mesh, axes))
+  return jax.jit(model.prepare)(params)
+
+
 def load(model_dir: Any, *, step: int | None = None, config: Config | None = None) -> Engine:
   """See `t5x_cpm.inference.load`."""
-  backend.keep_compiled_programs()
   run = run_directory.read_run(model_dir, step)
-  config = run.config if config is None else config
+  config = dataclasses.replace(run.config, mesh=MeshConfig()) if config is None else config
+  backend.use_cpu_devices(config.mesh.cpu_devices)
+  backend.keep_compiled_programs()
+  model = encoder_decoder.build(run.config.model)
+  mesh = mesh_lib.make_mesh(config.mesh)
+  mesh_lib.check_tree_divides(mesh, *model.abstract())
   folder = run_directory.resolve(model_dir) / 'vocabulary'
   vocabulary = vocabulary_lib.load_saved(folder)
   trained = run.info.get('vocabulary')
   if trained is not None and trained != vocabulary.fingerprint:
     raise ConfigError(
         f'{folder} holds another vocabulary ({vocabulary.fingerprint}) than the model was trained with ({trained}).')
-  model = encoder_decoder.build(run.config.model)
-  params = checkpoint.load_params(model_dir, step=run.step, into=model.abstract()[0])
   config = dataclasses.replace(config, model=run.config.model)
-  return Engine(model, jax.jit(model.prepare)(params), vocabulary, config, run.step)
+  return Engine(mesh, model, _params(mesh, model, model_dir, run.step), vocabulary, config, run.step)

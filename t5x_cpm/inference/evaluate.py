@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5x_cpm import mesh as mesh_lib
 from t5x_cpm import tasks
 from t5x_cpm.config import Config, ConfigError, to_dict
 from t5x_cpm.data import cache as cache_lib
@@ -45,8 +46,7 @@ def task_config(config: Config, name: str) -> Config:
   """The configuration under which a task is read for evaluation; `config` may name a mixture that the task is part of."""
   return dataclasses.replace(
       config, task=dataclasses.replace(config.task, name=name),
-      infer=dataclasses.replace(config.infer, domain=domain(config, name)),
-      train=dataclasses.replace(config.train, batch_size=config.eval.batch_size))
+      infer=dataclasses.replace(config.infer, domain=domain(config, name)))
 
 
 def domain(config: Config, name: str) -> int:
@@ -100,25 +100,26 @@ def evaluate_text(engine: engine_lib.Engine, config: Config) -> Metrics:
   sentinels and the end of sequence out.
   """
   objective = config.task.objective if config.task.objective != 'pairs' else 'isolated'
-  config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective))
+  rows, size = config.eval.max_examples, engine.whole(config.eval.batch_size)
+  config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective),
+                               train=dataclasses.replace(config.train, batch_size=size))
   reader = reader_lib.open_reader(config, config.eval.split, vocabulary=engine.vocabulary)
   totals: dict[str, np.ndarray] = {}
-  rows, size = config.eval.max_examples, config.eval.batch_size
   marks = np.asarray([*engine.vocabulary.sentinels, engine.vocabulary.eos_id])
   for number, batch in enumerate(reader.eval_batches(-(-rows // size))):
     if rows:
       batch['decoder_loss_weights'][rows - number * size:] = 0.0
     is_text = batch['decoder_loss_weights'] * ~np.isin(batch['decoder_target_tokens'], marks)
-    for name, pair in jax.device_get(_sums(engine.model, engine.params, batch, is_text)).items():
+    for name, pair in jax.device_get(_sums(engine.mesh, engine.model, engine.params, batch, is_text)).items():
       totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
   means = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in totals.items()}
   return {'loss': means['loss'], 'perplexity': math.exp(min(means['loss'], 700.0)), 'accuracy': means['accuracy'],
           'text_accuracy': means['text_accuracy'], 'targets': float(totals['loss'][1])}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(model: Any, params: Any, batch: dict[str, jax.Array], is_text_BT: jax.Array) -> dict[str, Any]:
-  logits, targets = model.apply(params, batch)[0], batch['decoder_target_tokens']
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(mesh: Any, model: Any, params: Any, batch: dict[str, jax.Array], is_text_BT: jax.Array) -> dict[str, Any]:
+  logits, targets = mesh_lib.traced(mesh, model.apply)(params, batch)[0], batch['decoder_target_tokens']
   sums = losses.cross_entropy(logits, targets, batch['decoder_loss_weights'], 0.0)[1]
   return sums | {'text_accuracy': losses.cross_entropy(logits, targets, is_text_BT, 0.0)[1]['accuracy']}
 

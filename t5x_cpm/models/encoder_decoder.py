@@ -28,6 +28,7 @@ Batch = dict[str, Any]
 
 
 STACKS = ('encoder', 'decoder')
+CACHE_AXES = ('batch', 'heads', None, None)  # of one layer's keys and values
 
 
 def _stacked(count: int, name: str, make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
@@ -323,8 +324,8 @@ class Model:
 
     def layer_cache(block_params: Params) -> Cache:
       block = nnx.merge(self._block['decoder', False], block_params)
-      keys, values = block.cross_attention.keys_and_values(encoded)
-      empty = jnp.zeros((B, keys.shape[1], max_len, keys.shape[3]), keys.dtype)
+      keys, values = (shard(x, *CACHE_AXES) for x in block.cross_attention.keys_and_values(encoded))
+      empty = shard(jnp.zeros((B, keys.shape[1], max_len, keys.shape[3]), keys.dtype), *CACHE_AXES)
       return {'self_key': empty, 'self_value': empty, 'cross_key': keys, 'cross_value': values}
 
     layers = stack.each(layer_cache, params['decoder']['layers'])
