@@ -41,18 +41,43 @@ def test_the_table_of_models_is_true():
     assert row[1:] == (f'{c.vocab_size:,}', layers, str(c.d_model), str(c.d_ff), f'{c.num_heads} x {c.head_dim}'), name
 
 
+def test_blocks_define_what_they_use():
+  defined: set[str] = set()
+  commands = [text for language, attributes, text in BLOCKS if (language, attributes) == ('bash', 'run')]
+  assert commands[0] == '. .venv/bin/activate\n', 'without it `python` is another one'
+  for text in commands:
+    defined |= set(re.findall(r'\b(?:export|for) (\w+)', text))
+    assert set(re.findall(r'\$\{?([A-Za-z_]\w*)', text)) <= defined, text
+
+
+@pytest.fixture
+def clone(tmp_path) -> pathlib.Path:
+  """What tools/quickstart.sh leaves at the top of a clone: its files, and an environment that is not active."""
+  folder = tmp_path / 'clone'
+  (folder / '.venv' / 'bin').mkdir(parents=True)
+  for path in ROOT.iterdir():
+    if not path.name.startswith('.') and path.name not in ('runs', 'tour'):
+      (folder / path.name).symlink_to(path)
+  (folder / '.venv' / 'bin' / 'activate').write_text(f'export PATH="{pathlib.Path(sys.executable).parent}:$PATH"\n')
+  return folder
+
+
 @pytest.mark.slow
-def test_blocks_run_in_order(tmp_path):
-  environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'} | {
-      'T5X_CPM': str(ROOT), 'T5X_CPM_CACHE': str(tmp_path / 'cache'), 'JAX_PLATFORMS': 'cpu',
-      'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'}
+def test_blocks_run_in_order(clone, tmp_path):
+  """Each block in a shell of its own, with what those before it exported."""
+  environment = {name: value for name, value in os.environ.items() if name not in ('PYTHONPATH', 'T5X_CPM', 'VIRTUAL_ENV')} | {
+      'T5X_CPM_CACHE': str(tmp_path / 'cache'), 'JAX_PLATFORMS': 'cpu'}
+  if sys.prefix != sys.base_prefix:  # not yet active
+    own = os.path.dirname(sys.executable)
+    environment['PATH'] = ':'.join(path for path in environment['PATH'].split(':') if os.path.abspath(path) != own)
   if subprocess.run([sys.executable, '-c', 'import t5x_cpm'], cwd=tmp_path, capture_output=True, env=environment).returncode:
     environment['PYTHONPATH'] = str(ROOT)  # the package is not installed, only checked out
-  folder = tmp_path / 'reader'
-  folder.mkdir()
   for language, attributes, text in BLOCKS:
     if attributes == 'run':
-      command = ['bash', '-euo', 'pipefail', '-c', text] if language == 'bash' else [sys.executable, '-c', text]
-      result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+      command = (['bash', '-euo', 'pipefail', '-c', f'{text}\nenv -0 > "{tmp_path}/environment"'] if language == 'bash' else
+                 ['python', '-c', text])
+      result = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
       print(text, result.stdout, sep='\n')
       assert result.returncode == 0, f'{text}\n{result.stdout}\n{result.stderr}'
+      variables = (tmp_path / 'environment').read_text().rstrip('\0').split('\0')
+      environment = dict(variable.split('=', 1) for variable in variables)

@@ -1,7 +1,7 @@
 """The main job on data that ships with the project: vocabulary, cache, pre-training (stopped and resumed), answers.
 
-Run by tools/quickstart.sh, which sets up the environment. Every step is a command that a user would type; it is printed
-before it runs.
+Run by tools/quickstart.sh, which sets up the environment. Every step is a command that a user would type, with the
+environment active; it is printed before it runs.
 """
 
 import argparse
@@ -57,6 +57,12 @@ def answers(path: pathlib.Path) -> list[str]:
   return [json.loads(line)['output'] for line in path.read_text(encoding='utf-8').splitlines()]
 
 
+def next_commands(model_dir: pathlib.Path) -> list[str]:
+  """Commands to type after this one, with the interpreter by its path: the environment need not be active."""
+  program = [sys.executable, '-m', 't5x_cpm']
+  return [shlex.join([*program, 'infer', f'--model_dir={model_dir}']), shlex.join([*program, '--help'])]
+
+
 def accuracy(model_dir: pathlib.Path) -> float:
   """Accuracy on the masked tokens of the validation split, sentinels left out, as `eval` wrote it."""
   newest = max((model_dir / 'eval').iterdir(), key=lambda folder: int(folder.name))
@@ -109,10 +115,10 @@ Done in {time.monotonic() - started:.0f} s.
   metrics      {trained}/metrics.jsonl (also TensorBoard: {trained}/tensorboard)
   loss curve   {trained}/loss.png
   checkpoint   {trained}/checkpoints
-What to do next:
-  python -m t5x_cpm infer --model_dir={trained}        ask it something: a blank is <span>
-  python -m t5x_cpm train --help                       train on your own text: README.md, "Ten minutes on your own text"
-""")
+What to do next: ask it something (a blank is <span>), see what there is, and train on your own text
+(README.md, "Ten minutes on your own text").""")
+  for line in next_commands(trained):
+    print(f'  {line}')
 
 
 if __name__ == '__main__':
