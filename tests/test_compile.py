@@ -221,8 +221,9 @@ def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypat
   assert '1.0 GiB too much' in lines[-1]
 
 
-def test_what_a_search_writes_is_a_mesh_file(tmp_path):
-  config = dataclasses.replace(Config(), mesh=MeshConfig(data=4, model=2, sharding='full', host_gib=3.0))
+@pytest.mark.parametrize('slices', [1, 2])
+def test_what_a_search_writes_is_a_mesh_file(tmp_path, slices):
+  config = dataclasses.replace(Config(), mesh=MeshConfig(data=4, model=2, slices=slices, sharding='full', host_gib=3.0))
   (tmp_path / 'mesh.gin').write_text(search.as_gin(config))
   assert gin_utils.load([str(tmp_path / 'mesh.gin')], []).mesh == config.mesh
 

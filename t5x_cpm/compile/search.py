@@ -18,8 +18,8 @@ from t5x_cpm.training import flops
 
 ROOM = 0.9  # of a chip's memory: estimates are rough
 TRIED = 3  # of the best estimates are compiled
-FIELDS = {'MeshConfig': ('mesh', ('data', 'model', 'expert', 'sharding', 'host_gib')), 'ModelConfig': ('model', ('remat',)),
-          'TrainConfig': ('train', ('microbatches',))}
+FIELDS = {'MeshConfig': ('mesh', ('data', 'model', 'expert', 'slices', 'sharding', 'host_gib')),
+          'ModelConfig': ('model', ('remat',)), 'TrainConfig': ('train', ('microbatches',))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +170,9 @@ def ranked(config: Config, slice_: Slice, step: str) -> list[Estimate]:
 
 
 def as_gin(config: Config) -> str:
-  """What a search has chosen, as a gin file."""
+  """What a search has chosen, as a gin file; and MeshConfig.slices, where there are several."""
   return ''.join(f'{cls}.{field} = {getattr(getattr(config, part), field)!r}\n'
-                 for cls, (part, fields) in FIELDS.items() for field in fields)
+                 for cls, (part, fields) in FIELDS.items() for field in fields if field != 'slices' or config.mesh.slices > 1)
 
 
 def best(config: Config, slice_: Slice, step: str) -> tuple[Config, plan.Plan]:
