@@ -134,7 +134,7 @@ def test_the_arithmetic_of_a_step_is_what_mfu_counts(count):
 
 @pytest.mark.parametrize('name, words', [
     ('v5x:2x2', "unknown chip 'v5x'.*v4, v5e, v5p, v6e"), ('v5p:4x4', '3 dimensions'), ('v5e:4', '2 dimensions'),
-    ('v5p', '3 dimensions'), ('v5e:axb', '2 dimensions')])
+    ('v5p', '3 dimensions'), ('v5e:axb', '2 dimensions'), ('v5p:0x4x4', '3 dimensions'), ('h100:2x0', '2 dimensions')])
 def test_an_unknown_topology_is_refused_with_those_known(name, words):
   with pytest.raises(ConfigError, match=words):
     chips.parse(name)

@@ -114,8 +114,9 @@ def parse(name: str, slices: int = 1) -> Slice:
   if kind not in CHIPS:
     raise ConfigError(f'--topology={name}: unknown chip {kind!r}.{did_you_mean(kind, CHIPS)} Known are {", ".join(CHIPS)}, '
                       f'with the shape of the slice in chips, as in {EXAMPLES}.')
-  if not re.fullmatch(r'\d+(x\d+)*', shape) or len(shape.split('x')) != CHIPS[kind].dimensions:
-    raise ConfigError(f'--topology={name}: a slice of {kind} has {CHIPS[kind].dimensions} dimensions, as in {EXAMPLES}.')
+  if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape) or len(shape.split('x')) != CHIPS[kind].dimensions:
+    raise ConfigError(f'--topology={name}: a slice of {kind} has {CHIPS[kind].dimensions} dimensions, of at least 1, as in '
+                      f'{EXAMPLES}.')
   return Slice(name, CHIPS[kind], tuple(map(int, shape.split('x'))), slices if CHIPS[kind].platform == 'tpu' else 1)
 
 
