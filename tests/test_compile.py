@@ -21,6 +21,7 @@ from t5x_cpm import gin_utils
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.compile import chips, plan, program, search
 from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, TrainConfig
+from t5x_cpm.model_config import MoEConfig
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops, step
 
@@ -130,6 +131,38 @@ def test_the_arithmetic_of_a_step_is_what_mfu_counts(count):
   # 6ND leaves out attention's own products, which are few at these lengths.
   passed = plan._passed(encoder_decoder.build(config.model))
   assert 6 * (passed[0] * 96 + passed[1] * 64) == pytest.approx(needed, rel=0.1)
+
+
+@pytest.mark.parametrize('what', ['encode', 'decode'])
+def test_inference_needs_what_its_parts_do(what):
+  config = dataclasses.replace(
+      test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, d_model=64, d_ff=96), infer=InferConfig(batch_size=8))
+  fn, arguments = plan._inference(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]), what)
+  executed = program.arithmetic(fn.trace(*arguments).jaxpr.jaxpr)
+  lengths = config.task.encoder_length, config.task.decoder_length
+  assert executed == pytest.approx(flops.inference_flops(config.model, what, 8, *lengths), rel=0.01)
+
+
+@pytest.mark.parametrize('what', ['encode', 'decode'])
+def test_inference_knows_the_domain_of_each_row(what):
+  moe = MoEConfig(num_experts=4, router='domain', group_size=8)
+  config = dataclasses.replace(
+      test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, moe=moe), infer=InferConfig(batch_size=8))
+  fn, arguments = plan._inference(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]), what)
+  assert arguments[1]['domain'].shape[-1] == 8
+  fn.trace(*arguments)
+
+
+def test_experts_that_choose_count_by_what_they_take():
+  """As many as of a router with so many choices."""
+  def counted(**fields):
+    model = dataclasses.replace(test_step.CONFIG.model, moe=MoEConfig(num_experts=4, decoder_every=0, group_size=8, **fields))
+    built = encoder_decoder.build(model)
+    return built.num_active_parameters(), plan._passed(built), flops.model_flops(model, 96, 64, 12, 8)
+
+  assert counted(router='expert_choice', capacity_factor=2.0) == counted(router='top_k', top_k=2)
+  assert counted(router='expert_choice', capacity_factor=9.0) == counted(router='top_k', top_k=4)
+  assert counted(router='expert_choice', capacity_factor=1.5) != counted(router='top_k', top_k=1)
 
 
 @pytest.mark.parametrize('name, words', [

@@ -103,7 +103,7 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
     rows = config.infer.batch_size / parts
     tokens = (rows * S, 0.0) if step == 'encode' else (0.0, rows)
     cache = 0.0 if step == 'encode' else 4 * rows * layers[1] * (S + T) * model.num_heads * model.head_dim / mesh.model
-    work = flops.model_flops(model, tokens[0] * parts, tokens[1] * parts, S, T) / 3
+    work = flops.inference_flops(model, step, config.infer.batch_size, S, T)
     hbm = (2 * local + cache) / chip.hbm_rate
     seconds = _together(work / slice_.count / chip.flops, hbm, exchange(tokens))
     return Estimate(config, 2 * local + cache + 8 * sum(tokens) * (D + F), seconds)
