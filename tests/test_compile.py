@@ -1,7 +1,9 @@
 """Compiling for TPU slices: what is read from programs, the search, refusals, and (slow) the compiler itself."""
 
+import collections
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import pathlib
@@ -211,11 +213,47 @@ def test_gpus_are_fast_within_a_host_only():
 
 
 def test_rates_follow_the_torus():
-  slice_ = chips.parse('v5p:2x4x4')
-  line, ring = np.array([[0, 0, 0], [1, 0, 0]]), np.array([[0, y, 0] for y in range(4)])
+  half, row = np.array([[0, 0, 0], [1, 0, 0]]), np.array([[0, y, 0] for y in range(4)])
   both = np.array([[x, y, 0] for x in range(2) for y in range(4)])
-  one = slice_.chip.link_rate
-  assert [slice_.rate(group) for group in (line, ring, both)] == [one, 2 * one, 3 * one]
+  # Three dimensions are rings in whole cubes of 4 x 4 x 4 alone, two each for itself.
+  for name, links in (('v5p:4x4x8', (1, 2, 3)), ('v5p:2x4x4', (1, 1, 2)), ('v4:4x4x2', (1, 1, 2)), ('v6e:4x8', (1, 1, 2))):
+    slice_ = chips.parse(name)
+    assert [slice_.rate(group) / slice_.chip.link_rate for group in (half, row, both)] == list(links), name
+  slice_ = chips.parse('v5e:8x16')
+  assert slice_.rate(np.array([[0, y] for y in range(16)])) == 2 * slice_.chip.link_rate and slice_.rings == (False, True)
+
+
+def load_of_links(size, ring):
+  """Of each link of one dimension, in parts of what a chip has for all chips, each by the shortest way."""
+  load = collections.Counter()
+  for a, b in itertools.product(range(size), repeat=2):
+    ahead = (b - a) % size
+    ways = [1, -1] if ring and 2 * ahead == size else [1 if b > a and not ring or ring and 2 * ahead < size else -1]
+    for way in ways:
+      at = a
+      while at != b:
+        load[at, way] += 1 / size / len(ways)
+        at = (at + way) % size
+  return load
+
+
+@pytest.mark.parametrize('name', ['v5p:4x4x8', 'v5p:2x4x4', 'v5e:8x16'])
+def test_an_exchange_takes_as_long_as_its_busiest_link(name):
+  slice_ = chips.parse(name)
+  chip = slice_.chip
+  everyone = np.array(list(itertools.product(*map(range, slice_.shape))))
+  longest = max(max(load_of_links(size, ring).values()) for size, ring in zip(slice_.shape, slice_.rings))
+  assert slice_.exchange_seconds(everyone) * chip.link_rate == pytest.approx(longest)
+  # A plan counts what is sent, without the part that stays.
+  mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(coords=tuple(place)) for place in everyone]))
+  count = len(everyone)
+  found = [program.Collective('all-to-all', 1e9 * (count - 1) / count, 3, tuple(range(count)))]
+  assert plan._by_kind(found, mesh, slice_)['all-to-all']['seconds'] == pytest.approx(3e9 * longest / chip.link_rate)
+
+
+def test_an_exchange_among_gpus_knows_no_hops():
+  slice_ = chips.parse('h100:2x4')
+  assert slice_.exchange_seconds(np.array([[0, i] for i in range(4)])) == 3 / 4 / slice_.chip.link_rate
 
 
 def test_the_search_divides_everything_and_ranks():

@@ -199,6 +199,9 @@ def _by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[
     elif one.kind == 'collective-permute':  # to a neighbour, over one link; those to another neighbour take another link
       neighbours[one.group] += one.times * one.sent / min(slice_.chip.link_rate, slice_.rate(coordinates[list(one.group)]))
       total['seconds'] = max(neighbours.values())
+    elif one.kind.endswith('all-to-all') and len(one.group) > 1:  # from chip to chip, through those between them
+      held = one.sent * len(one.group) / (len(one.group) - 1)
+      total['seconds'] += one.times * held * slice_.exchange_seconds(coordinates[list(one.group)])
     else:
       total['seconds'] += one.times * one.sent / slice_.rate(coordinates[list(one.group)])
   return dict(kinds)

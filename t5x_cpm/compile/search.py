@@ -83,13 +83,21 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
   parts = mesh.data * mesh.expert
   local = held(mesh_lib.RULES)
 
+  def spans(size: int) -> int:
+    """How many of the torus's dimensions a group of `size` chips spans."""
+    chips = slice_.count // slice_.slices
+    return max(1, round(len(slice_.shape) * math.log(size) / math.log(chips))) if size > 1 and chips > 1 else 1
+
   def rate(size: int) -> float:
-    """Of a group of `size` chips: it spans a part of the torus's dimensions."""
     if chip.platform == 'cuda':
       return chip.link_rate if size <= slice_.shape[1] else chip.network_rate
-    chips = slice_.count // slice_.slices
-    spans = max(1, round(len(slice_.shape) * math.log(size) / math.log(chips))) if size > 1 and chips > 1 else 1
-    return spans * chip.link_rate * (2 if chips >= chip.wraps ** len(slice_.shape) else 1)
+    return spans(size) * chip.link_rate * (2 if all(slice_.rings) else 1)
+
+  def exchange_seconds(size: int) -> float:
+    """As in Slice, of a group that is as long in each dimension."""
+    if chip.platform == 'cuda' or size == 1:
+      return (size - 1) / size / rate(size)
+    return size ** (1 / spans(size)) / 4 * spans(size) / rate(size)
 
   def exchange(tokens: tuple[float, float]) -> float:
     """Seconds to sum over `model` and to send over `expert`, in one pass."""
@@ -97,7 +105,7 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
     routed = sum(t * n // model.moe.every(name) * 2 if model.moe.every(name) else 0
                  for t, n, name in zip(tokens, layers, ('encoder', 'decoder')))
     over = 2 * (mesh.model - 1) / mesh.model * sums / rate(mesh.model)
-    return 2 * D * (over + (mesh.expert - 1) / mesh.expert * routed / rate(mesh.expert))
+    return 2 * D * (over + routed * exchange_seconds(mesh.expert))
 
   if step != 'train':
     rows = config.infer.batch_size / parts
