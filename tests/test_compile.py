@@ -210,6 +210,7 @@ def test_gpus_are_fast_within_a_host_only():
   slice_ = chips.parse('h100:2x4')
   within, across = np.array([[0, 0], [0, 3]]), np.array([[0, 0], [1, 0]])
   assert slice_.count == 8 and slice_.rate(within) > slice_.rate(across) == slice_.chip.network_rate
+  assert slice_.exchange_seconds(within) == 1 / 2 / slice_.chip.link_rate  # no hops
 
 
 def test_rates_follow_the_torus():
@@ -251,11 +252,6 @@ def test_an_exchange_takes_as_long_as_its_busiest_link(name):
   assert plan._by_kind(found, mesh, slice_)['all-to-all']['seconds'] == pytest.approx(3e9 * longest / chip.link_rate)
 
 
-def test_an_exchange_among_gpus_knows_no_hops():
-  slice_ = chips.parse('h100:2x4')
-  assert slice_.exchange_seconds(np.array([[0, i] for i in range(4)])) == 3 / 4 / slice_.chip.link_rate
-
-
 def test_the_search_divides_everything_and_ranks():
   config = gin_utils.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
   slice_ = chips.parse('v5p:4x4x4')
@@ -274,6 +270,25 @@ def test_the_search_divides_everything_and_ranks():
   narrow = dataclasses.replace(config.model, num_heads=1)
   with pytest.raises(ConfigError, match='TrainConfig.batch_size'):
     search.ranked(dataclasses.replace(config, model=narrow, train=TrainConfig(batch_size=1)), slice_, 'train')
+
+
+def test_estimates_know_the_slice_and_the_step():
+  config = gin_utils.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
+  config = dataclasses.replace(config, mesh=MeshConfig(data=2, expert=32, sharding='full'))
+  sizes = search._sizes(config)
+
+  def seconds(name, what='train', **rates):
+    slice_ = chips.parse(name)
+    slice_ = dataclasses.replace(slice_, chip=dataclasses.replace(slice_.chip, **rates))
+    return search.estimate(config, slice_, what, sizes).seconds
+
+  links_alone = {'flops': math.inf, 'hbm_rate': math.inf, 'host_rate': math.inf}
+  assert seconds('v5p:2x4x8', **links_alone) == pytest.approx(2 * seconds('v5p:4x4x4', **links_alone))
+  task, rows = config.task, config.infer.batch_size
+  for what in ('encode', 'decode'):
+    needed = flops.inference_flops(config.model, what, rows, task.encoder_length, task.decoder_length)
+    got = seconds('v5p:4x4x4', what, hbm_rate=math.inf, link_rate=math.inf)
+    assert got == pytest.approx(needed / 64 / chips.CHIPS['v5p'].flops)
 
 
 def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypatch, capsys):
