@@ -54,7 +54,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   With MeshConfig.slices, neighbours along `data` are in one slice as far as possible and `model` and `expert` never leave it.
 
   Raises:
-    ConfigError: the three sizes do not multiply to the number of devices, or the slices do not divide `data`.
+    ConfigError: the three sizes do not multiply to the number of devices, the slices do not divide `data`, or the devices
+      are in other slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [config.data, config.model, config.expert]
@@ -77,11 +78,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   by_process = getattr(devices[0], 'slice_index', None) is None  # elsewhere than on TPU, hosts stand for slices
   try:
     array = mesh_utils.create_hybrid_device_mesh(
-        (sizes[0] // config.slices, sizes[1], sizes[2]), (config.slices, 1, 1), devices, process_is_granule=by_process)
-  except ValueError as error:
+        (sizes[0] // config.slices, sizes[1], sizes[2]), (config.slices, 1, 1), devices, process_is_granule=by_process,
+        allow_split_physical_axes=True)
+  except (ValueError, NotImplementedError, AssertionError) as error:  # a slice that is no box fails an assertion
     kind = 'processes' if by_process else 'slices'
     count = len({device.process_index if by_process else device.slice_index for device in devices})
-    raise ConfigError(f'MeshConfig.slices = {config.slices}: the devices lie in {count} {kind}. ({error})') from None
+    raise ConfigError(f'{given}, slices={config.slices}: the devices lie in {count} {kind}, which have no such mesh. '
+                      f'({error})') from None
   return Mesh(array, AXES, axis_types=types)
 
 

@@ -78,8 +78,12 @@ class MoEConfig:
     return (self.encoder_every if stack == 'encoder' else self.decoder_every) if self.num_experts else 0
 
   def choices(self, router: str) -> int:
-    """How many experts a token has; of 'expert_choice', on average."""
+    """How many experts a token has, for capacities; of 'expert_choice' 1, which its capacity multiplies."""
     return {'top_k': self.top_k, 'loss_free': self.top_k, 'prototypes': self.top_k, 'top_2': 2}.get(router, 1)
+
+  def experts_of_token(self, router: str) -> float:
+    """How many experts a token passes, on average over tokens: of 'expert_choice', what the experts take."""
+    return min(self.capacity_factor, self.num_experts) if router == 'expert_choice' else self.choices(router)
 
   def capacity(self, router: str, tokens: int) -> int:
     """Tokens that an expert takes of a group of `tokens` in training.

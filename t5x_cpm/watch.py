@@ -144,7 +144,7 @@ class _Hub(Group):
   def gather(self) -> None:
     """Waits for all others, then lets all begin. Raises ProcessError for who is missing or does not belong."""
     newcomers: dict[socket.socket, _Lines] = {}
-    began = said = time.monotonic()
+    began = said = spoken = time.monotonic()
     self._selector.register(self._listener, selectors.EVENT_READ)
     error = ''
     while len(self._peers) < self.count and not error:
@@ -152,28 +152,33 @@ class _Hub(Group):
       if now - said > SECONDS_BETWEEN_LINES:
         said = now
         print(f'waiting for {_names(missing)} of {self.count}', flush=True)
+      if now - spoken >= BEAT:
+        spoken = now
+        self._tell({'beat': True})
       if now - began > self.config.start_seconds:
         error = (f'{_names(missing)} of {self.count} did not come within {self.config.start_seconds:g} s '
                  '(ProcessesConfig.start_seconds). See their output, and whether they reach this host '
                  f'({self._peers[0].host}).')
         break
-      for key, _ in self._selector.select(BEAT):
+      for key, _ in self._selector.select(BEAT / 2):
         if key.fileobj is self._listener:
           connection, _ = self._listener.accept()
           connection.settimeout(BEAT)
           newcomers[connection] = _Lines(connection)
-          self._selector.register(connection, selectors.EVENT_READ)
+          self._selector.register(connection, selectors.EVENT_READ, newcomers[connection])
           continue
-        connection = key.fileobj  # type: ignore[assignment]
-        messages = newcomers[connection].read()
+        messages = key.data.read()
         if messages == []:
           continue  # a long hello has come in part
-        self._selector.unregister(connection)
-        lines = newcomers.pop(connection)
-        if messages and 'hello' in messages[0]:
+        lines = newcomers.pop(key.data.connection, None)
+        if lines is None:  # one that was taken in, and says nothing until all are there
+          peer = next(peer for peer in self._peers.values() if peer.lines is key.data)
+          error = error or f'{peer} came, and ended before all were there. See its output.'
+        elif messages and 'hello' in messages[0]:
           error = error or self._admit(messages[0], lines)
         else:
-          connection.close()  # something else that tried this port, or a process that gave up
+          self._selector.unregister(lines.connection)
+          lines.connection.close()  # something else that tried this port, or a process that gave up
     self._selector.close()
     self._listener.close()
     for connection in newcomers:
@@ -286,14 +291,20 @@ class _Spoke(Group):
     connection.settimeout(BEAT / 2)
     _send(connection, {'hello': self.index, 'count': self.count, 'host': socket.gethostname(), 'settings': self._settings})
     self._lines = _Lines(connection)
-    messages: list[dict[str, Any]] | None = []
-    while messages == []:
-      if time.monotonic() > deadline + self.config.silent_seconds:
-        raise ProcessError(f'{self._there} does not answer: is that port another program\'s?')
+    heard = time.monotonic()
+    answer: dict[str, Any] = {'beat': True}
+    while 'beat' in answer:
       messages = self._lines.read()
-    if not messages or 'go' not in messages[0]:
-      reason = messages[0].get('error', '') if messages else ''
-      raise ProcessError(reason or f'{self._there} ended while it waited for all.')
+      if messages is None:
+        raise ProcessError(f'{self._there} ended while it waited for all.')
+      now = time.monotonic()
+      heard = now if messages else heard
+      if now - heard > self.config.silent_seconds:
+        raise ProcessError(f'{self._there} has not answered for {self.config.silent_seconds:g} s '
+                           "(ProcessesConfig.silent_seconds): it is frozen, or that port is another program's.")
+      answer = next((message for message in messages if 'beat' not in message), answer)
+    if 'go' not in answer:
+      raise ProcessError(answer.get('error', f"{self._there} does not answer as one: is that port another program's?"))
     self._start(self._watch)
 
   def _watch(self) -> None:

@@ -1,7 +1,9 @@
 """Compiling for TPU slices: what is read from programs, the search, refusals, and (slow) the compiler itself."""
 
+import collections
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import pathlib
@@ -21,6 +23,7 @@ from t5x_cpm import gin_utils
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.compile import chips, plan, program, search
 from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, TrainConfig
+from t5x_cpm.model_config import MoEConfig
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops, step
 
@@ -132,9 +135,41 @@ def test_the_arithmetic_of_a_step_is_what_mfu_counts(count):
   assert 6 * (passed[0] * 96 + passed[1] * 64) == pytest.approx(needed, rel=0.1)
 
 
+@pytest.mark.parametrize('what', ['encode', 'decode'])
+def test_inference_needs_what_its_parts_do(what):
+  config = dataclasses.replace(
+      test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, d_model=64, d_ff=96), infer=InferConfig(batch_size=8))
+  fn, arguments = plan._inference(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]), what)
+  executed = program.arithmetic(fn.trace(*arguments).jaxpr.jaxpr)
+  lengths = config.task.encoder_length, config.task.decoder_length
+  assert executed == pytest.approx(flops.inference_flops(config.model, what, 8, *lengths), rel=0.01)
+
+
+@pytest.mark.parametrize('what', ['encode', 'decode'])
+def test_inference_knows_the_domain_of_each_row(what):
+  moe = MoEConfig(num_experts=4, router='domain', group_size=8)
+  config = dataclasses.replace(
+      test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, moe=moe), infer=InferConfig(batch_size=8))
+  fn, arguments = plan._inference(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]), what)
+  assert arguments[1]['domain'].shape[-1] == 8
+  fn.trace(*arguments)
+
+
+def test_experts_that_choose_count_by_what_they_take():
+  """As many as of a router with so many choices."""
+  def counted(**fields):
+    model = dataclasses.replace(test_step.CONFIG.model, moe=MoEConfig(num_experts=4, decoder_every=0, group_size=8, **fields))
+    built = encoder_decoder.build(model)
+    return built.num_active_parameters(), plan._passed(built), flops.model_flops(model, 96, 64, 12, 8)
+
+  assert counted(router='expert_choice', capacity_factor=2.0) == counted(router='top_k', top_k=2)
+  assert counted(router='expert_choice', capacity_factor=9.0) == counted(router='top_k', top_k=4)
+  assert counted(router='expert_choice', capacity_factor=1.5) != counted(router='top_k', top_k=1)
+
+
 @pytest.mark.parametrize('name, words', [
     ('v5x:2x2', "unknown chip 'v5x'.*v4, v5e, v5p, v6e"), ('v5p:4x4', '3 dimensions'), ('v5e:4', '2 dimensions'),
-    ('v5p', '3 dimensions'), ('v5e:axb', '2 dimensions')])
+    ('v5p', '3 dimensions'), ('v5e:axb', '2 dimensions'), ('v5p:0x4x4', '3 dimensions'), ('h100:2x0', '2 dimensions')])
 def test_an_unknown_topology_is_refused_with_those_known(name, words):
   with pytest.raises(ConfigError, match=words):
     chips.parse(name)
@@ -175,14 +210,46 @@ def test_gpus_are_fast_within_a_host_only():
   slice_ = chips.parse('h100:2x4')
   within, across = np.array([[0, 0], [0, 3]]), np.array([[0, 0], [1, 0]])
   assert slice_.count == 8 and slice_.rate(within) > slice_.rate(across) == slice_.chip.network_rate
+  assert slice_.exchange_seconds(within) == 1 / 2 / slice_.chip.link_rate  # no hops
 
 
 def test_rates_follow_the_torus():
-  slice_ = chips.parse('v5p:2x4x4')
-  line, ring = np.array([[0, 0, 0], [1, 0, 0]]), np.array([[0, y, 0] for y in range(4)])
+  half, row = np.array([[0, 0, 0], [1, 0, 0]]), np.array([[0, y, 0] for y in range(4)])
   both = np.array([[x, y, 0] for x in range(2) for y in range(4)])
-  one = slice_.chip.link_rate
-  assert [slice_.rate(group) for group in (line, ring, both)] == [one, 2 * one, 3 * one]
+  # Three dimensions are rings in whole cubes of 4 x 4 x 4 alone, two each for itself.
+  for name, links in (('v5p:4x4x8', (1, 2, 3)), ('v5p:2x4x4', (1, 1, 2)), ('v4:4x4x2', (1, 1, 2)), ('v6e:4x8', (1, 1, 2))):
+    slice_ = chips.parse(name)
+    assert [slice_.rate(group) / slice_.chip.link_rate for group in (half, row, both)] == list(links), name
+  slice_ = chips.parse('v5e:8x16')
+  assert slice_.rate(np.array([[0, y] for y in range(16)])) == 2 * slice_.chip.link_rate and slice_.rings == (False, True)
+
+
+def load_of_links(size, ring):
+  """Of each link of one dimension, in parts of what a chip has for all chips, each by the shortest way."""
+  load = collections.Counter()
+  for a, b in itertools.product(range(size), repeat=2):
+    ahead = (b - a) % size
+    ways = [1, -1] if ring and 2 * ahead == size else [1 if b > a and not ring or ring and 2 * ahead < size else -1]
+    for way in ways:
+      at = a
+      while at != b:
+        load[at, way] += 1 / size / len(ways)
+        at = (at + way) % size
+  return load
+
+
+@pytest.mark.parametrize('name', ['v5p:4x4x8', 'v5p:2x4x4', 'v5e:8x16'])
+def test_an_exchange_takes_as_long_as_its_busiest_link(name):
+  slice_ = chips.parse(name)
+  chip = slice_.chip
+  everyone = np.array(list(itertools.product(*map(range, slice_.shape))))
+  longest = max(max(load_of_links(size, ring).values()) for size, ring in zip(slice_.shape, slice_.rings))
+  assert slice_.exchange_seconds(everyone) * chip.link_rate == pytest.approx(longest)
+  # A plan counts what is sent, without the part that stays.
+  mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(coords=tuple(place)) for place in everyone]))
+  count = len(everyone)
+  found = [program.Collective('all-to-all', 1e9 * (count - 1) / count, 3, tuple(range(count)))]
+  assert plan._by_kind(found, mesh, slice_)['all-to-all']['seconds'] == pytest.approx(3e9 * longest / chip.link_rate)
 
 
 def test_the_search_divides_everything_and_ranks():
@@ -205,6 +272,25 @@ def test_the_search_divides_everything_and_ranks():
     search.ranked(dataclasses.replace(config, model=narrow, train=TrainConfig(batch_size=1)), slice_, 'train')
 
 
+def test_estimates_know_the_slice_and_the_step():
+  config = gin_utils.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
+  config = dataclasses.replace(config, mesh=MeshConfig(data=2, expert=32, sharding='full'))
+  sizes = search._sizes(config)
+
+  def seconds(name, what='train', **rates):
+    slice_ = chips.parse(name)
+    slice_ = dataclasses.replace(slice_, chip=dataclasses.replace(slice_.chip, **rates))
+    return search.estimate(config, slice_, what, sizes).seconds
+
+  links_alone = {'flops': math.inf, 'hbm_rate': math.inf, 'host_rate': math.inf}
+  assert seconds('v5p:2x4x8', **links_alone) == pytest.approx(2 * seconds('v5p:4x4x4', **links_alone))
+  task, rows = config.task, config.infer.batch_size
+  for what in ('encode', 'decode'):
+    needed = flops.inference_flops(config.model, what, rows, task.encoder_length, task.decoder_length)
+    got = seconds('v5p:4x4x4', what, hbm_rate=math.inf, link_rate=math.inf)
+    assert got == pytest.approx(needed / 64 / chips.CHIPS['v5p'].flops)
+
+
 def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypatch, capsys):
   """The compiler here finds that 16 fit, whatever the mesh."""
   def make(config, slice_, step):
@@ -221,8 +307,9 @@ def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypat
   assert '1.0 GiB too much' in lines[-1]
 
 
-def test_what_a_search_writes_is_a_mesh_file(tmp_path):
-  config = dataclasses.replace(Config(), mesh=MeshConfig(data=4, model=2, sharding='full', host_gib=3.0))
+@pytest.mark.parametrize('slices', [1, 2])
+def test_what_a_search_writes_is_a_mesh_file(tmp_path, slices):
+  config = dataclasses.replace(Config(), mesh=MeshConfig(data=4, model=2, slices=slices, sharding='full', host_gib=3.0))
   (tmp_path / 'mesh.gin').write_text(search.as_gin(config))
   assert gin_utils.load([str(tmp_path / 'mesh.gin')], []).mesh == config.mesh
 

@@ -59,10 +59,12 @@ class Chip:
   platform: str = 'tpu'
   device_kind: str = 'TPU v5 lite'
   core_on_chip: int = 0
+  shape: tuple[int, int] = (2, 2)  # of its slice, without the last dimension
 
   @property
   def coords(self):
-    return (self.id % 2, self.id // 2 % 2, 0)
+    x, y = self.shape
+    return (self.id % x, self.id // x % y, self.id // (x * y) % 4 if x == 4 else 0)
 
 
 def test_experts_are_split_over_their_axis():
@@ -82,6 +84,14 @@ def test_slices_split_the_data_axis_alone():
     mesh_lib.make_mesh(MeshConfig(data=4, model=2, slices=3), chips)
   with pytest.raises(ConfigError, match='the devices lie in 2 slices'):
     mesh_lib.make_mesh(MeshConfig(data=4, model=2, slices=4), chips)
+
+
+def test_an_axis_may_take_a_part_of_a_dimension_of_several_slices():
+  chips = [Chip(id=i, slice_index=i // 64, device_kind='TPU v5p', shape=(4, 4)) for i in range(128)]
+  mesh = mesh_lib.make_mesh(MeshConfig(data=16, expert=8, slices=2), chips)
+  assert mesh.devices.shape == (16, 1, 8) and [row[0, 0].slice_index for row in mesh.devices] == [0] * 8 + [1] * 8
+  with pytest.raises(ConfigError, match='slices=2: the devices lie in 2 slices'):  # two chips at one place
+    mesh_lib.make_mesh(MeshConfig(data=16, expert=8, slices=2), [dataclasses.replace(chips[0], id=1), *chips[1:]])
 
 
 def test_cpu_devices_after_jax_has_started_are_refused():

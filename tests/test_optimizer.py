@@ -154,6 +154,17 @@ def test_adafactor_of_a_stack_is_one_optimizer_per_layer(stack):
     assert_close(layer(together), alone, rtol=1e-4)
 
 
+def test_adafactor_factors_neither_routers_nor_positions():
+  """However large, as in T5X: their axes are no features."""
+  axes = {'router': ('layers', 'embed', None), 'relative_bias': {'table': ('buckets', None)}, 'wi': ('layers', 'embed', 'mlp')}
+  params = random_tree(0, {'router': (2, 160, 128), 'relative_bias': {'table': (128, 160)}, 'wi': (2, 160, 128)})
+  tx = optimizer.make(OptimizerConfig(**ADAFACTOR), 10, axes, params)
+  sizes = jax.tree.map(jnp.shape, jax.eval_shape(tx.init, params)['inner']['statistics'])
+  assert sizes['router'] == {'full': (2, 160, 128)} and sizes['relative_bias']['table'] == {'full': (128, 160)}
+  assert sizes['wi'] == {'row': (2, 160), 'col': (2, 128)}
+  assert optimizer.state_axes(tx, params, axes)['inner']['statistics']['router'] == {'full': axes['router']}
+
+
 def test_optax_shares_statistics_over_a_stack():
   """Why there is an Adafactor here: the same stack given to optax mixes its layers."""
   shapes = {'norm': {'scale': (128, 160)}}  # 128 layers of a norm, which optax takes for a matrix

@@ -1,6 +1,7 @@
 """Several processes: where each stands, how they come together, and what stops them."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -91,8 +92,8 @@ class Members:
     import sys, time
     from t5x_cpm import watch
     from t5x_cpm.config import ProcessesConfig
-    count, index, port, setting, last, hang_at = sys.argv[1:7]
-    config = ProcessesConfig(start_seconds=2, silent_seconds=3, behind_seconds=3)
+    count, index, port, setting, last, hang_at, start_seconds = sys.argv[1:8]
+    config = ProcessesConfig(start_seconds=float(start_seconds), silent_seconds=3, behind_seconds=3)
     try:
       group = watch.join(int(count), int(index), ('127.0.0.1', int(port)), config, ['same', setting])
     except watch.ProcessError as error:
@@ -101,8 +102,8 @@ class Members:
       group.at(f'step {step}')
       print(step, flush=True)
       time.sleep(60 if step == int(hang_at) else 0.1)
-    if len(sys.argv) > 7:
-      group.fail(sys.argv[7])
+    if len(sys.argv) > 8:
+      group.fail(sys.argv[8])
       sys.exit(1)
     group.close()
     '''
@@ -110,8 +111,8 @@ class Members:
   def __init__(self, tmp_path):
     self.port, self.tmp_path, self.started = free_port(), tmp_path, []
 
-  def start(self, count, index, *, setting='a', last=600, hang_at=-1, failure=()):
-    arguments = map(str, (count, index, self.port, setting, last, hang_at, *failure))
+  def start(self, count, index, *, setting='a', last=600, hang_at=-1, start_seconds=2, failure=()):
+    arguments = map(str, (count, index, self.port, setting, last, hang_at, start_seconds, *failure))
     number = len(self.started)
     with open(self.tmp_path / f'out{number}', 'w') as out, open(self.tmp_path / f'err{number}', 'w') as err:
       self.started.append(subprocess.Popen(
@@ -161,6 +162,45 @@ def test_processes_that_do_not_belong_together_are_all_told(members, starts, wor
     members.start(count, index, setting=setting[0] if setting else 'a')
   for code, text in members.ends(15):
     assert code == 1 and text.startswith('refused: ') and re.search(words, text), text
+
+
+@pytest.mark.parametrize('beats, code, words', [
+    (6, 0, ''), (0, 1, 'has not answered for 3 s'), (2, 1, 'has not answered for 3 s')])
+def test_a_process_waits_as_long_as_process_0_gathers(members, beats, code, words):
+  """Longer than it would wait for process 0 to appear; the test is process 0."""
+  with socket.create_server(('127.0.0.1', members.port)) as server:
+    members.start(2, 1, last=1)
+    server.settimeout(30)
+    connection, _ = server.accept()
+    with connection:
+      for _ in range(beats):
+        time.sleep(1)
+        connection.sendall(b'{"beat": true}\n')
+      if not code:
+        connection.sendall(b'{"go": true}\n')
+        members.wait_for('0')
+        connection.sendall(b'{"bye": true}\n')
+      (got, text), = members.ends(10)
+  assert got == code and words in text, text
+
+
+def test_process_0_gives_signs_of_life_and_names_who_leaves_before_all_are_there(members):
+  """The test is process 1."""
+  members.start(4, 2, start_seconds=60)
+  members.start(4, 0, start_seconds=60)
+  deadline = time.monotonic() + 30
+  while True:
+    try:
+      connection = socket.create_connection(('127.0.0.1', members.port))
+      break
+    except OSError:
+      assert time.monotonic() < deadline
+      time.sleep(0.1)
+  with connection, connection.makefile() as lines:
+    connection.sendall(json.dumps({'hello': 1, 'count': 4, 'host': 'there', 'settings': ['same', 'a']}).encode() + b'\n')
+    assert [json.loads(next(lines)) for _ in range(3)] == 3 * [{'beat': True}]
+  for code, text in members.ends(10):
+    assert code == 1 and 'process 1 on there came, and ended before all were there' in text, text
 
 
 def test_a_port_in_use_is_told(members):

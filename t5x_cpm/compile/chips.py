@@ -33,7 +33,7 @@ class Chip:
   link_rate: float  # bytes a second over one link in one direction; of a TPU each dimension has a link to either side
   host_rate: float  # bytes a second between a chip and its host, in one direction
   dimensions: int  # of a slice's shape; of GPUs hosts x GPUs
-  wraps: int = 0  # a dimension of a torus is a ring when this divides it
+  wraps: int = 0  # a dimension of a torus is a ring when this divides it; of three, all are or none is
   options: tuple[tuple[str, Any], ...] = ()  # for the topology
   network_rate: float = 0.0  # bytes a second from a GPU to another host, from a TPU to another slice
   target: str = ''  # what XLA's compiler wants to know of a GPU
@@ -86,6 +86,18 @@ class Slice:
   def title(self) -> str:
     return self.name if self.slices == 1 else f'{self.slices} x {self.name}'
 
+  @property
+  def rings(self) -> tuple[bool, ...]:
+    """Which dimensions of a slice of TPUs have links from their last chip to their first."""
+    rings = tuple(size % self.chip.wraps == 0 for size in self.shape)
+    return (all(rings),) * 3 if len(rings) == 3 else rings  # three dimensions are made of cubes, whose sides have the switches
+
+  def _spans(self, coordinates: Any) -> list[tuple[int, int]]:
+    """Of each dimension that a group spans: its chips, and the links that a chip can use to send to them."""
+    extents = [len(set(coordinates[:, dimension])) for dimension in range(len(self.shape))]
+    return [(extent, 2 if ring and extent == size else 1)
+            for extent, size, ring in zip(extents, self.shape, self.rings, strict=True) if extent > 1]
+
   def rate(self, coordinates: Any) -> float:
     """Bytes a second that a chip can send to a group of chips of its slice, which lie at these coordinates [n, dimensions].
 
@@ -93,13 +105,17 @@ class Slice:
     """
     if self.chip.platform == 'cuda':
       return self.chip.link_rate if len(set(coordinates[:, 0])) == 1 else self.chip.network_rate
-    rate = 0.0
-    for dimension, size in enumerate(self.shape):
-      extent = len(set(coordinates[:, dimension]))
-      if extent > 1:
-        ring = extent == size and size % self.chip.wraps == 0
-        rate += (2 if ring else 1) * self.chip.link_rate
-    return rate or self.chip.link_rate
+    return self.chip.link_rate * max(sum(links for _, links in self._spans(coordinates)), 1)
+
+  def exchange_seconds(self, coordinates: Any) -> float:
+    """Seconds for each byte that a chip divides evenly among a group of chips at these coordinates [n, dimensions].
+
+    In each dimension half of what one half of n chips holds goes to the other half: n / 4 over one link of a line, or two of
+    a ring. The dimensions work at the same time.
+    """
+    if self.chip.platform == 'cuda':
+      return (len(coordinates) - 1) / len(coordinates) / self.rate(coordinates)
+    return max((extent / 4 / links for extent, links in self._spans(coordinates)), default=0.0) / self.chip.link_rate
 
   def coordinates(self, devices: list[Any]) -> Any:
     """Where devices are in the slice: [n, dimensions]."""
@@ -114,8 +130,9 @@ def parse(name: str, slices: int = 1) -> Slice:
   if kind not in CHIPS:
     raise ConfigError(f'--topology={name}: unknown chip {kind!r}.{did_you_mean(kind, CHIPS)} Known are {", ".join(CHIPS)}, '
                       f'with the shape of the slice in chips, as in {EXAMPLES}.')
-  if not re.fullmatch(r'\d+(x\d+)*', shape) or len(shape.split('x')) != CHIPS[kind].dimensions:
-    raise ConfigError(f'--topology={name}: a slice of {kind} has {CHIPS[kind].dimensions} dimensions, as in {EXAMPLES}.')
+  if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape) or len(shape.split('x')) != CHIPS[kind].dimensions:
+    raise ConfigError(f'--topology={name}: a slice of {kind} has {CHIPS[kind].dimensions} dimensions, of at least 1, as in '
+                      f'{EXAMPLES}.')
   return Slice(name, CHIPS[kind], tuple(map(int, shape.split('x'))), slices if CHIPS[kind].platform == 'tpu' else 1)
 
 

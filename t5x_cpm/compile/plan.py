@@ -82,6 +82,8 @@ def _inference(config: Config, mesh: Any, step: str) -> tuple[Callable[..., Any]
   mesh_lib.check_divides(mesh, (B,), ('rows',), 'a batch')
   batch = {name: jax.ShapeDtypeStruct((B, S), jnp.int32, sharding=jax.NamedSharding(mesh, mesh_lib.spec(('batch', None))))
            for name in ('encoder_input_tokens', 'encoder_segment_ids')}
+  if config.model.moe.by_domain:
+    batch['domain'] = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=jax.NamedSharding(mesh, mesh_lib.spec(('batch',))))
   if step == 'encode':
     def encode(params: Any, batch: Any) -> Any:
       with mesh_lib.inside(mesh):
@@ -148,7 +150,8 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
   else:
     counts = (config.infer.batch_size * S, 0) if step == 'encode' else (0, config.infer.batch_size)
   tokens = float(sum(counts))
-  needed = flops.model_flops(config.model, *counts, S, T) / (1 if step == 'train' else 3)
+  needed = (flops.model_flops(config.model, *counts, S, T) if step == 'train' else
+            flops.inference_flops(config.model, step, config.infer.batch_size, S, T))
   collectives = _by_kind(compiled.collectives(slice_.slices), mesh, slice_) if compiled else {}
   hbm = compiled.hbm_bytes() if compiled else 0.0
   seconds = {
@@ -174,7 +177,7 @@ def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
     if names[0] == 'token_embedder' and not model.config.tie_embeddings:
       continue  # looked up, not multiplied
     if names[0] == 'experts' and names[1] in encoder_decoder.STACKS and moe.every(names[1]):
-      share = moe.choices(moe.of(names[1])) / moe.num_experts
+      share = moe.experts_of_token(moe.of(names[1])) / moe.num_experts
     passed['encoder' not in '/'.join(names[:2])] += share * math.prod(leaf.shape)
   return passed[0], passed[1]
 
@@ -196,6 +199,9 @@ def _by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[
     elif one.kind == 'collective-permute':  # to a neighbour, over one link; those to another neighbour take another link
       neighbours[one.group] += one.times * one.sent / min(slice_.chip.link_rate, slice_.rate(coordinates[list(one.group)]))
       total['seconds'] = max(neighbours.values())
+    elif one.kind.endswith('all-to-all') and len(one.group) > 1:  # from chip to chip, through those between them
+      held = one.sent * len(one.group) / (len(one.group) - 1)
+      total['seconds'] += one.times * held * slice_.exchange_seconds(coordinates[list(one.group)])
     else:
       total['seconds'] += one.times * one.sent / slice_.rate(coordinates[list(one.group)])
   return dict(kinds)

@@ -18,8 +18,8 @@ from t5x_cpm.training import flops
 
 ROOM = 0.9  # of a chip's memory: estimates are rough
 TRIED = 3  # of the best estimates are compiled
-FIELDS = {'MeshConfig': ('mesh', ('data', 'model', 'expert', 'sharding', 'host_gib')), 'ModelConfig': ('model', ('remat',)),
-          'TrainConfig': ('train', ('microbatches',))}
+FIELDS = {'MeshConfig': ('mesh', ('data', 'model', 'expert', 'slices', 'sharding', 'host_gib')),
+          'ModelConfig': ('model', ('remat',)), 'TrainConfig': ('train', ('microbatches',))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +83,21 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
   parts = mesh.data * mesh.expert
   local = held(mesh_lib.RULES)
 
+  def spans(size: int) -> int:
+    """How many of the torus's dimensions a group of `size` chips spans."""
+    chips = slice_.count // slice_.slices
+    return max(1, round(len(slice_.shape) * math.log(size) / math.log(chips))) if size > 1 and chips > 1 else 1
+
   def rate(size: int) -> float:
-    """Of a group of `size` chips: it spans a part of the torus's dimensions."""
     if chip.platform == 'cuda':
       return chip.link_rate if size <= slice_.shape[1] else chip.network_rate
-    chips = slice_.count // slice_.slices
-    spans = max(1, round(len(slice_.shape) * math.log(size) / math.log(chips))) if size > 1 and chips > 1 else 1
-    return spans * chip.link_rate * (2 if chips >= chip.wraps ** len(slice_.shape) else 1)
+    return spans(size) * chip.link_rate * (2 if all(slice_.rings) else 1)
+
+  def exchange_seconds(size: int) -> float:
+    """As in Slice, of a group that is as long in each dimension."""
+    if chip.platform == 'cuda' or size == 1:
+      return (size - 1) / size / rate(size)
+    return size ** (1 / spans(size)) / 4 * spans(size) / rate(size)
 
   def exchange(tokens: tuple[float, float]) -> float:
     """Seconds to sum over `model` and to send over `expert`, in one pass."""
@@ -97,13 +105,13 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: dict[tuple[tuple[s
     routed = sum(t * n // model.moe.every(name) * 2 if model.moe.every(name) else 0
                  for t, n, name in zip(tokens, layers, ('encoder', 'decoder')))
     over = 2 * (mesh.model - 1) / mesh.model * sums / rate(mesh.model)
-    return 2 * D * (over + (mesh.expert - 1) / mesh.expert * routed / rate(mesh.expert))
+    return 2 * D * (over + routed * exchange_seconds(mesh.expert))
 
   if step != 'train':
     rows = config.infer.batch_size / parts
     tokens = (rows * S, 0.0) if step == 'encode' else (0.0, rows)
     cache = 0.0 if step == 'encode' else 4 * rows * layers[1] * (S + T) * model.num_heads * model.head_dim / mesh.model
-    work = flops.model_flops(model, tokens[0] * parts, tokens[1] * parts, S, T) / 3
+    work = flops.inference_flops(model, step, config.infer.batch_size, S, T)
     hbm = (2 * local + cache) / chip.hbm_rate
     seconds = _together(work / slice_.count / chip.flops, hbm, exchange(tokens))
     return Estimate(config, 2 * local + cache + 8 * sum(tokens) * (D + F), seconds)
@@ -170,9 +178,9 @@ def ranked(config: Config, slice_: Slice, step: str) -> list[Estimate]:
 
 
 def as_gin(config: Config) -> str:
-  """What a search has chosen, as a gin file."""
+  """What a search has chosen, as a gin file; and MeshConfig.slices, where there are several."""
   return ''.join(f'{cls}.{field} = {getattr(getattr(config, part), field)!r}\n'
-                 for cls, (part, fields) in FIELDS.items() for field in fields)
+                 for cls, (part, fields) in FIELDS.items() for field in fields if field != 'slices' or config.mesh.slices > 1)
 
 
 def best(config: Config, slice_: Slice, step: str) -> tuple[Config, plan.Plan]:

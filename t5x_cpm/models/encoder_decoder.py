@@ -140,12 +140,12 @@ class Model:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()[0]))
 
   def num_active_parameters(self) -> int:
-    """Parameters that one token of each stack uses: of a layer's experts, those it is sent to."""
+    """Parameters that one token of each stack uses: of a layer's experts, those it is sent to, on average."""
     shapes = self.abstract()[0]['experts']
     idle = 0.0
     for name in STACKS:
       if self.config.moe.every(name):
-        share = self.config.moe.choices(self.config.moe.of(name)) / self.config.moe.num_experts
+        share = self.config.moe.experts_of_token(self.config.moe.of(name)) / self.config.moe.num_experts
         idle += (1 - share) * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[name]))
     return self.num_parameters() - round(idle)
 

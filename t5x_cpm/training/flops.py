@@ -38,6 +38,27 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
     S: slots of an encoder row.
     T: slots of a decoder row.
   """
+  encoder, keys, decoder = _of_a_token(config, S, T)
+  return 3.0 * (encoder_tokens * (encoder + keys) + decoder_tokens * decoder)
+
+
+def inference_flops(config: ModelConfig, step: str, rows: int, S: int, T: int) -> float:
+  """Floating-point operations that one call of a part of inference has to do.
+
+  Args:
+    config: shape of the model.
+    step: 'encode', rows of S tokens through the encoder alone; or 'decode', a token of each row through the decoder, whose
+      cache has S and T slots and the keys and values of the encoder's output.
+    rows: of the batch.
+    S: slots of an encoder row.
+    T: slots of a decoder row.
+  """
+  encoder, _, decoder = _of_a_token(config, S, T)
+  return rows * S * encoder if step == 'encode' else rows * decoder
+
+
+def _of_a_token(config: ModelConfig, S: int, T: int) -> tuple[float, float, float]:
+  """Forward FLOPs: of an encoder token in the encoder, and as keys and values of cross-attention; of a decoder token."""
   D, F, HK = config.d_model, config.d_ff, config.num_heads * config.head_dim
   mlp = 2 * (3 if config.mlp_activation.startswith('gated') else 2) * D * F
 
@@ -45,14 +66,13 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
     layers, every = config.num_layers(stack), config.moe.every(stack)
     if not every:
       return layers * mlp
-    networks = config.moe.choices(config.moe.of(stack)) + config.moe.shared_experts
+    networks = config.moe.experts_of_token(config.moe.of(stack)) + config.moe.shared_experts
     routed = layers // every
     return (layers - routed) * mlp + routed * (networks * mlp + 2 * D * config.moe.num_experts)
 
   encoder = config.num_encoder_layers * (8 * D * HK + 4 * S * HK) + feed_forward('encoder')
-  encoder += config.num_decoder_layers * 4 * D * HK
   decoder = config.num_decoder_layers * (12 * D * HK + 4 * (S + T) * HK) + feed_forward('decoder') + 2 * D * config.vocab_size
-  return 3.0 * (encoder_tokens * encoder + decoder_tokens * decoder)
+  return encoder, config.num_decoder_layers * 4 * D * HK, decoder
 
 
 def measure_gemm_flops(size: int = 1024, repeats: int = 5) -> float:

@@ -71,10 +71,10 @@ def decays(path: str) -> bool:
   return names[-1] != 'scale' and 'relative_bias' not in names
 
 
-def _second_moment(parameter: jax.Array) -> dict[str, jax.Array]:
-  """Zero statistics of one parameter of one layer."""
+def _second_moment(parameter: jax.Array, names: tuple[str | None, ...]) -> dict[str, jax.Array]:
+  """Zero statistics of one parameter of one layer. What has an axis without a name, routers and tables, is not factored."""
   shape = parameter.shape
-  if len(shape) >= 2 and min(shape[-2:]) >= MIN_FACTORED_SIZE:
+  if len(shape) >= 2 and all(names[-2:]) and min(shape[-2:]) >= MIN_FACTORED_SIZE:
     return {'row': jnp.zeros(shape[:-1], parameter.dtype), 'col': jnp.zeros(shape[:-2] + shape[-1:], parameter.dtype)}
   return {'full': jnp.zeros(shape, parameter.dtype)}
 
@@ -84,14 +84,14 @@ def _rms(x: jax.Array) -> jax.Array:
 
 
 def scale_by_adafactor(
-    stack_sizes: Any, *, decay_exponent: float, clip_threshold: float, parameter_scale: bool) -> optax.GradientTransformation:
+    logical_axes: Any, *, decay_exponent: float, clip_threshold: float, parameter_scale: bool) -> optax.GradientTransformation:
   """Adafactor without momentum, as T5 uses it (Shazeer and Stern 2018), with separate statistics for every layer and expert.
 
   optax.adafactor gives the same for a tree of one layer. On a stack [L, ...] it would share the clipping and the scale
   between layers, and factor a stack of norm scales [L, D] across them.
 
   Args:
-    stack_sizes: tree like the parameters, of how many leading axes of each are layers or experts.
+    logical_axes: tree of tuples of axis names, like the parameters; layers and experts lead.
     decay_exponent: the second moment of update t decays by 1 - t ** -decay_exponent.
     clip_threshold: greatest RMS of an update before scaling; 0 is no clipping.
     parameter_scale: multiply the update by the RMS of the parameter.
@@ -101,9 +101,9 @@ def scale_by_adafactor(
     gradients over the last and the last but one axis, or {'full'}, not averaged.
   """
 
-  def over_stack(fn: Callable[..., Any], stacked: int) -> Callable[..., Any]:
-    for _ in range(stacked):
-      fn = jax.vmap(fn)
+  def over_stack(fn: Callable[..., Any], names: tuple[str | None, ...]) -> Callable[..., Any]:
+    for name in names:
+      fn = jax.vmap(fn) if name in STACK_AXES else fn
     return fn
 
   def one(gradient: jax.Array, moment: dict[str, jax.Array], parameter: jax.Array, decay: jax.Array) -> Any:
@@ -123,17 +123,17 @@ def scale_by_adafactor(
     return update * factor, moment
 
   def init(params: Any) -> dict[str, Any]:
-    statistics = jax.tree.map(lambda p, n: over_stack(_second_moment, n)(p), params, stack_sizes)
+    statistics = jax.tree.map(lambda p, names: over_stack(lambda p: _second_moment(p, names), names)(p), params, logical_axes)
     return {'count': jnp.zeros((), jnp.int32), 'statistics': statistics}
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, dict[str, Any]]:
     count = state['count'] + 1
     decay = 1.0 - count.astype(jnp.float32) ** -decay_exponent
 
-    def leaf(gradient: jax.Array, stacked: int, moment: Any, parameter: jax.Array) -> Any:
-      return over_stack(lambda g, m, p: one(g, m, p, decay), stacked)(gradient, moment, parameter)
+    def leaf(gradient: jax.Array, names: tuple[str | None, ...], moment: Any, parameter: jax.Array) -> Any:
+      return over_stack(lambda g, m, p: one(g, m, p, decay), names)(gradient, moment, parameter)
 
-    both = jax.tree.map(leaf, updates, stack_sizes, state['statistics'], params)
+    both = jax.tree.map(leaf, updates, logical_axes, state['statistics'], params)
     statistics = jax.tree.map(lambda _, pair: pair[1], updates, both)
     return jax.tree.map(lambda _, pair: pair[0], updates, both), {'count': count, 'statistics': statistics}
 
@@ -175,10 +175,8 @@ def make(
   if config.name == 'adamw':
     inner = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
   elif config.name == 'adafactor':
-    stack_sizes = jax.tree.map(
-        lambda names: sum(name in STACK_AXES for name in names), logical_axes, is_leaf=is_names)
     inner = scale_by_adafactor(
-        stack_sizes, decay_exponent=config.adafactor_decay_exponent, clip_threshold=config.adafactor_clip_threshold,
+        logical_axes, decay_exponent=config.adafactor_decay_exponent, clip_threshold=config.adafactor_clip_threshold,
         parameter_scale=config.adafactor_parameter_scale)
   elif config.momentum:
     inner = optax.trace(config.momentum)
