@@ -89,6 +89,19 @@ def compiler_options(deterministic: bool) -> dict[str, bool] | None:
   return {'xla_gpu_deterministic_ops': True} if deterministic and _platform() in ('gpu', 'cuda') else None
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Keeps what C++ writes to the terminal out of it: libtpu and TensorFlow log that they find no device."""
+  saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(null, 2)
+  try:
+    yield
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(null)
+
+
 def keep_compiled_programs() -> None:
   """Stores compiled programs in $T5X_CPM_CACHE/xla (default ~/.cache/t5x_cpm/xla), so that a second start is fast.
 

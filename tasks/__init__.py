@@ -14,6 +14,7 @@ import re
 import sys
 from typing import Any
 
+from t5x_cpm import backend
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.tasks import local, pretrain, quickstart
@@ -109,7 +110,7 @@ def get(config: Config) -> Any:
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
   source = _documents(row, config) if isinstance(row, Row) else None  # a wrong glob is told before TensorFlow is imported
-  from t5x_cpm.tasks import make
+  make = _make()
   if row is None:
     return make.registered(config.task.name)
   if isinstance(row, MixtureRow):
@@ -135,9 +136,7 @@ def tokens(config: Config) -> Any:
   source = _documents(row, config) if isinstance(row, Row) else None
   if source is not None:
     return source
-  provider = get(config)
-  from t5x_cpm.tasks import make
-  return make.TaskTokens(provider, config.task.name)
+  return _make().TaskTokens(get(config), config.task.name)
 
 
 def _documents(row: Row, config: Config) -> Documents | None:
@@ -154,14 +153,19 @@ def vocabulary(config: Config) -> vocabulary_lib.Vocabulary:
   """The vocabulary of a run: TaskConfig.vocabulary, or the task's own."""
   row = _row(config)
   if row is None:
-    provider = get(config)
-    from t5x_cpm.tasks import make
-    return make.vocabulary_of(provider, config)
+    return _make().vocabulary_of(get(config), config)
   spec = config.task.vocabulary or (row.vocabulary if row else '')
   if not spec:
     raise ConfigError(f'task {config.task.name!r} has no vocabulary of its own: set TaskConfig.vocabulary, for example to '
                       "'cpm2:FILE' or 'sentencepiece:FILE'.")
   return vocabulary_lib.load(spec)
+
+
+def _make() -> Any:
+  """The module that makes SeqIO's objects."""
+  with backend.quiet():
+    from t5x_cpm.tasks import make
+  return make
 
 
 def _named(config: Config, name: str) -> Config:

@@ -1,16 +1,15 @@
 """Chips, and slices of them: TPU pods, hosts with GPUs. Their constants, and their devices as compilers describe them."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from t5x_cpm import backend
 from t5x_cpm.config import ConfigError
 from t5x_cpm.gin_utils import did_you_mean
 
@@ -158,21 +157,8 @@ def devices(slice_: Slice) -> list[Any]:
   if chip.target:  # processes of a host each, with its GPUs
     name, options = '', {'target_config': chip.target, 'topology': f'1x{slice_.shape[0]}x{slice_.shape[1]}'}
   try:
-    with quiet():
+    with backend.quiet():
       return list(topologies.get_topology_desc(platform=chip.platform, topology_name=name, **options).devices)
   except Exception as error:
     raise ConfigError(f'--topology={slice_.name}: the compiler knows no such slice ({str(error).splitlines()[0]}). Known are, '
                       f'for example, {EXAMPLES}.') from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-  """Keeps what C++ writes to the terminal out of it: libtpu logs that it runs without a TPU."""
-  saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-  os.dup2(null, 2)
-  try:
-    yield
-  finally:
-    os.dup2(saved, 2)
-    os.close(saved)
-    os.close(null)

@@ -131,7 +131,7 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
     executed = program.arithmetic(traced.jaxpr.jaxpr)
     with tempfile.TemporaryDirectory(prefix='t5x_cpm-') as folder:
       try:
-        with chips.quiet():
+        with backend.quiet():
           memory = traced.lower().compile(compiler_options={'xla_dump_to': folder}).memory_analysis()
         missing = 0.0
       except jax.errors.JaxRuntimeError as error:
