@@ -17,7 +17,7 @@ from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops
 
 ROOM = 0.9  # of a chip's memory: estimates are rough
-TRIED = 3  # of the best estimates are compiled
+TRIED = 4  # of the best estimates are compiled
 FIELDS = {'MeshConfig': ('mesh', ('data', 'model', 'expert', 'slices', 'sharding', 'host_gib')),
           'ModelConfig': ('model', ('remat',)), 'TrainConfig': ('train', ('microbatches',))}
 

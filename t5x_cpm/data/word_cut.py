@@ -88,11 +88,10 @@ def _cut(text: str) -> list[str]:
   words = most_probable(text, False)
   if not words:
     return words
-  joined = '\0'.join(['', *words, ''])
+  joined = '\0' + '\0'.join(words) + '\0'
   if not joined.isascii():
     joined = _cut_single_characters(joined, in_dictionary)
-  words = _cut_not_chinese(joined).split('\0')
-  return words[1:-1]
+  return _cut_not_chinese(joined)[1:-1].split('\0')
 
 
 def _cut_not_chinese(joined: str) -> str:
