@@ -303,7 +303,8 @@ def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypat
   best, made = search.best(config, chips.parse('v5e:2x4'), 'train')
   assert best.train.microbatches == 16 and made.fits and best.mesh.host_gib > 0
   lines = capsys.readouterr().out.splitlines()[1:]
-  assert len({line.partition(',')[0] for line in lines}) == search.TRIED  # meshes that differ
+  first = [line.partition(',')[0] for line in lines if 'estimate' in line]
+  assert 2 < len(first) <= search.TRIED and len(set(first)) == len(first)  # meshes that differ
   assert '1.0 GiB too much' in lines[-1]
 
 
