@@ -28,7 +28,7 @@ def everything(model_dir: pathlib.Path, mesh: MeshConfig) -> dict:
   """What an engine gives, as JSON."""
   config = dataclasses.replace(checkpoint.read_run(model_dir).config, mesh=mesh)
   engine = inference.load(model_dir, config=config)
-  streamed = list(engine.stream(TEXTS[0]))
+  streamed = [list(engine.stream(TEXTS[0], rule=rule, seed=7)) for rule in ('greedy', 'sample')]
   kernels = jax.tree.leaves(engine.params['experts'])
   return {
       'devices': engine.mesh.size,

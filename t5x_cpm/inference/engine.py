@@ -139,14 +139,14 @@ class Engine:
     config = self.decode_config(**overrides)
     request = self.codec.request(line)
     rule: decode.Rule = decode.make_rule(config, self.vocabulary.pad_id)
-    batch, stop, allowed = self._decode_inputs([request] * self.whole(1))
+    batch, stop, allowed = self._decode_inputs([request] * self.whole(1))  # equal rows, also where they are drawn
     cache, forced = self._start(self.params, batch, max_len=rule.max_new_tokens)
     prefix = jnp.concatenate([jnp.full((len(stop), 1), self.vocabulary.bos_id, jnp.int32), forced], axis=1)
     ids: list[int] = []
     shown, state = '', None
     for state in decode.python_loop(functools.partial(self._step, self.params), cache, rule, prefix, jnp.asarray(stop),
                                     take=attention.take, reorder=attention.reorder, seed=config.seed,
-                                    allowed=jnp.asarray(allowed)):
+                                    rows_B=jnp.zeros(len(stop), jnp.int32), allowed=jnp.asarray(allowed)):
       if rule.width > 1:
         continue
       ids.append(int(state.next[0]))
