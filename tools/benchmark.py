@@ -9,8 +9,10 @@
 
 Each side runs in a process of its own, as its users run it, and the two take turns, so that what else the machine does hits
 both. Figures are medians of wall time; a ratio above 1 means that this project is faster. Seconds of CPU are printed beside
-them: on a busy machine their ratio is the steadier one. Weights are random; PyTorch uses its fused AdamW and transformers its
-default attention, which are the faster choices of each.
+them: on a busy machine their ratio is the steadier one. Two columns say how far a ratio could go: *limit*, were all products
+done at the rate of one large product and all weights read at the full rate of the memory; *products*, were all but XLA's own
+products of this very work free. Weights are random; PyTorch uses its fused AdamW and transformers its default attention, which
+are the faster choices of each.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 
 import expert_layer
 import numpy as np
+import products
 import side_by_side
 from side_by_side import Case, Run
 
@@ -50,7 +53,8 @@ def random_batch(rows: int) -> dict[str, np.ndarray]:
 # This project.
 
 
-def our_training() -> Run:
+def training() -> tuple[Any, Any, Any]:
+  """A step, its state and a batch."""
   import jax
 
   from t5x_cpm import mesh as mesh_lib
@@ -61,7 +65,13 @@ def our_training() -> Run:
       optimizer=OptimizerConfig(name='adamw', learning_rate=1e-4, schedule='constant', clip_norm=0.0))
   step = step_lib.build(config, mesh_lib.make_mesh(config.mesh))
   batch = jax.device_put(random_batch(ROWS))
-  state = step.init(jax.random.key(0))
+  return step, step.init(jax.random.key(0)), batch
+
+
+def our_training() -> Run:
+  import jax
+
+  step, state, batch = training()
 
   def run() -> Any:
     nonlocal state
@@ -71,8 +81,13 @@ def our_training() -> Run:
   return run
 
 
-def our_gradients(model_config: ModelConfig) -> Run:
-  """Loss and gradients of a batch, without an optimizer."""
+def products_of_training() -> Run:
+  step, state, batch = training()
+  return products.alone(step.fn, state, {}, batch)
+
+
+def gradients(model_config: ModelConfig) -> tuple[Any, ...]:
+  """The function of loss and gradients, without an optimizer, and its arguments."""
   import jax
 
   from t5x_cpm.models import encoder_decoder
@@ -88,8 +103,30 @@ def our_gradients(model_config: ModelConfig) -> Run:
     total, _ = losses.cross_entropy(logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'])
     return total / (ROWS * T) + sum(auxiliary.values())
 
-  gradients = jax.jit(jax.value_and_grad(loss))
-  return lambda: jax.block_until_ready(gradients(trained, rest, batch))
+  return jax.jit(jax.value_and_grad(loss)), trained, rest, batch
+
+
+def our_gradients(model_config: ModelConfig) -> Run:
+  import jax
+
+  fn, *arguments = gradients(model_config)
+  return lambda: jax.block_until_ready(fn(*arguments))
+
+
+def products_of_gradients(model_config: ModelConfig) -> Run:
+  return products.alone(*gradients(model_config))
+
+
+def decoding(rows: int) -> tuple[Any, Any, Any]:
+  """A model, its parameters and a batch of inputs."""
+  import jax
+
+  from t5x_cpm.models import encoder_decoder
+
+  model = encoder_decoder.build(MODEL)
+  params = jax.jit(lambda key: model.prepare(model.init(key)))(jax.random.key(0))
+  batch = {name: value for name, value in random_batch(rows).items() if name in ('encoder_input_tokens', 'encoder_segment_ids')}
+  return model, params, batch
 
 
 def our_decoding(rows: int) -> Run:
@@ -97,11 +134,8 @@ def our_decoding(rows: int) -> Run:
   import jax.numpy as jnp
 
   from t5x_cpm.inference import decode
-  from t5x_cpm.models import encoder_decoder
 
-  model = encoder_decoder.build(MODEL)
-  params = jax.jit(lambda key: model.prepare(model.init(key)))(jax.random.key(0))
-  batch = {name: value for name, value in random_batch(rows).items() if name in ('encoder_input_tokens', 'encoder_segment_ids')}
+  model, params, batch = decoding(rows)
   rule = decode.Greedy(max_new_tokens=NEW_TOKENS)
   start, never = jnp.ones((rows, 1), jnp.int32), jnp.full((rows, 1), -1)
 
@@ -114,6 +148,24 @@ def our_decoding(rows: int) -> Run:
     out = jax.block_until_ready(generate(params, batch))
     assert out.tokens.shape == (rows, NEW_TOKENS)
     return out
+
+  return run
+
+
+def products_of_decoding(rows: int) -> Run:
+  import jax
+  import jax.numpy as jnp
+
+  model, params, batch = decoding(rows)
+  start = functools.partial(model.start, max_len=NEW_TOKENS)
+  cache, _ = jax.eval_shape(start, params, batch)
+  token = jnp.zeros((rows, 1), jnp.int32)
+  begin, step = products.alone(start, params, batch), products.alone(model.step, params, cache, token, token)
+
+  def run() -> Any:
+    begin()
+    for _ in range(NEW_TOKENS):
+      step()
 
   return run
 
@@ -223,12 +275,14 @@ def cases() -> dict[str, list[Case]]:
           twin('einsum in 256', group_size=256), twin('dropless', group_size=256, dispatch='dropless'),
           twin('CPM-2, einsum in 512', group_size=512, router='random_projection'),
           Case(f'{EXPERTS} experts, Switch, every other layer', 2.0, functools.partial(our_gradients, switch), their_experts,
-               ROWS * (S + T), of(switch))],
-      'train': [Case(f'training step, {ROWS} x ({S} + {T})', 1.3, our_training, their_training, ROWS * (S + T), needed)],
+               ROWS * (S + T), of(switch), products=functools.partial(products_of_gradients, switch))],
+      'train': [Case(f'training step, {ROWS} x ({S} + {T})', 1.3, our_training, their_training, ROWS * (S + T), needed,
+                     products=products_of_training)],
       'decode': [
           Case(f'greedy, {NEW_TOKENS} tokens, batch {rows}', target, functools.partial(our_decoding, rows),
                functools.partial(their_decoding, rows), rows * NEW_TOKENS,
-               flops.model_flops(MODEL, rows * S, 0, S, 0) / 3, decoding_bytes(rows))
+               flops.model_flops(MODEL, rows * S, 0, S, 0) / 3, decoding_bytes(rows),
+               functools.partial(products_of_decoding, rows))
           for rows, target in ((1, 2.0), (8, 3.0))],
   }
 

@@ -31,6 +31,7 @@ class Case:
     work: tokens of one run.
     flops: of the products of many rows in one run.
     bytes: of float32 weights and keys that one run reads again for every token.
+    products: the matrix products of ours alone.
   """
 
   title: str
@@ -40,6 +41,7 @@ class Case:
   work: int
   flops: float
   bytes: float = 0.0
+  products: Callable[[], Run] | None = None
 
 
 def our_gemm() -> Run:
@@ -82,6 +84,8 @@ def work(case: Case, side: str, threads: int) -> None:
   if side == 'ours':
     backend.keep_memory()
     runs = {'run': case.ours(), 'gemm': our_gemm(), 'stream': our_stream()}
+    if case.products:
+      runs['products'] = case.products()
   else:
     import torch
     import transformers
@@ -107,7 +111,7 @@ class Worker:
     self.side = side
     self.process = subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-    self.seconds: dict[str, list[tuple[float, float]]] = {'run': [], 'gemm': [], 'stream': []}
+    self.seconds: dict[str, list[tuple[float, float]]] = {'run': [], 'gemm': [], 'stream': [], 'products': []}
     self._answer()
 
   def _answer(self) -> str:
@@ -141,6 +145,8 @@ def compare(script: str, command: str, index: int, case: Case, repeats: int, thr
     for worker in (ours, theirs):
       for what in ('gemm', 'stream', 'run'):
         worker.ask(what)
+    if case.products:
+      ours.ask('products')
   ours.close()
   theirs.close()
   mine, their = ours.median('run'), theirs.median('run')
@@ -152,17 +158,19 @@ def compare(script: str, command: str, index: int, case: Case, repeats: int, thr
       'cpu ratio': theirs.median('run', cpu=True) / ours.median('run', cpu=True),
       'tokens/s': case.work / mine, 'gemm GFLOP/s': gemm / 1e9, 'stream GB/s': stream / 1e9,
       'limit': their / (case.flops / gemm + case.bytes / stream),
+      'products': their / ours.median('products') if case.products else None,
       'share': None if case.bytes else case.flops / mine / gemm,
       'peer share': None if case.bytes else case.flops / their / gemm}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-  head = f'{"":46} {"ours s":>8} {"peer s":>9} {"ratio":>6} {"target":>6} {"limit":>6}'
+  head = f'{"":46} {"ours s":>8} {"peer s":>9} {"ratio":>6} {"target":>6} {"limit":>6} {"products":>8}'
   print(head, f'{"CPU s":>14} {"ratio":>6} {"tokens/s":>9}')
   for row in rows:
     cpu = f'{row["ours cpu"]:.2f} / {row["peer cpu"]:.2f}'
     seconds = f'{row["case"]:46} {row["ours"]:8.3f} {row["peer"]:9.3f}'
-    print(seconds, f'{row["ratio"]:6.2f} {row["target"]:6.1f} {row["limit"]:6.2f} {cpu:>14} {row["cpu ratio"]:6.2f} '
+    products = f'{row["products"]:8.2f}' if row['products'] else ' ' * 8
+    print(seconds, f'{row["ratio"]:6.2f} {row["target"]:6.1f} {row["limit"]:6.2f} {products} {cpu:>14} {row["cpu ratio"]:6.2f} '
           f'{row["tokens/s"]:9.0f}')
   for row in rows:
     print(f'{row["case"]}: in this run products at {row["gemm GFLOP/s"]:.0f} GFLOP/s, memory at {row["stream GB/s"]:.0f} GB/s')

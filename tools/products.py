@@ -1,0 +1,47 @@
+"""The matrix products of a traced program and nothing else of it: what XLA needs at least, were all the rest free."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from side_by_side import Run
+
+
+def _products(jaxpr: Any, place: dict[Any, object]) -> Iterator[tuple[Any, object, object]]:
+  """Each product with what stands for its operands; `place` holds that of the variables known from outside."""
+
+  def of(variable: Any) -> object:
+    return place.setdefault(variable, object()) if isinstance(variable, jax.extend.core.Var) else object()
+
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      left, right = equation.invars
+      yield equation, of(left), of(right)
+      continue
+    for value in equation.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        assert equation.primitive.name not in ('scan', 'while', 'cond'), 'a loop: how often it runs is not known here'
+        known = zip(inner.invars, equation.invars) if len(inner.invars) == len(equation.invars) else ()
+        yield from _products(inner, {theirs: of(ours) for theirs, ours in known})
+
+
+def alone(fn: Callable[..., Any], *args: Any) -> Run:
+  """Does the products of fn(*args) on random numbers, in the order of the program; a value that two of them share is shared."""
+  found = list(_products(jax.make_jaxpr(fn)(*args).jaxpr, {}))
+  shapes = {key: variable.aval for equation, *keys in found for key, variable in zip(keys, equation.invars, strict=True)}
+  rng = np.random.default_rng(0)
+  operands = {key: jax.device_put(rng.standard_normal(aval.shape, np.float32)) for key, aval in shapes.items()}
+  number = {key: index for index, key in enumerate(operands)}
+
+  @jax.jit
+  def products(operands: list[Any]) -> Any:
+    total = 0.0
+    for equation, left, right in found:
+      product = equation.primitive.bind(operands[number[left]], operands[number[right]], **equation.params)
+      total += jax.lax.optimization_barrier(product)[(0,) * product.ndim]  # else only this number would be computed
+    return total
+
+  given = list(operands.values())
+  return lambda: products(given).block_until_ready()
