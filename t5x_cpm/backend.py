@@ -81,7 +81,7 @@ def use_cpu_devices(count: int, processes: int = 1) -> None:
 
 
 def compiler_options(deterministic: bool) -> dict[str, bool] | None:
-  """XLA's options for a training step.
+  """XLA's options for the programs of training.
 
   On GPUs some kernels add up in the order in which their threads finish, and the fastest of several is chosen by timing them.
   Neither is done where runs are to be the same bit for bit; TPUs and CPUs need no option for that.

@@ -14,7 +14,6 @@ import re
 import sys
 from typing import Any
 
-from t5x_cpm import backend
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.tasks import local, pretrain, quickstart
@@ -70,7 +69,7 @@ def identity(config: Config) -> dict:
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
   kind, _, file = config.task.vocabulary.partition(':')
-  vocabulary = f'{kind}:{_absolute(file)}' if file else ''
+  vocabulary = f'{kind}:{_absolute(file)}' if file else config.task.vocabulary
   result: dict[str, Any] = {'name': config.task.name, 'vocabulary': vocabulary, 'row': repr(row)}
   if isinstance(row, MixtureRow):
     result['rates'] = _rates(row, config)
@@ -110,7 +109,7 @@ def get(config: Config) -> Any:
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
   source = _documents(row, config) if isinstance(row, Row) else None  # a wrong glob is told before TensorFlow is imported
-  make = _make()
+  from t5x_cpm.tasks import make
   if row is None:
     return make.registered(config.task.name)
   if isinstance(row, MixtureRow):
@@ -136,7 +135,9 @@ def tokens(config: Config) -> Any:
   source = _documents(row, config) if isinstance(row, Row) else None
   if source is not None:
     return source
-  return _make().TaskTokens(get(config), config.task.name)
+  provider = get(config)
+  from t5x_cpm.tasks import make
+  return make.TaskTokens(provider, config.task.name)
 
 
 def _documents(row: Row, config: Config) -> Documents | None:
@@ -153,19 +154,14 @@ def vocabulary(config: Config) -> vocabulary_lib.Vocabulary:
   """The vocabulary of a run: TaskConfig.vocabulary, or the task's own."""
   row = _row(config)
   if row is None:
-    return _make().vocabulary_of(get(config), config)
+    provider = get(config)
+    from t5x_cpm.tasks import make
+    return make.vocabulary_of(provider, config)
   spec = config.task.vocabulary or (row.vocabulary if row else '')
   if not spec:
     raise ConfigError(f'task {config.task.name!r} has no vocabulary of its own: set TaskConfig.vocabulary, for example to '
                       "'cpm2:FILE' or 'sentencepiece:FILE'.")
   return vocabulary_lib.load(spec)
-
-
-def _make() -> Any:
-  """The module that makes SeqIO's objects."""
-  with backend.quiet():
-    from t5x_cpm.tasks import make
-  return make
 
 
 def _named(config: Config, name: str) -> Config:

@@ -21,7 +21,7 @@ from t5x_cpm.model_config import MoEConfig
 from t5x_cpm.training import checkpoint
 
 TEXTS = ['一丁<span>丂七', 'ab<span>', '丄丅丆万<span>丈三<span>']
-MESH = MeshConfig(cpu_devices=8, data=2, model=2, expert=2)
+MESH = MeshConfig(cpu_devices=8, data=2, model=2, expert=2, sharding='full')
 
 
 def everything(model_dir: pathlib.Path, mesh: MeshConfig) -> dict:
@@ -41,7 +41,9 @@ def everything(model_dir: pathlib.Path, mesh: MeshConfig) -> dict:
           config, task=dataclasses.replace(config.task, name='wiki_zh'), eval=dataclasses.replace(config.eval, batch_size=3)))}
 
 
-@pytest.mark.parametrize('moe', [{}, {'num_experts': 4, 'group_size': 8, 'router': 'top_2', 'decoder_router': 'switch'}])
+@pytest.mark.parametrize('moe', [
+    pytest.param({}, marks=pytest.mark.slow),
+    {'num_experts': 4, 'group_size': 8, 'router': 'top_2', 'decoder_router': 'switch'}])
 def test_answers_on_a_mesh_are_those_of_one_device(tmp_path, moe):
   config = small_data.make_config(tmp_path)
   documents = small_data.random_documents(np.random.default_rng(0), [20] * 12)

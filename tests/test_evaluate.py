@@ -11,6 +11,7 @@ import small_model
 
 from t5x_cpm import inference
 from t5x_cpm.config import ConfigError, LocalTaskConfig
+from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import evaluate, text
@@ -172,12 +173,14 @@ def test_a_copied_run_brings_its_vocabulary(tmp_path, capsys):
   (tmp_path / 'text.txt').write_text('\n'.join('abc一丁七 xyz' * n for n in range(1, 30)))
   (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps({'inputs': a, 'targets': b}) + '\n' for a, b in PAIRS))
 
-  def results(model_dir, cache, file='text.txt', objective='isolated'):
+  def config_for(model_dir, cache, file='text.txt', objective='isolated'):
     config = config_of(model_dir, split='train', max_examples=3)
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config, task=dataclasses.replace(config.task, cache_dir=str(cache), objective=objective),
         local_task=LocalTaskConfig(files=str(tmp_path / file)))
-    return evaluate.run(config, str(model_dir), ['local'])
+
+  def results(model_dir, *given):
+    return evaluate.run(config_for(model_dir, *given), str(model_dir), ['local'])
 
   at_home = results(home, tmp_path / 'home')
   assert len(list((tmp_path / 'home').glob('local-*/cache.json'))) == 1  # named by the file that the run was trained with
@@ -186,6 +189,11 @@ def test_a_copied_run_brings_its_vocabulary(tmp_path, capsys):
   (tmp_path / 'home' / 'vocab.txt').unlink()
   assert results(home, tmp_path / 'home') == at_home  # from its cache alone
   assert 'read with the copy' not in capsys.readouterr().err
+  *pieces, a, b = vocabulary.pieces[:-100]  # another vocabulary, for which a cache of the same name is made
+  (tmp_path / 'home' / 'vocab.txt').write_text('\n'.join([*pieces, b, a, *vocabulary.pieces[-100:]]) + '\n')
+  cache_lib.build(config_for(home, tmp_path / 'home'), progress=False)
+  assert results(home, tmp_path / 'home') == at_home
+  assert capsys.readouterr().err.count(f'local is read with the copy in {home}') == 1
   copied = (tmp_path / 'home' / 'model').rename(tmp_path / 'away')
   assert results(copied, tmp_path / 'cache') == at_home
   assert results(copied, tmp_path / 'cache', 'pairs.jsonl', 'pairs') == pairs

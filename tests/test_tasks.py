@@ -45,6 +45,14 @@ def test_the_same_words_in_another_folder_are_another_cache(tmp_path, monkeypatc
   assert a == a_from_b and len({a, b, *mixed}) == 4
 
 
+@pytest.mark.parametrize('vocabulary', ['vocab.txt', 'cpm2:'])
+def test_a_vocabulary_that_is_none_is_not_taken_for_the_tasks_own(tmp_path, vocabulary):
+  config = small_data.make_config(tmp_path, name='quickstart')
+  found = {cache.directory(dataclasses.replace(config, task=dataclasses.replace(config.task, vocabulary=spec)))
+           for spec in ('', vocabulary)}
+  assert len(found) == 2
+
+
 def test_a_task_of_an_edited_module_is_another_cache(tmp_path, monkeypatch):
   (tmp_path / 'my_corpus').mkdir()
   (tmp_path / 'my_corpus/__init__.py').write_text('import my_corpus.rates')

@@ -1,5 +1,6 @@
 """Whole runs through the command line: training, kill and resume, refusals."""
 
+import dataclasses
 import pathlib
 import shutil
 import signal
@@ -9,7 +10,8 @@ import pytest
 from small_training import ROOT, command, environment, losses, run, wait_for_step, write_run
 
 from t5x_cpm.config import ConfigError
-from t5x_cpm.training import train
+from t5x_cpm.training import checkpoint, run_directory, train
+from t5x_cpm.training.checkpoint import CheckpointError, read_run
 
 
 @pytest.fixture(scope='module')
@@ -111,6 +113,20 @@ def test_a_run_without_validation_text_is_not_evaluated(tmp_path):
   assert done.returncode == 0, done.stderr[-3000:]
   assert "The run is not evaluated: task 'local' has no documents in split 'validation'" in done.stdout
   assert (tmp_path / 'plain/checkpoints/2').is_dir()
+
+
+def test_a_start_that_fails_leaves_the_model_dir_free(folder, monkeypatch):
+  def damaged(*_):
+    raise CheckpointError('damaged')
+
+  monkeypatch.setattr(checkpoint.Manager, 'restore', damaged)
+  monkeypatch.setenv('T5X_CPM_CACHE', str(folder / 'cache'))
+  config = read_run(folder / 'whole').config
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))
+  with pytest.raises(CheckpointError, match='damaged') as error:
+    train.run(config, str(folder / 'whole'))
+  with run_directory.claim(folder / 'whole'):
+    assert error  # whose frames are still there
 
 
 def test_a_metric_to_rank_by_is_checked_before_the_first_step(folder):

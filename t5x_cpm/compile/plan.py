@@ -85,25 +85,16 @@ def _inference(config: Config, mesh: Any, step: str) -> tuple[Callable[..., Any]
   if config.model.moe.by_domain:
     batch['domain'] = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=jax.NamedSharding(mesh, mesh_lib.spec(('batch',))))
   if step == 'encode':
-    def encode(params: Any, batch: Any) -> Any:
-      with mesh_lib.inside(mesh):
-        return model.encode(params, batch)
-
-    return jax.jit(encode), (params, batch)
+    return jax.jit(mesh_lib.traced(mesh, model.encode)), (params, batch)
 
   cache = jax.eval_shape(lambda params, batch: model.start(params, batch, T)[0], prepared, batch)
 
-  # Leaves are [layers, batch, heads, length, head_dim], or [1, batch, ...].
-  names = (None, 'batch', 'heads', None, None)
+  names = (None, *encoder_decoder.CACHE_AXES)  # or [1, batch, ...]
   shardings = jax.tree.map(
       lambda leaf: jax.NamedSharding(mesh, mesh_lib.spec(names if leaf.ndim == 5 else names[:2])), cache)
   tokens = jax.ShapeDtypeStruct((B, 1), jnp.int32, sharding=batch['encoder_input_tokens'].sharding)
 
-  def decode(params: Any, cache: Any, tokens: Any, positions: Any) -> Any:
-    with mesh_lib.inside(mesh):
-      return model.step(params, cache, tokens, positions)
-
-  return (jax.jit(decode, donate_argnums=1, out_shardings=(None, shardings)),
+  return (jax.jit(mesh_lib.traced(mesh, model.step), donate_argnums=1, out_shardings=(None, shardings)),
           (params, _abstract(cache, shardings), tokens, tokens))
 
 

@@ -17,7 +17,8 @@ def load(model_dir: Any, *, step: int | None = None, config: 'Config | None' = N
   Args:
     model_dir: of the run.
     step: of the checkpoint; default the last.
-    config: its decode, infer and mesh parts are used; default those of the run, on all devices of this process along `data`.
+    config: its decode, infer and mesh parts are used (MeshConfig.host_gib is of training alone); default those of the run, on
+      all devices of this process along `data`.
 
   Returns:
     An engine with `generate`, `score`, `choose`, `encode` and `stream`.

@@ -170,7 +170,7 @@ class Engine:
 
   def read(self, model_dir: Any, step: int) -> None:
     """Takes the parameters of another checkpoint of the run."""
-    self.params, self.step = _params(self.mesh, self.model, model_dir, step), step
+    self.params, self.step = _params(self.mesh, self.config.mesh, self.model, model_dir, step), step
 
   def decode_config(self, **overrides: Any) -> DecodeConfig:
     """The run's DecodeConfig with other values; raises ConfigError for a name or value that it does not have."""
@@ -272,10 +272,12 @@ def _generate(model: encoder_decoder.Model, start: int, params: Any, batch: dict
       seed=seed, rows_B=rows_B, allowed=allowed_BV)
 
 
-def _params(mesh: jax.sharding.Mesh, model: encoder_decoder.Model, model_dir: Any, step: int) -> Any:
+def _params(mesh: jax.sharding.Mesh, config: MeshConfig, model: encoder_decoder.Model, model_dir: Any, step: int) -> Any:
   """A checkpoint's parameters in the form for inference, each device with its part."""
   shapes, axes = model.abstract()
-  params = checkpoint.load_params(model_dir, step=step, into=shapes, shardings=mesh_lib.shardings(mesh, axes))
+  rules = mesh_lib.STATE_RULES[config.sharding][0]
+  mesh_lib.check_tree_divides(mesh, shapes, axes, rules)
+  params = checkpoint.load_params(model_dir, step=step, into=shapes, shardings=mesh_lib.shardings(mesh, axes, rules))
   return jax.jit(model.prepare)(params)
 
 
@@ -286,8 +288,7 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   backend.use_cpu_devices(config.mesh.cpu_devices)
   backend.keep_compiled_programs()
   model = encoder_decoder.build(run.config.model)
-  mesh = mesh_lib.make_mesh(config.mesh)
-  mesh_lib.check_tree_divides(mesh, *model.abstract())
+  mesh = mesh_lib.make_mesh(config.mesh, jax.local_devices())
   folder = run_directory.resolve(model_dir) / 'vocabulary'
   vocabulary = vocabulary_lib.load_saved(folder)
   trained = run.info.get('vocabulary')
@@ -295,4 +296,4 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
     raise ConfigError(
         f'{folder} holds another vocabulary ({vocabulary.fingerprint}) than the model was trained with ({trained}).')
   config = dataclasses.replace(config, model=run.config.model)
-  return Engine(mesh, model, _params(mesh, model, model_dir, run.step), vocabulary, config, run.step)
+  return Engine(mesh, model, _params(mesh, config.mesh, model, model_dir, run.step), vocabulary, config, run.step)

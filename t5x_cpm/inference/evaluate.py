@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5x_cpm import backend, tasks
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm import tasks
 from t5x_cpm.config import Config, ConfigError, to_dict
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import reader as reader_lib
@@ -80,8 +80,9 @@ def vocabulary_spec(config: Config, saved: vocabulary_lib.Vocabulary) -> str:
   """
   given = config.task.vocabulary
   path = cache_lib.directory(config)
-  if cache_lib.is_ready(path) and not has_inputs(config):
-    return given  # the cache holds its vocabulary, which the reader checks
+  if cache_lib.is_ready(path) and not has_inputs(config) and all(
+      cache.info['vocabulary'] == saved.fingerprint for _, cache in cache_lib.components(path)):
+    return given  # nothing else is needed of the file
   for spec in (given, saved.spec):
     with contextlib.suppress(ConfigError):
       theirs = tasks.vocabulary(dataclasses.replace(config, task=dataclasses.replace(config.task, vocabulary=spec)))
@@ -230,6 +231,8 @@ def evaluate_task(engine: engine_lib.Engine, config: Config, name: str) -> dict[
   if theirs.fingerprint != engine.vocabulary.fingerprint:
     raise ConfigError(f'task {name!r} was made with the vocabulary {theirs.spec!r}, but the model uses '
                       f'{engine.vocabulary.spec!r}: set TaskConfig.vocabulary to the vocabulary of the model.')
+  with backend.quiet():
+    from t5x_cpm.tasks import make  # noqa: F401  # imports TensorFlow
   task = tasks.get(config)
   if config.eval.split not in task.splits:
     raise ConfigError(

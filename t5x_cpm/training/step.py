@@ -2,8 +2,9 @@
 
 Building touches no device and no data: training, ahead-of-time compilation, benchmarks and tests call the same function.
 The state is a plain dict: `step` (int32), `params`, `opt_state`, and `halted` (bool), which a loss or gradient that is not
-finite sets: from then on the state stays as it was before that step, so that the cause can be looked for. Where weights lie in
-the memory of the hosts there are their `copies` too: see host_memory.
+finite sets: from then on the state stays as it was before that step, so that the cause can be looked for. Parameters that an
+update made not finite set it too, and stay. Where weights lie in the memory of the hosts there are their `copies` too: see
+host_memory.
 """
 
 import dataclasses
@@ -228,6 +229,8 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
   shapes = batch_shapes(config)
   batch_shardings = mesh_lib.shardings(mesh, {name: ('batch', 'length')[:shape.ndim] for name, shape in shapes.items()})
 
+  options = backend.compiler_options(config.train.deterministic)
+
   def on_mesh(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
@@ -236,9 +239,10 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
       fn=jax.jit(
           train_step, donate_argnums=0, in_shardings=(state_shardings, None, batch_shardings),
           out_shardings=(state_shardings, everywhere),
-          compiler_options=backend.compiler_options(config.train.deterministic)),
+          compiler_options=options),
       evaluate=jax.jit(
-          evaluate, in_shardings=(host_memory.working(state_shardings), batch_shardings), out_shardings=everywhere),
+          evaluate, in_shardings=(host_memory.working(state_shardings), batch_shardings), out_shardings=everywhere,
+          compiler_options=options),
       explain=explain,
       init=lambda key: complete(jax.jit(init_state, out_shardings=host_memory.saved(state_shardings))(key)),
       complete=complete,

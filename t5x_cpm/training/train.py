@@ -194,7 +194,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 
   Raises:
     ConfigError: the configuration, data or model_dir cannot work; nothing was changed on disk.
-    FloatingPointError: a loss or gradient is not finite; the message names the first bad tensor.
+    FloatingPointError: a loss, gradient or parameter is not finite; the message names the first bad tensor.
   """
   config.validate()
   started = time.monotonic()
@@ -214,33 +214,34 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
-  manager = checkpoint.Manager(model_dir, config, info=info)
-  if group.first:
-    reader.vocabulary.save(manager.model_dir / 'vocabulary')
-    run_directory.write_atomically(manager.model_dir / 'config.gin', gin_utils.dump(config).encode())
-  latest = manager.latest_step()
-  if latest is not None and latest >= config.train.steps:
-    say(f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '
-        'Set TrainConfig.steps higher to go on.')
-    manager.close()
-    return {}
-  if latest is None:
-    state = initial_state(config, step, reader.vocabulary)
-  else:
-    state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
-    say(f'continuing {model_dir} from step {latest}')
-    steps = run_directory.read_run(model_dir, latest).config.train.steps
-    before, now = float(optimizer.make_schedule(config.optimizer, steps)(latest)), float(step.schedule(latest))
-    if before != now:
-      say(f'OptimizerConfig.schedule = {config.optimizer.schedule!r} ends with the run: for TrainConfig.steps = '
-          f'{config.train.steps} instead of {steps} the learning rate goes from {before:.3g} to {now:.3g} here. '
-          'OptimizerConfig.decay_steps, set from the start, keeps it.')
-  first = latest or 0
+  with contextlib.ExitStack() as until_the_loop:
+    manager = until_the_loop.enter_context(checkpoint.Manager(model_dir, config, info=info))
+    if group.first:
+      reader.vocabulary.save(manager.model_dir / 'vocabulary')
+      run_directory.write_atomically(manager.model_dir / 'config.gin', gin_utils.dump(config).encode())
+    latest = manager.latest_step()
+    if latest is not None and latest >= config.train.steps:
+      say(f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '
+          'Set TrainConfig.steps higher to go on.')
+      return {}
+    if latest is None:
+      state = initial_state(config, step, reader.vocabulary)
+    else:
+      state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
+      say(f'continuing {model_dir} from step {latest}')
+      steps = run_directory.read_run(model_dir, latest).config.train.steps
+      before, now = float(optimizer.make_schedule(config.optimizer, steps)(latest)), float(step.schedule(latest))
+      if before != now:
+        say(f'OptimizerConfig.schedule = {config.optimizer.schedule!r} ends with the run: for TrainConfig.steps = '
+            f'{config.train.steps} instead of {steps} the learning rate goes from {before:.3g} to {now:.3g} here. '
+            'OptimizerConfig.decay_steps, set from the start, keeps it.')
+    first = latest or 0
+    writers = metrics.Writers(model_dir, config, start_step=first, total_steps=config.train.steps)
+    until_the_loop.pop_all()
 
   # Loop. Input runs ahead in a thread; metrics are read one step late, when the next step is already dispatched.
   interrupted = Interrupted(several=group.count > 1)
   rows = own_rows(step)
-  writers = metrics.Writers(model_dir, config, start_step=first, total_steps=config.train.steps)
   profile = metrics.Profile(model_dir, config.metrics)
   evaluation: dict[str, float] = {}
   evaluated: int | None = None
