@@ -41,9 +41,8 @@ def everything(model_dir: pathlib.Path, mesh: MeshConfig) -> dict:
           config, task=dataclasses.replace(config.task, name='wiki_zh'), eval=dataclasses.replace(config.eval, batch_size=3)))}
 
 
-@pytest.mark.parametrize('moe', [
-    pytest.param({}, marks=pytest.mark.slow),
-    {'num_experts': 4, 'group_size': 8, 'router': 'top_2', 'decoder_router': 'switch'}])
+@pytest.mark.slow
+@pytest.mark.parametrize('moe', [{}, {'num_experts': 4, 'group_size': 8, 'router': 'top_2', 'decoder_router': 'switch'}])
 def test_answers_on_a_mesh_are_those_of_one_device(tmp_path, moe):
   config = small_data.make_config(tmp_path)
   documents = small_data.random_documents(np.random.default_rng(0), [20] * 12)

@@ -165,6 +165,7 @@ def test_another_vocabulary_is_refused(folder, pairs_task, tmp_path):
     evaluate.run(config_of(model_dir), str(model_dir), ['measured'])
 
 
+@pytest.mark.slow
 def test_a_copied_run_brings_its_vocabulary(tmp_path, capsys):
   """Neither the file that the run was trained with nor its cache is there, as on another machine."""
   (tmp_path / 'home').mkdir()

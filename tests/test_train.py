@@ -91,6 +91,7 @@ def test_starting_from_another_run_takes_its_parameters(folder):
   assert losses(folder, 'continued')[1] < losses(folder, 'whole')[1] - 0.5
 
 
+@pytest.mark.slow
 def test_a_run_that_began_with_another_is_continued_without_it_and_made_longer(folder):
   shutil.copytree(folder / 'whole', folder / 'source')
   more = (f'--init_from={folder / "source"}', '--gin.OptimizerConfig.schedule=cosine', '--gin.OptimizerConfig.warmup_steps=1')
