@@ -37,9 +37,10 @@ def alone(fn: Callable[..., Any], *args: Any) -> Run:
 
   @jax.jit
   def products(operands: list[Any]) -> Any:
-    total = 0.0
-    for equation, left, right in found:
-      product = equation.primitive.bind(operands[number[left]], operands[number[right]], **equation.params)
+    total: Any = 0.0
+    for equation, left, right in found:  # one waits for the other, as in a program that needs each for the next
+      a, b, total = jax.lax.optimization_barrier((operands[number[left]], operands[number[right]], total))
+      product = equation.primitive.bind(a, b, **equation.params)
       total += jax.lax.optimization_barrier(product)[(0,) * product.ndim]  # else only this number would be computed
     return total
 
