@@ -14,9 +14,12 @@ import resource
 from t5x_cpm import backend
 if {keep}:
   backend.keep_memory()
+  import jax
+  assert jax.config.values['jax_cpu_enable_async_dispatch'] is False
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
   b'1' * 2**25
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 

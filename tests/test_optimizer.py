@@ -109,6 +109,18 @@ def test_adamw_is_that_of_optax():
   assert_close(ours, run(theirs, params, gradients)[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize('fields', [{'name': 'adamw'}, ADAFACTOR, {'name': 'sgd', 'momentum': 0.9}])
+def test_a_halted_update_keeps_the_state(fields):
+  params, gradient = random_tree(0, SHAPES), random_tree(1, SHAPES)
+  tx = optimizer.make(OptimizerConfig(**fields), 10, axes_like(SHAPES), params)
+  state = tx.update(gradient, tx.init(params), params)[1]
+  bad = jax.tree.map(lambda g: g * jnp.nan, gradient)
+  halted, moved = (tx.update(bad if halt else gradient, state, params, halted=jnp.bool(halt))[1] for halt in (True, False))
+  jax.tree.map(np.testing.assert_array_equal, halted, state)
+  assert_close(moved, tx.update(gradient, state, params)[1], rtol=1e-6)
+  assert not any(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(state), strict=True))
+
+
 @pytest.mark.parametrize('momentum', [0.0, 0.9])
 def test_sgd_is_that_of_optax(momentum):
   params, gradients = random_tree(0, SHAPES), [random_tree(seed, SHAPES) for seed in (1, 2, 3)]

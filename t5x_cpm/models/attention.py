@@ -13,7 +13,7 @@ from flax import nnx
 
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.mesh import shard
-from t5x_cpm.models.layers import at_least_float32, dense, dropout, normal
+from t5x_cpm.models.layers import at_least_float32, dense, dropout, for_rows, normal
 
 # Added to the score of a key that must not be seen. Finite, so that a row in which nothing may be seen (padding) gives
 # finite values that nothing reads.
@@ -70,8 +70,8 @@ class Attention(nnx.Module):
     Args:
       x_BTD: what asks.
       keys_and_values: [B, H, S, K] each.
-      bias: of relative positions, broadcastable to [B, H, T, S]; None in cross-attention.
-      mask: additive, likewise.
+      bias: of relative positions, [H, T, S] or [B, H, T, S]; None in cross-attention.
+      mask: additive, broadcastable to [B, H, T, S].
       key: for the dropout of the probabilities.
 
     Returns:
@@ -80,13 +80,18 @@ class Attention(nnx.Module):
     k_BHSK, v_BHSK = keys_and_values
     q_BTHK = self._heads(x_BTD, self.query[...])
     q_BTHK = shard(q_BTHK, 'batch', 'length', 'heads', None)
-    wide = at_least_float32(x_BTD.dtype)
-    scores_BHTS = jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, preferred_element_type=wide)
-    scores_BHTS += mask if bias is None else bias + mask
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(x_BTD.dtype)
-    weights_BHTS = dropout(weights_BHTS, self.dropout_rate, key)
-    y_BTHK = jnp.einsum('BHTS,BHSK->BTHK', weights_BHTS, v_BHSK)
     B, T = x_BTD.shape[:2]
+    wide = at_least_float32(x_BTD.dtype)
+    scores_BHTS = jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, preferred_element_type=wide) + mask
+    if bias is not None:
+      scores_BHTS += bias if bias.ndim == 4 else for_rows(bias, B)
+    # The sum of a softmax divides what its weights make of the values: [T, K] numbers instead of [T, S]. XLA:CPU makes one
+    # parallel kernel of it all, but runs a product of many small matrices that nothing follows on a single core.
+    weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
+    total_BHT1 = weights_BHTS.sum(axis=-1, keepdims=True)
+    weights_BHTS = dropout(weights_BHTS.astype(x_BTD.dtype), self.dropout_rate, key)
+    y_BHTK = jnp.einsum('BHTS,BHSK->BHTK', weights_BHTS, v_BHSK, preferred_element_type=wide) / total_BHT1
+    y_BTHK = jnp.swapaxes(y_BHTK, 1, 2).astype(x_BTD.dtype)
     return dense(y_BTHK.reshape(B, T, -1), self.output[...])
 
 

@@ -18,7 +18,7 @@ from t5x_cpm.models.routing import RouteContext, Router, Routing
 class Context:
   """What every layer of a stack sees beside its own input."""
 
-  self_bias: jax.Array  # relative positions, broadcastable to [B, H, T, S]
+  self_bias: jax.Array  # relative positions, [H, T, S] or [B, H, T, S]
   self_mask: jax.Array  # additive
   cross_mask: Any = None  # additive; None in an encoder
   encoded: Any = None  # [B, S, D]; None when decoding, where the cache holds what is needed of it

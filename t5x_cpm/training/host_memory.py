@@ -133,9 +133,10 @@ def update(tx: optax.GradientTransformationExtraArgs, gradients: Any, state: Any
     if results:  # not before the last one is done
       own, gradient, _ = jax.lax.optimization_barrier((own, gradient, (results[-1], copies[-1], squares)))
     own = _on_device(own, place)
-    change, new_state = tx.update(gradient, own['opt_state'], own['params'], decay=pick(decay, index), norm=norm)
-    new = {'params': optax.apply_updates(own['params'], change), 'opt_state': new_state}
-    new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), own, new)
+    change, new_state = tx.update(
+        gradient, own['opt_state'], own['params'], decay=pick(decay, index), norm=norm, halted=halted)
+    changed = jnp.where(halted, own['params'], optax.apply_updates(own['params'], change))
+    new = {'params': changed, 'opt_state': new_state}
     squares += jnp.sum(jnp.square(new['params'].astype(squares.dtype)))
     copies.append(new['params'].astype(dtype) if place['params'].memory_kind == HOST else None)
     results.append(jax.tree.map(jax.device_put, new, place))

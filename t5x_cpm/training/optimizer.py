@@ -16,6 +16,7 @@ MIN_FACTORED_SIZE = 128  # T5 keeps the full second moment of a matrix with a sm
 SQUARE_EPSILON, SCALE_EPSILON = 1e-30, 1e-3
 
 Schedule = Callable[[Any], jax.Array]
+Keep = Callable[[Any, Any], Any]  # (old state, new state) -> the old one where a run has halted, else the new
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
@@ -81,6 +82,34 @@ def _second_moment(parameter: jax.Array, names: tuple[str | None, ...]) -> dict[
 
 def _rms(x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.mean(jnp.square(x)))
+
+
+def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:
+  """optax.scale_by_adam, but that the update is made of the moments that `keep` leaves.
+
+  Of moments kept after that, XLA:CPU copies both, as the update still needs the old ones: Adam then takes twice as long.
+  """
+
+  def update(updates: Any, state: Any, params: Any = None, *, keep: Keep) -> tuple[Any, Any]:
+    del params
+    count = optax.safe_increment(state.count)
+    mu = keep(state.mu, optax.tree.update_moment(updates, state.mu, b1, 1))
+    nu = keep(state.nu, optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2))
+    corrected = (optax.tree.bias_correction(moment, b, count) for moment, b in ((mu, b1), (nu, b2)))
+    updates = jax.tree.map(lambda m, n: m / (jnp.sqrt(n) + epsilon), *corrected)
+    return updates, optax.ScaleByAdamState(keep(state.count, count), mu, nu)
+
+  return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
+
+
+def _kept(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`tx` with its state as `keep` leaves it."""
+
+  def update(updates: Any, state: Any, params: Any = None, *, keep: Keep) -> tuple[Any, Any]:
+    updates, new = tx.update(updates, state, params)
+    return updates, keep(state, new)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def scale_by_adafactor(
@@ -165,42 +194,47 @@ def make(
     abstract_params: tree of shapes, of trained parameters only.
 
   Returns:
-    A transformation whose state is {'count': updates done, 'inner': of the named optimizer}. A caller that gives it a part of
-    the gradients says so with `norm`, that of all, and `decay`, of this part.
+    A transformation whose state is {'count': updates done, 'inner': of the named optimizer}. Its update takes `halted`: where
+    that is true the state stays as it was and the updates mean nothing. A caller that gives it a part of the gradients says so
+    with `norm`, that of all, and `decay`, of this part.
 
   Raises:
     ConfigError: see `make_schedule`.
   """
   schedule = make_schedule(config, steps)
   if config.name == 'adamw':
-    inner = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    inner = scale_by_adam(config.beta1, config.beta2, config.epsilon)
   elif config.name == 'adafactor':
-    inner = scale_by_adafactor(
+    inner = _kept(scale_by_adafactor(
         logical_axes, decay_exponent=config.adafactor_decay_exponent, clip_threshold=config.adafactor_clip_threshold,
-        parameter_scale=config.adafactor_parameter_scale)
+        parameter_scale=config.adafactor_parameter_scale))
   elif config.momentum:
-    inner = optax.trace(config.momentum)
+    inner = _kept(optax.trace(config.momentum))
   else:
-    inner = optax.GradientTransformation(lambda params: {}, lambda updates, state, params=None: (updates, state))
+    inner = _kept(optax.GradientTransformation(lambda params: {}, lambda updates, state, params=None: (updates, state)))
   all_decays = weight_decays(config, abstract_params)
 
   def init(params: Any) -> dict[str, Any]:
     return {'count': jnp.zeros((), jnp.int32), 'inner': inner.init(_wide(params))}
 
-  def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, decay: Any = all_decays) -> tuple[Any, Any]:
+  def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, decay: Any = all_decays,
+             halted: Any = None) -> tuple[Any, Any]:
+    def keep(old: Any, new: Any) -> Any:
+      return new if halted is None else jax.tree.map(lambda a, b: jnp.where(halted, a, b), old, new)
+
     updates, params = _wide(updates), _wide(params)
     if config.clip_norm:
       # optax.clip_by_global_norm divides every element, which XLA does in a pass of its own: on CPU, longer than Adam takes.
       factor = jnp.minimum(1.0, config.clip_norm / (optax.tree.norm(updates) if norm is None else norm))
       updates = jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
-    updates, inner_state = inner.update(updates, state['inner'], params)
+    updates, inner_state = inner.update(updates, state['inner'], params, keep=keep)
     rate = schedule(state['count'])
 
     def descend(update: jax.Array, decay: float, parameter: jax.Array) -> jax.Array:
       return -rate.astype(update.dtype) * (update + decay * parameter if decay else update)
 
     updates = jax.tree.map(descend, updates, decay, params)
-    return updates, {'count': state['count'] + 1, 'inner': inner_state}
+    return updates, {'count': keep(state['count'], state['count'] + 1), 'inner': inner_state}
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -167,18 +167,20 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     halted = state['halted']
     if config.train.check_finite:
       halted |= ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
-    kept = {name: part for name, part in state.items() if name != 'halted'}
+
+    def keep(old: Any, new: Any) -> Any:
+      return jax.tree.map(lambda a, b: a if a is b else jnp.where(halted, a, b), old, new)
+
     if config.mesh.host_gib:
       places = {'params': partition.split(state_shardings['params'], labels)[0], 'opt_state': state_shardings['opt_state']}
-      parts, squares = host_memory.update(
+      new, squares = host_memory.update(
           tx, grads, state['opt_state'], trained, places, decay, dtype, norm=norm, halted=halted)
-      trained, squares = parts['params'], squares + optax.tree.norm(rest, squared=True)
-      kept |= parts | {'params': partition.join(trained, rest)}  # they have seen to it
+      params, squares = partition.join(new['params'], rest), squares + optax.tree.norm(rest, squared=True)
     else:
-      updates, opt_state = tx.update(grads, state['opt_state'], trained)
-      trained = optax.apply_updates(trained, updates)
-      parts, squares = {'opt_state': opt_state}, optax.tree.norm(partition.join(trained, rest), squared=True)
-    params = model.advance(partition.join(trained, rest), sums.updates)
+      updates, opt_state = tx.update(grads, state['opt_state'], trained, norm=norm, halted=halted)
+      params = partition.join(keep(trained, optax.apply_updates(trained, updates)), rest)
+      new, squares = {'opt_state': opt_state}, optax.tree.norm(params, squared=True)
+    new |= {'step': keep(state['step'], state['step'] + 1), 'params': keep(params, model.advance(params, sums.updates))}
     metrics = means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
         'gradient_norm': norm,
         'parameter_norm': jnp.sqrt(squares),
@@ -186,9 +188,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
         'encoder_tokens': (batch['encoder_segment_ids'] != 0).sum(),
         'decoder_tokens': (batch['decoder_segment_ids'] != 0).sum(),
     }
-    new = parts | {'step': state['step'] + 1, 'params': params}
     if config.train.check_finite:
-      new = jax.tree.map(lambda a, b: a if a is b else jnp.where(halted, a, b), kept, new)
       halted |= ~jnp.isfinite(squares)  # the update itself did it: reported by this step, before anything is saved
     return new | {'halted': halted}, metrics | {'halted': halted}
 
