@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,28 @@ def test_loops_and_rematerialisation_give_the_same_gradients(params, model, loop
     return jax.jit(jax.grad(lambda p: jnp.square(m.apply(p, batch)[0]).mean()))(params)
 
   jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), loss(other), loss(model))
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize('loop', ['scan', 'unroll'])
+def test_rematerialised_dots_are_those_of_attention_alone(platform, loop):
+  def products(remat: str) -> int:
+    model = encoder_decoder.build(dataclasses.replace(SMALL, layer_loop=loop, remat=remat, dtype='float32'))
+    loss = jax.grad(lambda params: model.apply(params, random_batch(0))[0].sum())
+    return without_batch(jax.make_jaxpr(loss)(jax.eval_shape(model.init, jax.random.key(0))).jaxpr)
+
+  def without_batch(jaxpr: Any) -> int:
+    count = 0
+    for equation in jaxpr.eqns:
+      count += equation.primitive.name == 'dot_general' and not equation.params['dimension_numbers'][1][0]
+      inner = (getattr(value, 'jaxpr', value) for value in equation.params.values())
+      count += sum(without_batch(part) for part in inner if hasattr(part, 'eqns'))
+    return count
+
+  with backend.compiling_for(platform):
+    none, dots, full = map(products, ('none', 'dots', 'full'))
+  assert 0 < none == dots < full
+
 
 
 @pytest.mark.parametrize('loop', ['scan', 'unroll'])

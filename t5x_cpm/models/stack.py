@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
+from t5x_cpm.models.layers import PRODUCT
 
 Parts = dict[str, list[Any]]
 
@@ -47,8 +48,10 @@ def each(fn: Callable[[Any], Any], layers: Any) -> Any:
 def _rematerialised(fn: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
   if config.remat == 'none':
     return fn
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
-  return jax.checkpoint(fn, policy=policy)
+  policies = jax.checkpoint_policies
+  products = policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT))
+  return jax.checkpoint(fn, policy=products if config.remat == 'dots' else None)
 
 
 def run(
