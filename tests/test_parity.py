@@ -147,6 +147,7 @@ def check_auxiliary_losses(reference: Reference) -> None:
     assert_equal(ours, 2 * losses[ours], sum(reference.file[f'{stack}_{theirs}_loss'] for stack in ('encoder', 'decoder')))
 
 
+@pytest.mark.slow
 def test_switch_transformers(switch):
   assert switch.config.moe.num_experts == 4
   check_figures(switch)
