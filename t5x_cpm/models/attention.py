@@ -85,8 +85,8 @@ class Attention(nnx.Module):
     scores_BHTS = jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, preferred_element_type=wide) + mask
     if bias is not None:
       scores_BHTS += bias if bias.ndim == 4 else for_rows(bias, B)
-    # The sum of a softmax divides what its weights make of the values: [T, K] numbers instead of [T, S]. XLA:CPU makes one
-    # parallel kernel of it all, but runs a product of many small matrices that nothing follows on a single core.
+    # The sum of a softmax divides what its weights make of the values: [T, K] numbers instead of [T, S]. XLA:CPU also makes
+    # better kernels of it: without gradient a single one, and with gradient a fifth less time than of jax.nn.softmax.
     weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
     total_BHT1 = weights_BHTS.sum(axis=-1, keepdims=True)
     weights_BHTS = dropout(weights_BHTS.astype(x_BTD.dtype), self.dropout_rate, key)
