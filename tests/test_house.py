@@ -160,7 +160,7 @@ def test_every_dependency_is_declared():
       if not names & declared:
         undeclared.append(f'{file} imports {top}, of {" or ".join(names)}')
   assert not undeclared, 'not in requirements.txt:\n' + '\n'.join(undeclared)
-  tools = {'mypy', 'ruff', 'wheel', 'setuptools'}  # run, not imported
+  tools = {'mypy', 'pytest-xdist', 'ruff', 'wheel', 'setuptools'}  # run, not imported
   # Needed by seqio, by tensorflow-datasets (which does not say so), to look at what was written, for the numbers of its model.
   indirect = {'importlib-resources', 'tensorflow-text', 'tensorflow-datasets', 'tensorboard', 'jieba'}
   assert declared - used <= tools | indirect, f'nothing imports {declared - used - tools - indirect}'

@@ -13,7 +13,8 @@ from flax import nnx
 
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.mesh import shard
-from t5x_cpm.models.layers import at_least_float32, dense, dropout, for_rows, normal
+from t5x_cpm.models.layers import at_least_float32, dropout, normal
+from t5x_cpm.models.products import dense, for_rows, scores, weighted_mean
 
 # Added to the score of a key that must not be seen. Finite, so that a row in which nothing may be seen (padding) gives
 # finite values that nothing reads.
@@ -81,16 +82,12 @@ class Attention(nnx.Module):
     q_BTHK = self._heads(x_BTD, self.query[...])
     q_BTHK = shard(q_BTHK, 'batch', 'length', 'heads', None)
     B, T = x_BTD.shape[:2]
-    wide = at_least_float32(x_BTD.dtype)
-    scores_BHTS = jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, preferred_element_type=wide) + mask
+    scores_BHTS = scores(q_BTHK, k_BHSK, at_least_float32(x_BTD.dtype)) + mask
     if bias is not None:
       scores_BHTS += bias if bias.ndim == 4 else for_rows(bias, B)
-    # The sum of a softmax divides what its weights make of the values: [T, K] numbers instead of [T, S]. XLA:CPU also makes
-    # better kernels of it: without gradient a single one, and with gradient a fifth less time than of jax.nn.softmax.
     weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
-    total_BHT1 = weights_BHTS.sum(axis=-1, keepdims=True)
-    weights_BHTS = dropout(weights_BHTS.astype(x_BTD.dtype), self.dropout_rate, key)
-    y_BHTK = jnp.einsum('BHTS,BHSK->BHTK', weights_BHTS, v_BHSK, preferred_element_type=wide) / total_BHT1
+    dropped_BHTS = dropout(weights_BHTS.astype(x_BTD.dtype), self.dropout_rate, key)
+    y_BHTK = weighted_mean(weights_BHTS, dropped_BHTS, v_BHSK)
     y_BTHK = jnp.swapaxes(y_BHTK, 1, 2).astype(x_BTD.dtype)
     return dense(y_BTHK.reshape(B, T, -1), self.output[...])
 

@@ -1,10 +1,9 @@
-"""The parts that every stack is made of: products, norm, embedding, gated MLP, relative position bias, dropout.
+"""The parts that every stack is made of: norm, embedding, gated MLP, relative position bias, dropout.
 
 Arrays of parameters are nnx.Param with logical axis names; the modules are rebuilt from plain trees inside the model, so a
 module never holds a random state or a device array of its own between calls.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
+from t5x_cpm.models.products import dense
 
 # With eager sharding, creating a Param with logical names would ask for a mesh that has those names.
 nnx.use_eager_sharding(False)
@@ -45,47 +44,6 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, names: tuple[str 
   """A parameter drawn from N(0, std), with its logical axis names."""
   value = std * jax.random.normal(rngs.params(), shape, jnp.dtype(config.param_dtype))
   return nnx.Param(value, out_sharding=names)
-
-
-PRODUCT = 'product'  # checkpoint_name of what _product returns: policies that save products see no other kind inside it
-
-
-def dense(x: jax.Array, kernel: Any) -> jax.Array:
-  """x [..., I] @ kernel [I, O] -> [..., O], as one product of two matrices.
-
-  XLA:CPU runs a product of 2-D operands markedly faster than one with leading axes.
-  """
-  x_NI, kernel = x.reshape(-1, x.shape[-1]), jnp.asarray(kernel, x.dtype)
-  y = checkpoint_name(_product(x_NI, kernel), PRODUCT) if backend.on_cpu() else x_NI @ kernel
-  return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-@jax.custom_vjp
-def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  return x_NI @ kernel_IO
-
-
-def _gradients_of_product(saved: tuple[jax.Array, jax.Array], gradient_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x_NI, kernel_IO = saved
-  # XLA:CPU multiplies by a transposed copy 15 % faster than it contracts the first axes.
-  return gradient_NO @ kernel_IO.T, jax.lax.optimization_barrier(x_NI.T) @ gradient_NO
-
-
-_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _gradients_of_product)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def for_rows(x: jax.Array, B: int) -> jax.Array:
-  """x [...] -> [B, ...], the same for every row of a batch."""
-  return jnp.broadcast_to(x, (B, *x.shape))
-
-
-def _sum_of_rows(B: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-  # XLA:CPU takes 50 times as long for a sum over a leading axis as for a product with ones.
-  return (jnp.tensordot(jnp.ones(B, gradient.dtype), gradient, 1) if backend.on_cpu() else gradient.sum(0),)
-
-
-for_rows.defvjp(lambda x, B: (for_rows(x, B), None), _sum_of_rows)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

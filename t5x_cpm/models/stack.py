@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
-from t5x_cpm.models.layers import PRODUCT
+from t5x_cpm.models.products import PRODUCT
 
 Parts = dict[str, list[Any]]
 
