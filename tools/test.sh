@@ -27,7 +27,7 @@ if git rev-parse --git-dir >/dev/null 2>&1; then
 fi
 if [ -z "$slow" ] || [ "$(cat "$passed" 2>/dev/null)" != "$tree" ]; then
   rm -f "$passed"
-  # One worker a core: most of the time goes into compiling tiny models, which uses one. Each takes 2 to 3 GB.
+  # One worker a core: most of the time goes into compiling tiny models, which uses one. Each takes about 3 GB.
   "$PYTHON" -m pytest -m 'not slow' -q --durations=10 -n logical --maxprocesses 4 --dist worksteal
   echo "$tree" > "$passed"
 fi
