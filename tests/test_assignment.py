@@ -24,7 +24,7 @@ def optimum(scores_TE):
   return slots[rows, columns].sum()
 
 
-@pytest.mark.parametrize('T, E', [(512, 8), pytest.param(2048, 32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('T, E', [(512, 8), (2048, 32)])
 @pytest.mark.parametrize('common', [0.0, 0.7, 4.0])
 def test_near_the_optimum(T, E, common):
   for seed in range(3):

@@ -29,8 +29,7 @@ def test_split_and_join_are_inverse():
   assert partition.join(chosen, rest) == partition.join(rest, chosen) == tree
 
 
-@pytest.mark.parametrize(
-    'dispatch, router', [('einsum', 'loss_free'), pytest.param('dropless', 'top_k', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('dispatch, router', [('einsum', 'loss_free'), ('dropless', 'top_k')])
 def test_parts_of_a_batch_equal_the_whole(dispatch, router):
   options = {'router': router, 'dispatch': dispatch, 'router_z_loss': 0.1}
   # AdamW would make a large step of the rounding of a gradient near 0.
