@@ -1,7 +1,7 @@
 """Products of matrices, with gradients written the way in which XLA:CPU computes them fast.
 
-What is special to the CPU in a model's arithmetic stands here. Other platforms get the plain form and JAX's own gradient of
-it; the numbers are the same.
+Other platforms get the plain form and JAX's own gradient of it; the numbers are the same up to rounding. (Products by experts
+are in `grouped`.)
 """
 
 import functools
