@@ -69,7 +69,7 @@ OF_THE_MACHINE = ('ENOSPC', 'EDQUOT', 'EROFS', 'EACCES', 'EPERM', 'ENOENT', 'EIS
 
 def parse(argv: Sequence[str]) -> Arguments:
   """Splits a command line. Raises ConfigError for what it does not know, with the nearest name."""
-  from t5x_cpm.gin_utils import did_you_mean
+  from t5x_cpm.config.fields import did_you_mean
 
   words: list[str] = []
   flags: dict[str, list[str]] = {}
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def print_help() -> None:
   """Modes, flags, tasks, models and runs. Imports neither JAX nor TensorFlow."""
-  from t5x_cpm import gin_utils
+  from t5x_cpm.config import gin
 
   print('usage: python -m t5x_cpm MODE [--flag=value ...] [--gin.CLASS.FIELD=VALUE ...]\n\nmodes')
   for name, text in MODES.items():
@@ -130,8 +130,8 @@ def print_help() -> None:
   print(f'  {"--gin.CLASS.FIELD=VALUE":<29}bind a field, as in --gin.TrainConfig.steps=200 (repeat)')
   for folder in ('models', 'runs', 'mesh'):
     print(f'\n{folder} (--gin_file=gin/{folder}/NAME.gin)')
-    for name in gin_utils.shipped_files(folder):
-      print(f'  {name:<20}{gin_utils.summary(folder, name)}')
+    for name in gin.shipped_files(folder):
+      print(f'  {name:<20}{gin.summary(folder, name)}')
   print('\ntasks (--gin.TaskConfig.name=NAME)')
   print_tasks()
 
@@ -164,8 +164,8 @@ def import_modules(names: Sequence[str]) -> None:
 def make_config(arguments: Arguments) -> Config:
   """The configuration of a command: of the run that it reads, or the defaults, changed by gin files and then by flags."""
   from t5x_cpm import config as config_lib
-  from t5x_cpm import gin_utils
-  from t5x_cpm.training import run_directory
+  from t5x_cpm.checkpoints import run_directory
+  from t5x_cpm.config import gin
 
   mode, model_dir, source = arguments.mode, arguments.get('model_dir'), arguments.get('init_from')
   overrides = list(arguments.overrides)
@@ -184,7 +184,7 @@ def make_config(arguments: Arguments) -> Config:
     overrides.append(f'TrainConfig.init_from={source!r}')
 
   scope = {'train': 'train', 'compile': 'train', 'cache': 'train', 'eval': 'eval', 'infer': 'eval'}.get(mode, '')
-  config = gin_utils.load(arguments.flags.get('gin_file', []), overrides, scope=scope, base=base)
+  config = gin.load(arguments.flags.get('gin_file', []), overrides, scope=scope, base=base)
   if base and mode in ('eval', 'infer'):
     changed = [line for line in config_lib.identity_differences(base, config) if line.startswith('ModelConfig.')]
     if changed:
@@ -194,7 +194,7 @@ def make_config(arguments: Arguments) -> Config:
 
 def origin(source: str, model_dir: str) -> Config:
   """What a run takes over from the run `source`: its model and its vocabulary."""
-  from t5x_cpm.training import run_directory
+  from t5x_cpm.checkpoints import run_directory
 
   if model_dir and run_directory.scan(run_directory.resolve(model_dir))[0]:  # it has them already; the source may be gone
     own = run_directory.read_run(model_dir).config
@@ -204,14 +204,14 @@ def origin(source: str, model_dir: str) -> Config:
 
 def vocabulary_of(model_dir: str) -> str:
   """The vocabulary of a run as a value of TaskConfig.vocabulary."""
-  from t5x_cpm.data import vocabulary
-  from t5x_cpm.training import run_directory
+  from t5x_cpm import vocabularies
+  from t5x_cpm.checkpoints import run_directory
 
   run = run_directory.read_run(model_dir)
   with contextlib.suppress(ConfigError):
-    if vocabulary.load(run.config.task.vocabulary).fingerprint == run.info['vocabulary']:
+    if vocabularies.load(run.config.task.vocabulary).fingerprint == run.info['vocabulary']:
       return run.config.task.vocabulary  # under this name caches were made
-  return vocabulary.load_saved(run_directory.resolve(model_dir) / 'vocabulary').spec
+  return vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary').spec
 
 
 def step_of(arguments: Arguments) -> int | None:
@@ -227,18 +227,19 @@ def step_of(arguments: Arguments) -> int | None:
 def dry_run(config: Config) -> None:
   """Prints what a run would be. Touches no accelerator, and of the data only a cache that is there already."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  from t5x_cpm import gin_utils
-  from t5x_cpm.data import cache, reader
+  from t5x_cpm.config import gin
+  from t5x_cpm.data import reader
+  from t5x_cpm.tasks import caches
   from t5x_cpm.training import train
 
-  print(gin_utils.dump(config))
+  print(gin.dump(config))
   facts = train.describe(config)
   active = facts['active parameters']
   print(f'parameters        {facts["parameters"]:,}' + (f', {active:,} for one token' if config.model.moe.num_experts else ''))
   print(f'tokens per step   {facts["slots per step"]:,} with padding: {config.train.batch_size} rows of '
         f'{config.task.encoder_length} + {config.task.decoder_length}')
-  if cache.is_ready(cache.directory(config)):
-    data = reader.open_reader(config, 'train')
+  if caches.is_ready(caches.directory(config)):
+    data = reader.open_reader(caches.directory(config), config, 'train')
     train.check_vocabulary(config, data.vocabulary)
     epochs = config.train.steps * config.train.batch_size / data.rows_per_epoch
     print(f'epochs            {epochs:.3g}: {config.train.steps:,} steps, {data.rows_per_epoch:,.0f} rows an epoch')
@@ -250,12 +251,13 @@ def dry_run(config: Config) -> None:
 
 def start_training(arguments: Arguments, config: Config) -> None:
   """Trains, together with the other processes where there are several."""
-  from t5x_cpm import gin_utils, processes
+  from t5x_cpm.cluster import launch
+  from t5x_cpm.config import gin
 
   model_dir = arguments.get('model_dir')
-  place = processes.find_place(*map(arguments.get, ('coordinator', 'num_processes', 'process_id')))
-  settings = [f't5x_cpm {t5x_cpm.__version__}', f'--model_dir={model_dir}', *gin_utils.dump(config).splitlines()]
-  with processes.together(place, config.processes, settings, tell) as group:
+  place = launch.find_place(*map(arguments.get, ('coordinator', 'num_processes', 'process_id')))
+  settings = [f't5x_cpm {t5x_cpm.__version__}', f'--model_dir={model_dir}', *gin.dump(config).splitlines()]
+  with launch.together(place, config.processes, settings, tell) as group:
     from t5x_cpm.training import train
     train.run(config, model_dir, group)
 
@@ -289,8 +291,8 @@ def run(arguments: Arguments) -> None:
     compile_lib.run(config, arguments.get('topology'), arguments.get('step') or 'train',
                     search='search' in arguments.flags, output=arguments.get('output'))
   elif mode == 'cache':
-    from t5x_cpm.data import cache
-    print(cache.build(config))
+    from t5x_cpm.tasks import caches
+    print(caches.build(config))
   elif mode == 'eval':
     from t5x_cpm.inference import evaluate
     evaluate.run(config, model_dir, arguments.get('tasks').split(','))

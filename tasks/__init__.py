@@ -14,8 +14,8 @@ import re
 import sys
 from typing import Any
 
+from t5x_cpm import vocabularies
 from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.tasks import local, pretrain, quickstart
 from t5x_cpm.tasks.documents import Documents
 from t5x_cpm.tasks.table import MixtureRow, Row
@@ -150,7 +150,7 @@ def _rates(row: MixtureRow, config: Config) -> dict[str, float]:
   return local.rates(config.local_task) if row.kind == 'local' else dict(row.rates)
 
 
-def vocabulary(config: Config) -> vocabulary_lib.Vocabulary:
+def vocabulary(config: Config) -> vocabularies.Vocabulary:
   """The vocabulary of a run: TaskConfig.vocabulary, or the task's own."""
   row = _row(config)
   if row is None:
@@ -161,7 +161,7 @@ def vocabulary(config: Config) -> vocabulary_lib.Vocabulary:
   if not spec:
     raise ConfigError(f'task {config.task.name!r} has no vocabulary of its own: set TaskConfig.vocabulary, for example to '
                       "'cpm2:FILE' or 'sentencepiece:FILE'.")
-  return vocabulary_lib.load(spec)
+  return vocabularies.load(spec)
 
 
 def _named(config: Config, name: str) -> Config:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from t5x_cpm.data.vocabulary import Vocabulary
+from t5x_cpm.vocabularies import Vocabulary
 
 BATCH = 256  # documents that are tokenized together
 Read = Callable[[str, int, collections.Counter], Iterator[tuple[str, ...]]]

@@ -9,16 +9,15 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_cpm import vocabularies
 from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.data import seqio_vocabulary
-from t5x_cpm.data import vocabulary as vocabulary_lib
-from t5x_cpm.tasks import documents, metrics, pretrain, sources
+from t5x_cpm.tasks import documents, metrics, pretrain, seqio_vocabulary, sources
 from t5x_cpm.tasks.table import Row
 
 MOST_SHARDS = 512  # of a cache while it is built
 
 
-def task(row: Row, source: documents.Documents | None, vocabulary: vocabulary_lib.Vocabulary) -> seqio.Task:
+def task(row: Row, source: documents.Documents | None, vocabulary: vocabularies.Vocabulary) -> seqio.Task:
   """Makes the SeqIO task of a row: source -> text features -> ids. No end of document: the objective adds it.
 
   Args:
@@ -57,7 +56,7 @@ def registered(name: str) -> Any:
   return seqio.get_mixture_or_task(name)
 
 
-def vocabulary_of(provider: Any, config: Config) -> vocabulary_lib.Vocabulary:
+def vocabulary_of(provider: Any, config: Config) -> vocabularies.Vocabulary:
   """The vocabulary of a task that another module registered.
 
   Raises:
@@ -65,12 +64,12 @@ def vocabulary_of(provider: Any, config: Config) -> vocabulary_lib.Vocabulary:
   """
   name = config.task.name
   theirs = provider.output_features['targets'].vocabulary
-  own: vocabulary_lib.Vocabulary | None = None
+  own: vocabularies.Vocabulary | None = None
   if isinstance(theirs, seqio_vocabulary.SeqioVocabulary):
     own = theirs.vocabulary
   elif isinstance(theirs, seqio.SentencePieceVocabulary):
-    own = vocabulary_lib.load(f'sentencepiece:{theirs.sentencepiece_model_file}?extra_ids={theirs.extra_ids}')
-  given = vocabulary_lib.load(config.task.vocabulary) if config.task.vocabulary else None
+    own = vocabularies.load(f'sentencepiece:{theirs.sentencepiece_model_file}?extra_ids={theirs.extra_ids}')
+  given = vocabularies.load(config.task.vocabulary) if config.task.vocabulary else None
   if own is None and given is None:
     raise ConfigError(f'task {name!r} uses {type(theirs).__name__}, which is not known here: set TaskConfig.vocabulary to '
                       "the same ids, for example 'sentencepiece:FILE'.")
@@ -144,7 +143,7 @@ class TaskTokens:
                           'sequence of integers.')
     self.shards = {split: min(len(made.source.list_shards(split)), MOST_SHARDS) for split in made.splits}
 
-  def tokens(self, split: str, shard: int, vocabulary: vocabulary_lib.Vocabulary,
+  def tokens(self, split: str, shard: int, vocabulary: vocabularies.Vocabulary,
              skipped: collections.Counter) -> Iterator[list[documents.Side]]:
     """The tokens of a shard, by batches: for each feature the flat ids and the lengths, without end of sequence."""
     del skipped
@@ -157,7 +156,7 @@ class TaskTokens:
     for batch in dataset.ragged_batch(documents.BATCH):
       yield [self._clean(batch[feature], vocabulary) for feature in self.features]
 
-  def _clean(self, ragged, vocabulary: vocabulary_lib.Vocabulary) -> documents.Side:
+  def _clean(self, ragged, vocabulary: vocabularies.Vocabulary) -> documents.Side:
     flat, lengths = ragged.flat_values.numpy(), ragged.row_lengths().numpy()
     if len(flat) and not 0 <= flat.min() <= flat.max() < vocabulary.size:
       raise ConfigError(f'task {self.name!r} gives the ids {flat.min()} to {flat.max()}, but its vocabulary '

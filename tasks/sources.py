@@ -9,8 +9,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_cpm.data.vocabulary import Vocabulary
 from t5x_cpm.tasks import documents
+from t5x_cpm.vocabularies import Vocabulary
 
 tf.config.set_visible_devices([], 'GPU')
 

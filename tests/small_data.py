@@ -4,9 +4,10 @@ import pathlib
 
 import numpy as np
 
+from t5x_cpm import vocabularies
 from t5x_cpm.config import Config, TaskConfig, TrainConfig
-from t5x_cpm.data import cache
-from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm.data import cache, reader
+from t5x_cpm.tasks import caches
 
 SPECIALS = ['<unk>', '<s>', '</s>', '\u2583', '<sep>', '<pad>', '<mask>', '<eod>', '\u2581', ',', '\u2582']
 SENTINELS = 100
@@ -29,15 +30,20 @@ def make_config(folder: pathlib.Path, *, batch_size: int = 8, seed: int = 0, nam
                 train=TrainConfig(batch_size=batch_size, seed=seed))
 
 
-def fill(config: Config, splits: dict, checksum: str = 'x') -> vocabulary_lib.Vocabulary:
+def fill(config: Config, splits: dict, checksum: str = 'x') -> vocabularies.Vocabulary:
   """Writes the cache of `config` from lists of documents: {split: {feature: [ids, ...]}}."""
-  vocabulary = vocabulary_lib.load(config.task.vocabulary)
+  vocabulary = vocabularies.load(config.task.vocabulary)
   arrays = {split: {feature: (np.array([t for d in documents for t in d], np.int64), [len(d) for d in documents])
                     for feature, documents in features.items()} for split, features in splits.items()}
-  cache.write(cache.directory(config), config.task.name, vocabulary, arrays, checksum=checksum)
+  cache.write(caches.directory(config), config.task.name, vocabulary, arrays, checksum=checksum)
   return vocabulary
 
 
 def random_documents(rng: np.random.Generator, lengths) -> list[list[int]]:
   """Documents of ordinary ids."""
   return [rng.integers(20, 1000, n).tolist() for n in lengths]
+
+
+def open_reader(config: Config, split: str, **options) -> reader.Reader:
+  """A reader over the cache of `config`, which is made if it is not there."""
+  return reader.open_reader(caches.build(config), config, split, **options)

@@ -5,14 +5,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from t5x_cpm.config import Config, DecodeConfig, InferConfig, ModelConfig, TaskConfig
-from t5x_cpm.data import vocabulary as vocabulary_lib
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm import vocabularies
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.config import Config, DecodeConfig, InferConfig, ModelConfig, MoEConfig, TaskConfig
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import checkpoint
 
 
-def model_dir(folder: pathlib.Path, vocabulary: vocabulary_lib.Vocabulary, *, steps: tuple[int, ...] = (3,),
+def model_dir(folder: pathlib.Path, vocabulary: vocabularies.Vocabulary, *, steps: tuple[int, ...] = (3,),
               objective: str = 'isolated', moe: MoEConfig | None = None, **task) -> pathlib.Path:
   """Writes checkpoints of a random model with logits far enough apart to decode in a stable way."""
   config = Config(
@@ -22,7 +21,7 @@ def model_dir(folder: pathlib.Path, vocabulary: vocabulary_lib.Vocabulary, *, st
       decode=DecodeConfig(max_new_tokens=8), infer=InferConfig(batch_size=4, input_length=60))
   path = folder / 'model'
   model = encoder_decoder.build(config.model)
-  with checkpoint.Manager(path, config, info={'vocabulary': vocabulary.fingerprint}) as manager:
+  with Manager(path, config, info={'vocabulary': vocabulary.fingerprint}) as manager:
     for step in steps:
       manager.save(step, {'step': jnp.int32(step), 'params': jax.jit(model.init)(jax.random.key(step))})
   vocabulary.save(path / 'vocabulary')

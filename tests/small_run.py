@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.checkpoints.run_directory import read_run
 from t5x_cpm.config import CheckpointConfig, Config
-from t5x_cpm.training.checkpoint import Manager, read_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 INFO = {'vocabulary': 'f00d', 'data': {'rates': {'zh': 1.0, 'en': 2.0}, 'cache': 'abc'}}

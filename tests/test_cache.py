@@ -14,8 +14,9 @@ import small_data
 
 from t5x_cpm import tasks
 from t5x_cpm.config import ConfigError, LocalTaskConfig
-from t5x_cpm.data import cache, cache_build, reader
+from t5x_cpm.data import cache
 from t5x_cpm.data.cache import DataError
+from t5x_cpm.tasks import cache_build, caches
 
 CHARS = [chr(c) for c in range(0x4E00, 0x5200)]
 
@@ -41,7 +42,7 @@ def test_a_cache_holds_the_tokens_of_every_document(tmp_path, capfd):
   rng = np.random.default_rng(0)
   texts = write_texts(tmp_path / 'a.txt', rng, 400)
   config = make_config(tmp_path, str(tmp_path / '*.txt').replace('*', 'a'), validation_fraction=0.2)
-  path = cache.build(config)
+  path = caches.build(config)
   assert 'documents, ' in capfd.readouterr().err
   opened = cache.Cache(path)
   vocabulary = opened.vocabulary()
@@ -51,7 +52,7 @@ def test_a_cache_holds_the_tokens_of_every_document(tmp_path, capfd):
   assert opened.info['splits']['train']['tokens']['targets'] == sum(map(len, found['train']))
   assert not list(path.glob('*-of-*')) and not (path / 'plan.json').exists()
   before = (path / 'cache.json').stat().st_mtime_ns
-  assert cache.build(config) == path and (path / 'cache.json').stat().st_mtime_ns == before
+  assert caches.build(config) == path and (path / 'cache.json').stat().st_mtime_ns == before
 
 
 def test_pairs_and_skipped_lines(tmp_path):
@@ -59,15 +60,15 @@ def test_pairs_and_skipped_lines(tmp_path):
   (tmp_path / 'a.jsonl').write_text('\n'.join([*lines, '{broken']), encoding='utf-8')
   config = make_config(tmp_path, str(tmp_path / 'a.jsonl'), objective='pairs', validation_fraction=0.0)
   with pytest.raises(DataError, match='a.jsonl:31: malformed JSON'):
-    cache.build(config)
+    caches.build(config)
   config = dataclasses.replace(config, local_task=dataclasses.replace(config.local_task, skip_malformed=True))
-  path = cache.build(config, progress=False)
+  path = caches.build(config, progress=False)
   vocabulary = cache.Cache(path).vocabulary()
   kept = [i for i in range(1, 31) if i % 3]
   assert documents(path, 'train', 'inputs') == [vocabulary.encode('天' * i) for i in kept]
   assert documents(path, 'train') == [vocabulary.encode('地' * (i % 3)) for i in kept]
   assert cache.Cache(path).info['splits']['train']['skipped'] == {'malformed': 1, 'empty': 10}
-  read = reader.open_reader(config, 'train')
+  read = small_data.open_reader(config, 'train')
   assert read.statistics()['pieces'] == 20 and read.vocabulary.fingerprint == vocabulary.fingerprint
 
 
@@ -77,10 +78,10 @@ def test_a_mixture_of_files_keeps_a_cache_for_each(tmp_path):
     write_texts(tmp_path / f'{name}.txt', rng, 60)
   files = {name: str(tmp_path / f'{name}.txt') for name in ('zh', 'en')}
   config = make_config(tmp_path, files, rates={'zh': 2.0, 'en': 1.0})
-  path = cache.build(config, progress=False)
+  path = caches.build(config, progress=False)
   parts = cache.components(path)
   assert {part.name: rate for rate, part in parts} == {'local:zh': 2.0, 'local:en': 1.0}
-  shares = reader.open_reader(config, 'train').statistics()['tasks']
+  shares = small_data.open_reader(config, 'train').statistics()['tasks']
   assert shares['local:zh']['share_of_rows'] == pytest.approx(2 / 3)
 
 
@@ -88,41 +89,41 @@ def test_a_changed_source_is_read_again(tmp_path, capfd):
   rng = np.random.default_rng(0)
   write_texts(tmp_path / 'a.txt', rng, 20)
   config = make_config(tmp_path, str(tmp_path / '[ab].txt'), validation_fraction=0.0)
-  first = cache.Cache(cache.build(config, progress=False)).info['checksum']
+  first = cache.Cache(caches.build(config, progress=False)).info['checksum']
   write_texts(tmp_path / 'b.txt', rng, 20)
-  second = cache.Cache(cache.build(config, progress=False)).info
+  second = cache.Cache(caches.build(config, progress=False)).info
   assert 'b.txt is new' in capfd.readouterr().err
   assert second['checksum'] != first and second['splits']['train']['documents'] == 40
   (tmp_path / 'b.txt').unlink()
-  third = cache.Cache(cache.build(config, progress=False)).info
+  third = cache.Cache(caches.build(config, progress=False)).info
   assert 'b.txt is gone' in capfd.readouterr().err
   assert third['checksum'] == first  # of the content, not of times
   (tmp_path / 'a.txt').unlink()
-  assert cache.is_ready(cache.directory(config))  # a cache may outlive its sources
+  assert caches.is_ready(caches.directory(config))  # a cache may outlive its sources
   file = tmp_path / 'vocab.txt'
   file.write_text(file.read_text(encoding='utf-8').replace('!', '\u00e9', 1), encoding='utf-8')
-  assert cache.stale(cache.directory(config)) == f'{file} changed'
+  assert caches.stale(caches.directory(config)) == f'{file} changed'
 
 
 def test_a_cache_of_another_format_is_made_again(tmp_path, capfd):
   write_texts(tmp_path / 'a.txt', np.random.default_rng(0), 20)
   config = make_config(tmp_path, str(tmp_path / 'a.txt'))
-  path = cache.build(config, progress=False)
+  path = caches.build(config, progress=False)
   cache.write_json(path / 'cache.json', {'format': 0})
-  cache.build(config, progress=False)
+  caches.build(config, progress=False)
   assert 'it has format 0, expected 1' in capfd.readouterr().err
-  assert cache.is_ready(path)
+  assert caches.is_ready(path)
 
 
 def test_the_source_may_change_while_a_build_is_unfinished(tmp_path, capfd):
   rng = np.random.default_rng(0)
   write_texts(tmp_path / 'a.txt', rng, 20)
   config = make_config(tmp_path, str(tmp_path / 'a.txt'), validation_fraction=0.0)
-  path = cache.build(config, progress=False)
+  path = caches.build(config, progress=False)
   cache.write_json(path / 'plan.json', {'units': ['train-00000-of-00001'], 'source': {}, 'vocabulary': ''})
   (path / 'cache.json').unlink()
   texts = write_texts(tmp_path / 'a.txt', rng, 30)
-  cache.build(config, progress=False)
+  caches.build(config, progress=False)
   assert 'its sources changed while it was unfinished' in capfd.readouterr().err
   assert len(documents(path, 'train')) == len(texts)
 
@@ -134,7 +135,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
   blocked.write_text('')
   config = dataclasses.replace(config, task=dataclasses.replace(config.task, cache_dir=str(blocked / 'sub')))
   with pytest.raises(ConfigError, match='cannot be written.*TaskConfig.cache_dir'):
-    cache.build(config)
+    caches.build(config)
 
 
 def test_the_seqio_task_gives_the_same_tokens(tmp_path):
@@ -143,7 +144,7 @@ def test_the_seqio_task_gives_the_same_tokens(tmp_path):
   rng = np.random.default_rng(0)
   texts = write_texts(tmp_path / 'a.txt', rng, 300)
   config = make_config(tmp_path, str(tmp_path / 'a.txt'), validation_fraction=0.2)
-  path = cache.build(config, progress=False)
+  path = caches.build(config, progress=False)
   task = tasks.get(config)
   from t5x_cpm.tasks import sources
   for split in ('train', 'validation'):
@@ -160,10 +161,10 @@ def test_a_task_that_somebody_else_registered(tmp_path):
   import seqio
   import tensorflow as tf
 
-  from t5x_cpm.data import seqio_vocabulary
-  from t5x_cpm.data import vocabulary as vocabulary_lib
+  from t5x_cpm import vocabularies
+  from t5x_cpm.tasks import seqio_vocabulary
   config = small_data.make_config(tmp_path, name='somebody_elses', encoder_length=32, decoder_length=16)
-  vocabulary = vocabulary_lib.load(config.task.vocabulary)
+  vocabulary = vocabularies.load(config.task.vocabulary)
 
   def numbers(split, shuffle_files):
     return tf.data.Dataset.range(50).map(lambda i: {'targets': tf.fill([i % 5 + 1], tf.cast(i, tf.int32) + 20)})
@@ -175,7 +176,7 @@ def test_a_task_that_somebody_else_registered(tmp_path):
   try:
     for spec in (config.task.vocabulary, ''):
       chosen = dataclasses.replace(config, task=dataclasses.replace(config.task, vocabulary=spec))
-      path = cache.build(chosen, progress=False)
+      path = caches.build(chosen, progress=False)
       assert documents(path, 'train') == [[i + 20] * (i % 5 + 1) for i in range(50)]
     other = tmp_path / 'other'
     other.mkdir()
@@ -183,7 +184,7 @@ def test_a_task_that_somebody_else_registered(tmp_path):
     file.write_text(file.read_text(encoding='utf-8').replace('!', '\u00e9', 1), encoding='utf-8')
     wrong = dataclasses.replace(config, task=dataclasses.replace(config.task, vocabulary=f'cpm2:{file}'))
     with pytest.raises(ConfigError, match="but task 'somebody_elses' makes its ids with"):
-      cache.build(wrong)
+      caches.build(wrong)
   finally:
     seqio.TaskRegistry.remove('somebody_elses')
 
@@ -196,7 +197,7 @@ def large(tmp_path_factory):
   for name in 'abc':
     write_texts(folder / f'{name}.txt', rng, 1000)
   (folder / 'one').mkdir()
-  return folder, cache.Cache(cache.build(make_large(folder, 'one'), progress=False)).info
+  return folder, cache.Cache(caches.build(make_large(folder, 'one'), progress=False)).info
 
 
 def make_large(folder, name, processes=1):
@@ -207,7 +208,7 @@ def make_large(folder, name, processes=1):
 def test_many_processes_make_the_same_cache(large):
   folder, expected = large
   (folder / 'two').mkdir()
-  info = cache.Cache(cache.build(make_large(folder, 'two', processes=2), progress=False)).info
+  info = cache.Cache(caches.build(make_large(folder, 'two', processes=2), progress=False)).info
   assert info == expected
   for name in ('train.targets.tokens', 'validation.targets.lengths'):
     files = [next((folder / run).glob('local-*/' + name)) for run in ('one', 'two')]
@@ -221,7 +222,7 @@ def test_an_error_in_a_worker_arrives(large):
     (folder / 'bad' / f'{name}.txt').write_bytes(b'fine\n\xff\n')
   config = make_config(folder, str(folder / 'bad' / '?.txt'), processes=2)
   with pytest.raises(DataError, match=r'[abc].txt:2: byte 1 of the line \(0xff\) is not valid UTF-8'):
-    cache.build(config, progress=False)
+    caches.build(config, progress=False)
 
 
 # In a worker only, whatever a user's module does when its documents are read.
@@ -240,14 +241,14 @@ def test_an_exception_of_a_users_module_arrives_with_its_traceback(large, tmp_pa
   monkeypatch.syspath_prepend(str(tmp_path))
   monkeypatch.setattr(tasks, '_modules', {'my_broken_task': ''})
   with pytest.raises(RuntimeError, match=r"(?s)my_broken_task.py.*KeyError: 'no such field'"):
-    cache.build(make_large(folder, 'broken', processes=2), progress=False)
+    caches.build(make_large(folder, 'broken', processes=2), progress=False)
 
 
 BUILD = """
 import json, sys
 from t5x_cpm import config
-from t5x_cpm.data import cache
-cache.build(config.from_dict(json.loads(sys.argv[1])))
+from t5x_cpm.tasks import caches
+caches.build(config.from_dict(json.loads(sys.argv[1])))
 """
 
 
@@ -256,7 +257,7 @@ def test_a_killed_build_goes_on_with_the_shards_that_are_missing(large):
   folder, expected = large
   (folder / 'killed').mkdir()
   config = make_large(folder, 'killed')
-  path = cache.directory(config)
+  path = caches.directory(config)
   from t5x_cpm import config as config_lib
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   process = subprocess.Popen([sys.executable, '-c', BUILD, json.dumps(config_lib.to_dict(config))], stderr=subprocess.DEVNULL,
@@ -269,7 +270,7 @@ def test_a_killed_build_goes_on_with_the_shards_that_are_missing(large):
   finally:
     process.send_signal(signal.SIGKILL)
     process.wait()
-  assert not (path / 'cache.json').exists() and not cache.is_ready(path)
+  assert not (path / 'cache.json').exists() and not caches.is_ready(path)
   kept = {file: file.stat().st_mtime_ns for file in path.glob('*-of-*.json')}
   made = []
   original = cache_build.run_unit
@@ -281,7 +282,7 @@ def test_a_killed_build_goes_on_with_the_shards_that_are_missing(large):
 
   cache_build.run_unit = remember
   try:
-    info = cache.Cache(cache.build(config, progress=False)).info
+    info = cache.Cache(caches.build(config, progress=False)).info
   finally:
     cache_build.run_unit = original
   assert info == expected
@@ -294,6 +295,7 @@ import tensorflow as tf, tensorflow_datasets as tfds
 import small_data
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import cache
+from t5x_cpm.tasks import cache_build, caches
 texts = [f'text {i}' for i in range(200)]
 features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'id': tf.int64})
 splits = {'train': texts[:150], 'zh': texts[150:], 'zh-validation': texts[:7]}
@@ -302,12 +304,12 @@ tfds.dataset_builders.store_as_tfds_dataset(
     split_datasets={k: tf.data.Dataset.from_tensor_slices({'text': v, 'id': list(range(len(v)))}) for k, v in splits.items()})
 for name, expected in (('tfds:small_text', (148, 2)), ('tfds:small_text@zh', (50, 7))):
   config = small_data.make_config(sys.argv[1], name=name, cache_processes=1)
-  info = cache.Cache(cache.build(config)).info['splits']
+  info = cache.Cache(caches.build(config)).info['splits']
   assert (info['train']['documents'], info['validation']['documents']) == expected, info
 for name, complaint in (('tfds:small_text@xx', "splits ['train', 'zh', 'zh-validation']; name one of them"),
                         ('tfds:nonsense', "TFDS has no builder 'nonsense'"), ('wiki_zh', 'Make it with `tfds build wiki40b')):
   try:
-    cache.build(small_data.make_config(sys.argv[1], name=name))
+    caches.build(small_data.make_config(sys.argv[1], name=name))
     raise SystemExit(f'{name} was not refused')
   except ConfigError as error:
     assert complaint in str(error), error

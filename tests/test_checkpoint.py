@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from small_run import INFO, abstract, assert_same, config, python, saved, small_state, tmpfs
 
+from t5x_cpm.checkpoints import arrays
+from t5x_cpm.checkpoints.arrays import load_params
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.checkpoints.run_directory import CheckpointError, read_run
 from t5x_cpm.config import Config
-from t5x_cpm.training import checkpoint
-from t5x_cpm.training.checkpoint import CheckpointError, Manager, load_params, read_run
 
 
 def test_restores_bit_for_bit(tmp_path):
@@ -189,7 +191,7 @@ def test_load_params_names_what_does_not_fit(tmp_path, rename, change, message):
 
 def test_one_layer_slice_per_chunk(tmp_path, monkeypatch):
   ts = pytest.importorskip('tensorstore')  # comes with Orbax
-  monkeypatch.setattr(checkpoint, 'MAX_CHUNK_BYTES', 64)
+  monkeypatch.setattr(arrays, 'MAX_CHUNK_BYTES', 64)
   saved(tmp_path)
   path = tmp_path / 'checkpoints' / '1' / 'state'
 
@@ -212,7 +214,7 @@ def test_kill_9_during_a_save(tmp_path):
     import jax.numpy as jnp
     import numpy as np
     from t5x_cpm.config import Config
-    from t5x_cpm.training.checkpoint import Manager
+    from t5x_cpm.checkpoints.manager import Manager
     path = pathlib.Path(sys.argv[1])
     noise = np.random.default_rng(0).integers(0, 2**32, (64, 1024, 256), np.uint32)  # 64 MiB that do not compress
     state = {'params': {'w': jnp.asarray(noise)}}
@@ -235,10 +237,11 @@ def test_inference_imports_no_tensorflow(tmp_path):
   saved(tmp_path)
   code = '''
     import sys
-    from t5x_cpm.training import checkpoint
-    checkpoint.read_run(sys.argv[1])
+    from t5x_cpm.checkpoints import arrays, run_directory
+    from t5x_cpm.checkpoints.manager import Manager
+    run_directory.read_run(sys.argv[1])
     assert 'orbax' not in sys.modules
-    checkpoint.load_params(sys.argv[1])
+    arrays.load_params(sys.argv[1])
     assert not {'tensorflow', 'seqio', 'torch'} & set(sys.modules)
   '''
   result = python(code, tmp_path)
@@ -253,7 +256,9 @@ def test_on_eight_devices(tmp_path):
     import jax, jax.numpy as jnp, numpy as np
     from t5x_cpm.config import Config, MeshConfig, OptimizerConfig
     from t5x_cpm import mesh as mesh_lib
-    from t5x_cpm.training import checkpoint, losses, optimizer
+    from t5x_cpm.checkpoints import arrays, run_directory
+    from t5x_cpm.checkpoints.manager import Manager
+    from t5x_cpm.training import losses, optimizer
 
     axes = {'experts': {'encoder': {'wi': ('layers', 'embed', 'mlp')}}, 'lm_head': ('embed', 'vocab')}
     shapes = {'experts': {'encoder': {'wi': (2, 128, 256)}}, 'lm_head': (128, 512)}
@@ -282,7 +287,7 @@ def test_on_eight_devices(tmp_path):
         assert statistics['lm_head']['col'].addressable_shards[0].data.shape == (128,)
         assert statistics['experts']['encoder']['wi']['col'].addressable_shards[0].data.shape == (2, 64)
       path = f'{sys.argv[1]}/{name}'
-      with checkpoint.Manager(path, Config(), info={}) as manager:
+      with Manager(path, Config(), info={}) as manager:
         manager.save(1, state)
         manager.wait()
         for sizes in ({'data': 1, 'model': 8}, {'data': 2, 'model': 1}, {'data': 1, 'model': 1}):
@@ -315,7 +320,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     import numpy as np
     from t5x_cpm import mesh as mesh_lib
     from t5x_cpm.config import CheckpointConfig, Config, MeshConfig
-    from t5x_cpm.training.checkpoint import Manager
+    from t5x_cpm.checkpoints.manager import Manager
 
     mesh = mesh_lib.make_mesh(MeshConfig(data=1, model=4))
     sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(('layers', 'embed', 'mlp')))

@@ -19,11 +19,9 @@ import pytest
 import test_step
 
 from t5x_cpm import compile as compile_lib
-from t5x_cpm import gin_utils
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.compile import chips, plan, program, search
-from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, TrainConfig
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, MoEConfig, TrainConfig, gin
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops, step
 
@@ -253,7 +251,7 @@ def test_an_exchange_takes_as_long_as_its_busiest_link(name):
 
 
 def test_the_search_divides_everything_and_ranks():
-  config = gin_utils.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
+  config = gin.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
   slice_ = chips.parse('v5p:4x4x4')
   order = search.ranked(config, slice_, 'train')
   for one in order[:40]:
@@ -273,7 +271,7 @@ def test_the_search_divides_everything_and_ranks():
 
 
 def test_estimates_know_the_slice_and_the_step():
-  config = gin_utils.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
+  config = gin.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
   config = dataclasses.replace(config, mesh=MeshConfig(data=2, expert=32, sharding='full'))
   sizes = search._sizes(config)
 
@@ -299,7 +297,7 @@ def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypat
 
   monkeypatch.setattr(plan, 'make', make)
   monkeypatch.setattr(chips, 'devices', lambda slice_: [])
-  config = gin_utils.load(['gin/runs/pretrain.gin', 'gin/models/cpm2_11b.gin'], ['TrainConfig.batch_size = 2048'])
+  config = gin.load(['gin/runs/pretrain.gin', 'gin/models/cpm2_11b.gin'], ['TrainConfig.batch_size = 2048'])
   best, made = search.best(config, chips.parse('v5e:2x4'), 'train')
   assert best.train.microbatches == 16 and made.fits and best.mesh.host_gib > 0
   lines = capsys.readouterr().out.splitlines()[1:]
@@ -312,7 +310,7 @@ def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypat
 def test_what_a_search_writes_is_a_mesh_file(tmp_path, slices):
   config = dataclasses.replace(Config(), mesh=MeshConfig(data=4, model=2, slices=slices, sharding='full', host_gib=3.0))
   (tmp_path / 'mesh.gin').write_text(search.as_gin(config))
-  assert gin_utils.load([str(tmp_path / 'mesh.gin')], []).mesh == config.mesh
+  assert gin.load([str(tmp_path / 'mesh.gin')], []).mesh == config.mesh
 
 
 # Programs for TPUs.

@@ -13,12 +13,10 @@ import pytest
 import small_data
 import small_model
 
-from t5x_cpm import inference
-from t5x_cpm.config import ConfigError, MeshConfig
-from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm import inference, vocabularies
+from t5x_cpm.checkpoints import run_directory
+from t5x_cpm.config import ConfigError, MeshConfig, MoEConfig
 from t5x_cpm.inference import evaluate
-from t5x_cpm.model_config import MoEConfig
-from t5x_cpm.training import checkpoint
 
 TEXTS = ['一丁<span>丂七', 'ab<span>', '丄丅丆万<span>丈三<span>']
 MESH = MeshConfig(cpu_devices=8, data=2, model=2, expert=2, sharding='full')
@@ -26,7 +24,7 @@ MESH = MeshConfig(cpu_devices=8, data=2, model=2, expert=2, sharding='full')
 
 def everything(model_dir: pathlib.Path, mesh: MeshConfig) -> dict:
   """What an engine gives, as JSON."""
-  config = dataclasses.replace(checkpoint.read_run(model_dir).config, mesh=mesh)
+  config = dataclasses.replace(run_directory.read_run(model_dir).config, mesh=mesh)
   engine = inference.load(model_dir, config=config)
   streamed = [list(engine.stream(TEXTS[0], rule=rule, seed=7)) for rule in ('greedy', 'sample')]
   kernels = jax.tree.leaves(engine.params['experts'])
@@ -65,8 +63,8 @@ def test_answers_on_a_mesh_are_those_of_one_device(tmp_path, moe):
 
 
 def test_a_mesh_that_cannot_hold_the_model_is_refused(tmp_path):
-  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}')
+  vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}')
   model_dir = small_model.model_dir(tmp_path, vocabulary)
-  config = checkpoint.read_run(model_dir).config
+  config = run_directory.read_run(model_dir).config
   with pytest.raises(ConfigError, match='data=1, model=2, expert=1: the sizes must multiply to the number of devices'):
     inference.load(model_dir, config=dataclasses.replace(config, mesh=MeshConfig(data=1, model=2)))

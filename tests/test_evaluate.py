@@ -9,14 +9,11 @@ import scipy.special
 import small_data
 import small_model
 
-from t5x_cpm import inference
-from t5x_cpm.config import ConfigError, LocalTaskConfig
-from t5x_cpm.data import cache as cache_lib
-from t5x_cpm.data import reader as reader_lib
-from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm import inference, vocabularies
+from t5x_cpm.checkpoints import run_directory
+from t5x_cpm.config import ConfigError, LocalTaskConfig, MoEConfig
 from t5x_cpm.inference import evaluate, text
-from t5x_cpm.model_config import MoEConfig
-from t5x_cpm.training import run_directory
+from t5x_cpm.tasks import caches
 
 PAIRS = [('一丁', '七'), ('abc', '丁'), ('x', 'y'), ('一', '一'), ('q q', 'z'), ('丄', '丅'), ('下', '一一')]
 
@@ -50,7 +47,7 @@ def test_each_masked_token_counts_once(model_dir, capsys):
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=1))
   marks = {*engine.vocabulary.sentinels, engine.vocabulary.eos_id}
   loss, correct, count, rows, text_correct, text = 0.0, 0, 0, 0, 0, 0
-  for batch in reader_lib.open_reader(config, 'validation').eval_batches():
+  for batch in small_data.open_reader(config, 'validation').eval_batches():
     rows += 1
     logits = np.asarray(engine.model.apply(engine.params, batch)[0][0], np.float64)
     log_probs = scipy.special.log_softmax(logits, axis=-1)
@@ -105,9 +102,9 @@ def pairs_task(folder):
   import seqio
   import tensorflow as tf
 
-  from t5x_cpm.data import seqio_vocabulary
+  from t5x_cpm.tasks import seqio_vocabulary
 
-  adapter = seqio_vocabulary.SeqioVocabulary(vocabulary_lib.load(f'cpm2:{folder / "vocab.txt"}'))
+  adapter = seqio_vocabulary.SeqioVocabulary(vocabularies.load(f'cpm2:{folder / "vocab.txt"}'))
   seen = {}
 
   def source(split, shuffle_files, seed=None):
@@ -132,7 +129,7 @@ def pairs_task(folder):
 
 
 def test_seqio_metrics_count_the_last_partial_batch_once(folder, pairs_task, tmp_path):
-  vocabulary = vocabulary_lib.load(f'cpm2:{folder / "vocab.txt"}')
+  vocabulary = vocabularies.load(f'cpm2:{folder / "vocab.txt"}')
   model_dir = small_model.model_dir(tmp_path, vocabulary, objective='pairs', name='measured')
   metrics = evaluate.run(config_of(model_dir, batch_size=4), str(model_dir), ['measured'])[3]['measured']
   engine = inference.load(model_dir)
@@ -159,7 +156,7 @@ def test_a_model_that_fills_blanks_continues_the_inputs(folder, model_dir, pairs
 def test_another_vocabulary_is_refused(folder, pairs_task, tmp_path):
   lines = (folder / 'vocab.txt').read_text().splitlines()
   (tmp_path / 'vocab.txt').write_text('\n'.join(lines[:50] + lines[60:]) + '\n')
-  other = vocabulary_lib.load(f'cpm2:{tmp_path / "vocab.txt"}')
+  other = vocabularies.load(f'cpm2:{tmp_path / "vocab.txt"}')
   model_dir = small_model.model_dir(tmp_path, other, objective='pairs')
   with pytest.raises(ConfigError, match='vocabulary'):
     evaluate.run(config_of(model_dir), str(model_dir), ['measured'])
@@ -169,7 +166,7 @@ def test_another_vocabulary_is_refused(folder, pairs_task, tmp_path):
 def test_a_copied_run_brings_its_vocabulary(tmp_path, capsys):
   """Neither the file that the run was trained with nor its cache is there, as on another machine."""
   (tmp_path / 'home').mkdir()
-  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(tmp_path / "home")}')
+  vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path / "home")}')
   home = small_model.model_dir(tmp_path / 'home', vocabulary, name='local', cache_dir=str(tmp_path / 'home'))
   (tmp_path / 'text.txt').write_text('\n'.join('abc一丁七 xyz' * n for n in range(1, 30)))
   (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps({'inputs': a, 'targets': b}) + '\n' for a, b in PAIRS))
@@ -192,7 +189,7 @@ def test_a_copied_run_brings_its_vocabulary(tmp_path, capsys):
   assert 'read with the copy' not in capsys.readouterr().err
   *pieces, a, b = vocabulary.pieces[:-100]  # another vocabulary, for which a cache of the same name is made
   (tmp_path / 'home' / 'vocab.txt').write_text('\n'.join([*pieces, b, a, *vocabulary.pieces[-100:]]) + '\n')
-  cache_lib.build(config_for(home, tmp_path / 'home'), progress=False)
+  caches.build(config_for(home, tmp_path / 'home'), progress=False)
   assert results(home, tmp_path / 'home') == at_home
   assert capsys.readouterr().err.count(f'local is read with the copy in {home}') == 1
   copied = (tmp_path / 'home' / 'model').rename(tmp_path / 'away')
@@ -203,7 +200,7 @@ def test_a_copied_run_brings_its_vocabulary(tmp_path, capsys):
 
 def with_domains(folder, objective):
   """An engine with an expert for each of two tasks, and the configuration that names their mixture, in this order: b, a."""
-  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(folder)}')
+  vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(folder)}')
   files = {name: str(folder / f'{name}.jsonl') for name in 'ba'}
   for name, inputs in (('a', '一丁'), ('b', 'xyz')):
     lines = [json.dumps({'inputs': inputs * n, 'targets': 'x', 'text': inputs * n * 9}) for n in range(1, 4)]

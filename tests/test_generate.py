@@ -17,11 +17,10 @@ import pytest
 import small_data
 import small_model
 
-from t5x_cpm import inference
+from t5x_cpm import inference, vocabularies
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import generate, text
-from t5x_cpm.training import run_directory
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LINES = ['一<span>丁', 'abc', '', '丂七<span>丄丅<span>', 'x<span>', '  ', 'the last']
@@ -34,7 +33,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='module')
 def vocabulary(folder):
-  return vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(folder)}')
+  return vocabularies.load(f'cpm2:{small_data.vocabulary_file(folder)}')
 
 
 @pytest.fixture(scope='module')

@@ -11,9 +11,8 @@ import small_data
 
 from t5x_cpm import tasks
 from t5x_cpm.config import ConfigError, LocalTaskConfig
-from t5x_cpm.data import cache
 from t5x_cpm.data.cache import DataError
-from t5x_cpm.tasks import local, text_files
+from t5x_cpm.tasks import caches, local, text_files
 
 
 def read_all(path, *, fields=('text',), **options):
@@ -156,7 +155,7 @@ def test_the_cache_of_a_task_is_named_by_what_determines_its_tokens(tmp_path):
   config = config_for(tmp_path, {'a': '/x/*.txt', 'b': '/y/*.txt'}, rates={'a': 1.0, 'b': 2.0})
 
   def folder(config, **changes):
-    return cache.directory(dataclasses.replace(config, **{
+    return caches.directory(dataclasses.replace(config, **{
         part: dataclasses.replace(getattr(config, part), **fields) for part, fields in changes.items()}))
 
   part = {'task': {'name': 'local:a'}}

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import small_data
 
-from t5x_cpm import __main__, gin_utils
-from t5x_cpm.config import Config
-from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm import __main__, vocabularies
+from t5x_cpm.config import Config, gin
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ('--gin_file=gin/models/cpm2_tiny.gin', '--gin_file=gin/runs/quickstart.gin')
@@ -43,7 +42,7 @@ def test_help_lists_modes_tasks_models_and_runs_without_jax():
   assert time.monotonic() - started < 3
   assert result.returncode == 0, result.stderr
   names = ['train', 'eval', 'infer', 'cache', 'tasks', 'quickstart', 'local', '--dry_run', '--init_from',
-           *(file for folder in ('models', 'runs', 'mesh') for file in gin_utils.shipped_files(folder))]
+           *(file for folder in ('models', 'runs', 'mesh') for file in gin.shipped_files(folder))]
   for name in names:
     assert re.search(rf'^  {re.escape(name)}\b', result.stdout, re.MULTILINE), name
 
@@ -129,7 +128,7 @@ def test_dry_run_says_what_a_run_would_be(call):
   assert code == 0
   text, facts = out.split('parameters ')
   pathlib.Path('resolved.gin').write_text(text)
-  resolved = gin_utils.load(['resolved.gin'])  # what it prints is a gin file
+  resolved = gin.load(['resolved.gin'])  # what it prints is a gin file
   assert (resolved.train.steps, resolved.train.batch_size, resolved.task.name) == (50, 4, 'quickstart')
   assert re.search(r'^ +3,\d{3},\d{3}$', facts, re.MULTILINE)
   slots = 4 * (resolved.task.encoder_length + resolved.task.decoder_length)
@@ -151,7 +150,7 @@ def test_dry_run_counts_epochs_where_there_is_a_cache(call, tmp_path):
   assert found, out
   epochs, steps, rows = (float(value.replace(',', '')) for value in found.groups())
   assert 400 < rows < 1200  # a document of 100 tokens is cut into two pieces of up to 64, of which few share a row
-  batch_size = gin_utils.load(['gin/runs/quickstart.gin']).train.batch_size
+  batch_size = gin.load(['gin/runs/quickstart.gin']).train.batch_size
   assert epochs == pytest.approx(steps * batch_size / rows, rel=0.01)
   code, _, error = call(*argv, '--gin.ModelConfig.vocab_size=900')  # a mistake that only the cache tells
   assert code == 2
@@ -175,13 +174,13 @@ def test_own_tasks_are_imported_from_the_current_folder(call):
   assert pathlib.Path('imported').exists()
 
 
-def fake_run(folder: str, config: Config) -> vocabulary_lib.Vocabulary:
+def fake_run(folder: str, config: Config) -> vocabularies.Vocabulary:
   """A model_dir with a vocabulary, and a checkpoint that has a description and no arrays."""
-  from t5x_cpm.training import run_directory
+  from t5x_cpm.checkpoints import run_directory
   step = pathlib.Path(folder) / 'checkpoints' / '3'
   (step / 'meta').mkdir(parents=True)
   (step / run_directory.COMMIT_MARK).touch()
-  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(pathlib.Path())}')
+  vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(pathlib.Path())}')
   vocabulary.save(pathlib.Path(folder) / 'vocabulary')
   described = run_directory.describe(config, {'vocabulary': vocabulary.fingerprint}) | {'metrics': {}}
   (step / 'meta' / 'metadata').write_text(json.dumps(described))
@@ -189,7 +188,7 @@ def fake_run(folder: str, config: Config) -> vocabulary_lib.Vocabulary:
 
 
 def test_reading_modes_take_the_configuration_of_the_run(call):
-  config = gin_utils.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11', 'DecodeConfig.beam_size=7'])
+  config = gin.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11', 'DecodeConfig.beam_size=7'])
   fake_run('run', config)
   code, out, error = call('infer', '--model_dir=run', '--gin.DecodeConfig.rule=beam', '--dry_run')
   assert code == 0, error
@@ -206,7 +205,7 @@ def test_reading_modes_take_the_configuration_of_the_run(call):
 
 @pytest.mark.parametrize('named', ['cpm2:vocab.txt', ''])
 def test_init_from_brings_the_model_and_the_vocabulary(call, tmp_path, named):
-  fake_run('run', gin_utils.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11', f'TaskConfig.vocabulary={named}']))
+  fake_run('run', gin.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11', f'TaskConfig.vocabulary={named}']))
   code, out, error = call('train', '--init_from=run', '--gin_file=gin/runs/finetune.gin', '--dry_run',
                           '--gin.TaskConfig.name=quickstart_arithmetic')
   assert code == 0, error

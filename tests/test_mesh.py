@@ -11,8 +11,7 @@ import test_step
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.config import ConfigError, MeshConfig
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.config import ConfigError, MeshConfig, MoEConfig
 from t5x_cpm.training import step
 
 
@@ -112,7 +111,7 @@ sys.path.insert(0, 'tests')
 import test_step as t
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import MeshConfig, OptimizerConfig
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.config import MoEConfig
 
 dtype, dropout, experts = sys.argv[1], float(sys.argv[2]), eval(sys.argv[3])
 exact = dtype == 'float64'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_cpm.model_config import ModelConfig, MoEConfig
+from t5x_cpm.config import ModelConfig, MoEConfig
 from t5x_cpm.models import grouped, moe
 from t5x_cpm.models.layers import MLP
 from t5x_cpm.models.routing import Routing

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_cpm import vocabularies
+from t5x_cpm.checkpoints import arrays, run_directory
+from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.config import Config, ConfigError, ModelConfig, TaskConfig
-from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import decode
 from t5x_cpm.models import attention, encoder_decoder
-from t5x_cpm.training import checkpoint, losses
+from t5x_cpm.training import losses
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RELATIVE = 1e-4  # of the largest entry of a tensor, and of its norm
@@ -221,19 +223,19 @@ def small_vocabulary(folder: pathlib.Path) -> str:
 
 
 def test_export_and_import_keep_a_model(tmp_path, capsys):
-  words = vocabulary_lib.load(small_vocabulary(tmp_path))
+  words = vocabularies.load(small_vocabulary(tmp_path))
   model = ModelConfig(vocab_size=words.size, d_model=8, d_ff=12, num_heads=2, head_dim=4, num_buckets=8, max_distance=16)
   config = Config(model=model, task=TaskConfig(vocabulary=words.spec))
   params = jax.jit(encoder_decoder.build(model).init)(jax.random.key(2))
-  with checkpoint.Manager(tmp_path / 'run', config, info={'vocabulary': words.fingerprint}) as manager:
+  with Manager(tmp_path / 'run', config, info={'vocabulary': words.fingerprint}) as manager:
     words.save(tmp_path / 'run' / 'vocabulary')
     manager.save(3, {'step': jnp.int32(3), 'params': params})
   assert convert_hf.main(['export', f'--model_dir={tmp_path / "run"}', f'--hf={tmp_path / "hf"}']) == 0
   described = json.loads((tmp_path / 'hf' / 'config.json').read_text())
   assert (described['decoder_start_token_id'], described['eos_token_id'], described['pad_token_id']) == (1, 7, 5)
   assert convert_hf.main(['import', f'--hf={tmp_path / "hf"}', f'--model_dir={tmp_path / "back"}']) == 0
-  jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(tmp_path / 'back'), params)
-  assert checkpoint.read_run(tmp_path / 'back').info['vocabulary'] == words.fingerprint
+  jax.tree.map(np.testing.assert_array_equal, arrays.load_params(tmp_path / 'back'), params)
+  assert run_directory.read_run(tmp_path / 'back').info['vocabulary'] == words.fingerprint
   assert convert_hf.main(['export', f'--model_dir={tmp_path / "run"}', f'--hf={tmp_path / "hf"}']) == 2
   assert 'is not empty' in capsys.readouterr().err
 

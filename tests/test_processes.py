@@ -14,7 +14,8 @@ import time
 import pytest
 from small_training import ROOT, command, environment, losses, wait_for_step, write_run
 
-from t5x_cpm import backend, processes, watch
+from t5x_cpm import backend
+from t5x_cpm.cluster import group, launch
 from t5x_cpm.config import ConfigError
 
 SLURM = {'SLURM_JOB_ID': '4242', 'SLURM_STEP_NODELIST': 'node[003-006]', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '2',
@@ -51,18 +52,18 @@ def launcher(monkeypatch):
 @pytest.mark.parametrize('variables, flags, place', [
     ({}, (), None),
     ({}, ('', '1', ''), None),
-    ({}, FLAGS, processes.Place('10.0.0.1:1234', 2, 1)),
-    (SLURM, (), processes.Place(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
-    (SLURM, ('', '4', ''), processes.Place(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
+    ({}, FLAGS, launch.Place('10.0.0.1:1234', 2, 1)),
+    (SLURM, (), launch.Place(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
+    (SLURM, ('', '4', ''), launch.Place(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
     (SLURM | {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, (), None),
-    (OPEN_MPI_4, (), processes.Place(f'10.96.0.1:{1531576320 // 4096 % 4096 + 61440}', 2, 1, (1,))),
-    (OPEN_MPI, ('10.0.0.1:1234',), processes.Place('10.0.0.1:1234', 2, 1, (1,))),
-    (TPU, (), processes.Place('127.0.0.1:8482', 2, 1)),
+    (OPEN_MPI_4, (), launch.Place(f'10.96.0.1:{1531576320 // 4096 % 4096 + 61440}', 2, 1, (1,))),
+    (OPEN_MPI, ('10.0.0.1:1234',), launch.Place('10.0.0.1:1234', 2, 1, (1,))),
+    (TPU, (), launch.Place('127.0.0.1:8482', 2, 1)),
     ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, (), None),  # a pod like any other
 ])
 def test_a_process_finds_its_place(launcher, variables, flags, place):
   launcher(variables)
-  assert processes.find_place(*flags) == place
+  assert launch.find_place(*flags) == place
 
 
 @pytest.mark.parametrize('variables, flags, words', [
@@ -77,7 +78,7 @@ def test_a_process_finds_its_place(launcher, variables, flags, place):
 def test_a_place_that_is_not_clear_is_refused(launcher, variables, flags, words):
   launcher(variables)
   with pytest.raises(ConfigError, match=words):
-    processes.find_place(*flags)
+    launch.find_place(*flags)
 
 
 def test_processes_share_the_devices_of_a_mesh_evenly():
@@ -90,13 +91,13 @@ class Members:
 
   CODE = '''
     import sys, time
-    from t5x_cpm import watch
+    from t5x_cpm.cluster import group
     from t5x_cpm.config import ProcessesConfig
     count, index, port, setting, last, hang_at, start_seconds = sys.argv[1:8]
     config = ProcessesConfig(start_seconds=float(start_seconds), silent_seconds=3, behind_seconds=3)
     try:
-      group = watch.join(int(count), int(index), ('127.0.0.1', int(port)), config, ['same', setting])
-    except watch.ProcessError as error:
+      group = group.join(int(count), int(index), ('127.0.0.1', int(port)), config, ['same', setting])
+    except group.ProcessError as error:
       sys.exit(f'refused: {error}')
     for step in range(int(last)):
       group.at(f'step {step}')
@@ -222,14 +223,14 @@ def test_the_loss_of_a_process_ends_the_others_with_its_name(members, victim, nu
   ends = members.ends(seconds)
   for index, (code, text) in enumerate(ends):
     if index != victim:
-      assert code == watch.LOST and re.search(f'process {victim}.* {words}', text), ends
+      assert code == group.LOST and re.search(f'process {victim}.* {words}', text), ends
 
 
 def test_a_process_that_hangs_is_named(members):
   members.start(2, 0, last=9, hang_at=8)  # the others wait for it, as in a collective
   members.start(2, 1, last=9, hang_at=5)
   for code, text in members.ends(12):
-    assert code == watch.LOST and 'process 1' in text and 'hangs at step 5: the others have been at step 8' in text
+    assert code == group.LOST and 'process 1' in text and 'hangs at step 5: the others have been at step 8' in text
 
 
 @pytest.mark.parametrize('index', [0, 1])
@@ -237,7 +238,7 @@ def test_an_error_of_one_is_told_by_all(members, index):
   for other in range(2):
     members.start(2, other, last=3 if other == index else 600, failure=['the disk is full'] if other == index else [])
   ends = members.ends(8)
-  assert [code for code, _ in ends] == [1 if other == index else watch.LOST for other in range(2)]
+  assert [code for code, _ in ends] == [1 if other == index else group.LOST for other in range(2)]
   assert f'process {index} on' in ends[1 - index][1] and 'stopped: the disk is full' in ends[1 - index][1]
 
 
@@ -292,7 +293,7 @@ def test_a_run_of_two_processes_that_loses_one_continues(folder, number):
   started[1].send_signal(number)
   codes = [process.wait(60) for process in started]
   if number == signal.SIGKILL:
-    assert codes == [watch.LOST, -signal.SIGKILL]
+    assert codes == [group.LOST, -signal.SIGKILL]
     assert 'process 1 on' in (folder / f'{name}.err0').read_text()
   else:  # one alone was told: both save the same step and end
     assert codes == [0, 0] and 'SIGTERM at step' in (folder / f'{name}.out0').read_text()
@@ -307,5 +308,5 @@ def test_a_run_of_two_processes_that_loses_one_continues(folder, number):
 @pytest.mark.slow
 def test_bad_input_ends_all_processes(folder):
   started = start_all(folder, 'refused', 5, 2, '--gin.ModelConfig.vocab_size=100')
-  assert all(process.wait(60) in (2, watch.LOST) for process in started)
+  assert all(process.wait(60) in (2, group.LOST) for process in started)
   assert 'set ModelConfig.vocab_size' in (folder / 'refused.err0').read_text()

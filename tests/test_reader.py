@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import small_data
 
+from t5x_cpm import vocabularies
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import cache, index, objectives, reader
-from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm.data import cache, index, objectives
+from t5x_cpm.tasks import caches
 
 ISOLATED = {'encoder_length': 64, 'decoder_length': 24}
 
@@ -19,7 +20,7 @@ def make_reader(folder, documents, *, split='train', **options):
   config = small_data.make_config(folder, **options)
   features = documents if isinstance(documents, dict) else {'targets': documents}
   small_data.fill(config, {split: features})
-  return reader.open_reader(config, split), config
+  return small_data.open_reader(config, split), config
 
 
 def segments(batch, side):
@@ -126,7 +127,7 @@ def test_rows_do_not_depend_on_the_number_of_processes_or_on_what_was_read_befor
     read, config = make_reader(tmp_path, documents, objective=objective, **ISOLATED)
     for step in (0, 7, 10**9):
       whole = read.batch(step)
-      fresh = reader.open_reader(config, 'train')
+      fresh = small_data.open_reader(config, 'train')
       for processes in (2, 4, 8):
         size = 8 // processes
         parts = [fresh.batch(step, slice(i * size, (i + 1) * size)) for i in range(processes)]
@@ -134,7 +135,7 @@ def test_rows_do_not_depend_on_the_number_of_processes_or_on_what_was_read_befor
           np.testing.assert_array_equal(value, np.concatenate([part[name] for part in parts]))
       some = np.array([1, 2, 6])
       assert all((value == whole[name][some]).all() for name, value in fresh.batch(step, some).items())
-    other = reader.open_reader(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)), 'train')
+    other = small_data.open_reader(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)), 'train')
     assert (other.batch(0)['encoder_input_tokens'] != read.batch(0)['encoder_input_tokens']).any()
     assert other.fingerprint != read.fingerprint
 
@@ -275,7 +276,7 @@ def test_evaluation_reads_each_row_once_and_fills_the_last_batch_with_nothing(tm
   tokens = sum(len(restore(e[0], d[1], sentinels)) for batch in batches for row_e, row_d in
                zip(segments(batch, 'encoder'), segments(batch, 'decoder')) for e, d in zip(row_e, row_d))
   assert tokens == sum(map(len, documents)) + len(documents)
-  other = reader.open_reader(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=9)), 'validation')
+  other = small_data.open_reader(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=9)), 'validation')
   for some in (np.array([0, 3, 6]), np.array([6])):  # of the last batch, the last rows are empty
     for whole, part in zip(batches, read.eval_batches(0, some), strict=True):
       assert all((value == whole[name][some]).all() for name, value in part.items())
@@ -291,11 +292,11 @@ def test_a_mixture_has_exact_counts_and_its_parts_their_own_epochs(tmp_path):
   for name, low, number in (('wiki_zh', 20, 40), ('wiki_en', 500, 90)):
     part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
     small_data.fill(part, {'train': {'targets': [rng.integers(low, low + 400, 65).tolist() for _ in range(number)]}})
-    parts.append({'name': name, 'rate': {'wiki_zh': 2.0, 'wiki_en': 1.0}[name], 'directory': cache.directory(part).name})
-  path = cache.directory(config)
+    parts.append({'name': name, 'rate': {'wiki_zh': 2.0, 'wiki_en': 1.0}[name], 'directory': caches.directory(part).name})
+  path = caches.directory(config)
   path.mkdir()
   cache.write_json(path / 'cache.json', {'format': cache.FORMAT, 'task': 'wiki_zh_en', 'components': parts})
-  read = reader.open_reader(config, 'train')
+  read = small_data.open_reader(config, 'train')
   share = read.statistics()['tasks']
   assert share['wiki_zh']['share_of_rows'] == pytest.approx(2 / 3) and share['wiki_zh']['rows_per_epoch'] == 40
   period = int(read.mixer.counts.sum())
@@ -347,13 +348,13 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
   with pytest.raises(ConfigError, match="objective = 'pairs', but task 'wiki_zh' has text only"):
     make_reader(tmp_path, documents, objective='pairs')
   with pytest.raises(ConfigError, match="has no documents in split 'validation'"):
-    reader.open_reader(small_data.make_config(tmp_path), 'validation')
+    small_data.open_reader(small_data.make_config(tmp_path), 'validation')
   other = tmp_path / 'other'
   other.mkdir()
   file = small_data.vocabulary_file(other)
   file.write_text(file.read_text(encoding='utf-8').replace('!', '\u00e9', 1), encoding='utf-8')
   with pytest.raises(ConfigError, match='set TaskConfig.vocabulary to the vocabulary of the model'):
-    reader.open_reader(small_data.make_config(tmp_path), 'train', vocabulary=vocabulary_lib.load(f'cpm2:{file}'))
+    small_data.open_reader(small_data.make_config(tmp_path), 'train', vocabulary=vocabularies.load(f'cpm2:{file}'))
 
 
 def test_speed_and_seek(tmp_path):
@@ -361,10 +362,10 @@ def test_speed_and_seek(tmp_path):
   rng = np.random.default_rng(0)
   config = small_data.make_config(tmp_path, batch_size=32)
   lengths = np.clip(rng.poisson(50, 200_000), 1, None)
-  vocabulary = vocabulary_lib.load(config.task.vocabulary)
+  vocabulary = vocabularies.load(config.task.vocabulary)
   tokens = rng.integers(20, 1000, lengths.sum())
-  cache.write(cache.directory(config), 'wiki_zh', vocabulary, {'train': {'targets': (tokens, lengths)}})
-  read = reader.open_reader(config, 'train')
+  cache.write(caches.directory(config), 'wiki_zh', vocabulary, {'train': {'targets': (tokens, lengths)}})
+  read = small_data.open_reader(config, 'train')
   begin = time.perf_counter()
   read.batch(10**12)
   assert time.perf_counter() - begin < 1.0

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from t5x_cpm import gin_utils
+from t5x_cpm.config import gin
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -30,10 +30,10 @@ def test_names_in_the_text_exist():
 
 def test_the_table_of_models_is_true():
   rows = {row[0]: tuple(row[1:]) for row in re.findall(r'^\| `(\w+)` ' + r'\| ([^|]+?) ' * 6 + r'\|$', README, re.MULTILINE)}
-  assert set(rows) == set(gin_utils.shipped_files('models'))
+  assert set(rows) == set(gin.shipped_files('models'))
   for name, row in rows.items():
-    c = gin_utils.load([f'gin/models/{name}.gin']).model
-    assert f' {row[0]} parameters' in gin_utils.summary('models', name)  # which another test compares with the model
+    c = gin.load([f'gin/models/{name}.gin']).model
+    assert f' {row[0]} parameters' in gin.summary('models', name)  # which another test compares with the model
     layers, experts = f'{c.num_encoder_layers} + {c.num_decoder_layers}', c.moe.num_experts
     if experts:
       assert c.moe.encoder_every == c.moe.decoder_every

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_cpm import gin_utils
-from t5x_cpm.config import ConfigError
-from t5x_cpm.model_config import ROUTERS, ModelConfig, MoEConfig
+from t5x_cpm.config import ROUTERS, ConfigError, ModelConfig, MoEConfig, gin
 from t5x_cpm.models import encoder_decoder, routing
 from t5x_cpm.models.routing import RouteContext
 
@@ -301,6 +299,6 @@ def test_groups_and_capacities_that_cannot_work_are_refused():
 
 
 def test_gin_sets_the_fields_of_experts():
-  loaded = gin_utils.load([], ['MoEConfig.num_experts=4', 'MoEConfig.router=hash'])
+  loaded = gin.load([], ['MoEConfig.num_experts=4', 'MoEConfig.router=hash'])
   assert (loaded.model.moe.num_experts, loaded.model.moe.router) == (4, 'hash')
-  assert 'ModelConfig.moe' not in gin_utils.dump(loaded)
+  assert 'ModelConfig.moe' not in gin.dump(loaded)

@@ -6,8 +6,10 @@ import json
 import pytest
 from small_run import INFO, config, saved, tmpfs
 
+from t5x_cpm.checkpoints.arrays import load_params
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.checkpoints.run_directory import CheckpointError, read_run
 from t5x_cpm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from t5x_cpm.training.checkpoint import CheckpointError, Manager, load_params, read_run
 
 
 def test_read_run(tmp_path):

@@ -6,16 +6,15 @@ import pytest
 import small_data
 import small_model
 
-from t5x_cpm import inference
+from t5x_cpm import inference, vocabularies
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import score
 
 
 @pytest.fixture(scope='module')
 def engine(tmp_path_factory):
   folder = tmp_path_factory.mktemp('score')
-  vocabulary = vocabulary_lib.load(f'cpm2:{small_data.vocabulary_file(folder)}')
+  vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(folder)}')
   return inference.load(small_model.model_dir(folder, vocabulary))
 
 

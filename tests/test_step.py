@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.config import Config, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TaskConfig, TrainConfig
 from t5x_cpm.training import host_memory, step
 
 CONFIG = Config(

@@ -11,8 +11,7 @@ import small_data
 
 from t5x_cpm import tasks
 from t5x_cpm.config import ConfigError, LocalTaskConfig
-from t5x_cpm.data import cache
-from t5x_cpm.tasks import metrics, pretrain, quickstart
+from t5x_cpm.tasks import caches, metrics, pretrain, quickstart
 from t5x_cpm.tasks.table import MixtureRow
 
 
@@ -21,14 +20,14 @@ from t5x_cpm.tasks.table import MixtureRow
     ('zzzz', 'expected one of quickstart')])
 def test_a_task_that_is_not_registered(tmp_path, name, hint):
   with pytest.raises(ConfigError, match=f"TaskConfig.name = '{name}' is not registered; {hint}"):
-    cache.directory(small_data.make_config(tmp_path, name=name))
+    caches.directory(small_data.make_config(tmp_path, name=name))
 
 
 def test_a_changed_row_is_another_cache_also_of_its_mixtures(tmp_path, monkeypatch):
   config = small_data.make_config(tmp_path, name='wiki_zh_en')
-  before = cache.directory(config)
+  before = caches.directory(config)
   monkeypatch.setitem(tasks.ROWS, 'wiki_en', dataclasses.replace(tasks.ROWS['wiki_en'], source='wiki40b/en:1.4.0'))
-  assert cache.directory(config) != before
+  assert caches.directory(config) != before
 
 
 def test_the_same_words_in_another_folder_are_another_cache(tmp_path, monkeypatch):
@@ -40,7 +39,7 @@ def test_the_same_words_in_another_folder_are_another_cache(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / folder)
     config = dataclasses.replace(plain, task=dataclasses.replace(plain.task, vocabulary=f'cpm2:{vocabulary}'),
                                  local_task=LocalTaskConfig(files=files))
-    found[folder, vocabulary, files] = cache.directory(config)
+    found[folder, vocabulary, files] = caches.directory(config)
   a, b, a_from_b, *mixed = found.values()
   assert a == a_from_b and len({a, b, *mixed}) == 4
 
@@ -48,7 +47,7 @@ def test_the_same_words_in_another_folder_are_another_cache(tmp_path, monkeypatc
 @pytest.mark.parametrize('vocabulary', ['vocab.txt', 'cpm2:'])
 def test_a_vocabulary_that_is_none_is_not_taken_for_the_tasks_own(tmp_path, vocabulary):
   config = small_data.make_config(tmp_path, name='quickstart')
-  found = {cache.directory(dataclasses.replace(config, task=dataclasses.replace(config.task, vocabulary=spec)))
+  found = {caches.directory(dataclasses.replace(config, task=dataclasses.replace(config.task, vocabulary=spec)))
            for spec in ('', vocabulary)}
   assert len(found) == 2
 
@@ -66,7 +65,7 @@ def test_a_task_of_an_edited_module_is_another_cache(tmp_path, monkeypatch):
     for name in ('my_corpus', 'my_corpus.rates'):
       monkeypatch.delitem(sys.modules, name, raising=False)
     tasks.import_modules(['my_corpus'])
-    found.append(cache.directory(small_data.make_config(tmp_path, name='my_text')))
+    found.append(caches.directory(small_data.make_config(tmp_path, name='my_text')))
   assert found[0] == found[2] != found[1]
 
 

@@ -9,9 +9,10 @@ import subprocess
 import pytest
 from small_training import ROOT, command, environment, losses, run, wait_for_step, write_run
 
+from t5x_cpm.checkpoints import manager, run_directory
+from t5x_cpm.checkpoints.run_directory import CheckpointError, read_run
 from t5x_cpm.config import ConfigError
-from t5x_cpm.training import checkpoint, run_directory, train
-from t5x_cpm.training.checkpoint import CheckpointError, read_run
+from t5x_cpm.training import train
 
 
 @pytest.fixture(scope='module')
@@ -120,7 +121,7 @@ def test_a_start_that_fails_leaves_the_model_dir_free(folder, monkeypatch):
   def damaged(*_):
     raise CheckpointError('damaged')
 
-  monkeypatch.setattr(checkpoint.Manager, 'restore', damaged)
+  monkeypatch.setattr(manager.Manager, 'restore', damaged)
   monkeypatch.setenv('T5X_CPM_CACHE', str(folder / 'cache'))
   config = read_run(folder / 'whole').config
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))

@@ -11,9 +11,9 @@ import test_train
 from test_train import folder  # noqa: F401  the fixture: a run file over the shipped corpus
 
 import t5x_cpm.inference
-from t5x_cpm.config import InferConfig, OptimizerConfig
-from t5x_cpm.model_config import MoEConfig
-from t5x_cpm.training import checkpoint, partition
+from t5x_cpm.checkpoints import run_directory
+from t5x_cpm.config import InferConfig, MoEConfig, OptimizerConfig
+from t5x_cpm.training import partition
 
 
 def with_experts(config=test_step.CONFIG, microbatches=1, **moe):
@@ -88,7 +88,7 @@ def test_a_run_with_experts_resumes_and_answers(folder):  # noqa: F811
 
   answers = set()
   for domain in (0, 1):
-    config = dataclasses.replace(checkpoint.read_run(folder / 'experts').config, infer=InferConfig(domain=domain))
+    config = dataclasses.replace(run_directory.read_run(folder / 'experts').config, infer=InferConfig(domain=domain))
     model = t5x_cpm.inference.load(folder / 'experts', config=config)
     answers.add(model.score(['今天<span>。'], ['下雨'])[0])
   assert len(answers) == 2

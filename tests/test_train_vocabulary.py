@@ -4,7 +4,7 @@ import pathlib
 import subprocess
 import sys
 
-from t5x_cpm.data import vocabulary
+from t5x_cpm import vocabularies
 from t5x_cpm.tasks import stories
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def test_the_shipped_vocabulary_is_what_the_tool_makes(tmp_path):
 def test_pieces_without_bytes_follow_the_bilingual_format(tmp_path):
   done = run('train_vocabulary', f'--input={CORPUS}/*.txt', '--size=2400', '--sentinels=20', f'--output={tmp_path}/vocab.txt')
   assert done.returncode == 0, done.stderr
-  vocab = vocabulary.load(f'cpm2:{tmp_path}/vocab.txt')
+  vocab = vocabularies.load(f'cpm2:{tmp_path}/vocab.txt')
   assert vocab.size == 2400 and len(vocab.sentinels) == 20 and vocab.sentinels[-1] == 2399
   pieces = [vocab.piece(token) for token in range(vocab.size)]
   assert any(piece.startswith('##') for piece in pieces) and '<0x00>' not in pieces

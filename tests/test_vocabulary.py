@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from t5x_cpm import vocabularies
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import vocabulary
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHIPPED = f'cpm2:{ROOT}/tasks/corpus/vocab.txt'
@@ -77,8 +77,8 @@ class PlainCpm2:
 
 
 @functools.cache
-def load(spec: str) -> vocabulary.Vocabulary:
-  return vocabulary.load(spec)
+def load(spec: str) -> vocabularies.Vocabulary:
+  return vocabularies.load(spec)
 
 
 @pytest.fixture(scope='module')
@@ -180,10 +180,10 @@ def test_blanks_become_sentinels_in_order(bilingual):
 def test_saved_vocabulary_is_the_same(tmp_path):
   shipped = load(SHIPPED)
   shipped.save(tmp_path / 'v')
-  again = vocabulary.load_saved(tmp_path / 'v')
+  again = vocabularies.load_saved(tmp_path / 'v')
   assert again.fingerprint == shipped.fingerprint and again.encode(SENTENCE) == shipped.encode(SENTENCE)
   with pytest.raises(ConfigError, match='vocabulary.json'):
-    vocabulary.load_saved(tmp_path)
+    vocabularies.load_saved(tmp_path)
 
 
 def test_plain_sentencepiece_counts_its_sentinels_from_the_end(tmp_path):
@@ -193,7 +193,7 @@ def test_plain_sentencepiece_counts_its_sentinels_from_the_end(tmp_path):
   sentencepiece.SentencePieceTrainer.train(
       input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'm'), vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1,
       unk_id=2, bos_id=-1, minloglevel=2)
-  vocab = vocabulary.load(f'sentencepiece:{tmp_path}/m.model?extra_ids=10')
+  vocab = vocabularies.load(f'sentencepiece:{tmp_path}/m.model?extra_ids=10')
   assert (vocab.pad_id, vocab.bos_id, vocab.eos_id) == (0, 0, 1)
   assert vocab.sentinels == tuple(range(vocab.size - 1, vocab.size - 11, -1))
   ids = vocab.encode_blanks('word1 <span> one')
@@ -207,18 +207,18 @@ def test_plain_sentencepiece_counts_its_sentinels_from_the_end(tmp_path):
 def test_a_bad_file_is_refused_with_its_place(tmp_path, content, message):
   (tmp_path / 'vocab.txt').write_bytes(content)
   with pytest.raises(ConfigError, match=message):
-    vocabulary.load(f'cpm2:{tmp_path}/vocab.txt')
+    vocabularies.load(f'cpm2:{tmp_path}/vocab.txt')
 
 
 def test_a_gap_in_the_sentinels_is_refused(tmp_path):
   text = (ROOT / 'tasks/corpus/vocab.txt').read_text(encoding='utf-8').replace('<s_7>\n', '')
   (tmp_path / 'vocab.txt').write_text(text, encoding='utf-8')
   with pytest.raises(ConfigError, match='<s_7>'):
-    vocabulary.load(f'cpm2:{tmp_path}/vocab.txt')
+    vocabularies.load(f'cpm2:{tmp_path}/vocab.txt')
 
 
 @pytest.mark.parametrize('spec, message', [
     ('cpm3:x', 'Did you mean'), ('vocab.txt', 'cpm2:FILE'), ('cpm2:/nowhere/vocab.txt', 'cannot be read|not found')])
 def test_a_bad_spec_is_refused(spec, message):
   with pytest.raises(ConfigError, match=message):
-    vocabulary.load(spec)
+    vocabularies.load(spec)

@@ -30,8 +30,7 @@ import side_by_side
 from side_by_side import Case, Run
 
 from t5x_cpm import backend
-from t5x_cpm.config import Config, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.config import Config, ModelConfig, MoEConfig, OptimizerConfig, TaskConfig, TrainConfig
 
 MODEL = ModelConfig(
     vocab_size=26_240, d_model=512, d_ff=1024, num_heads=8, head_dim=64, num_encoder_layers=8, num_decoder_layers=8)

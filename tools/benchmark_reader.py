@@ -18,9 +18,10 @@ import time
 
 import numpy as np
 
+from t5x_cpm import vocabularies
 from t5x_cpm.config import Config, TaskConfig, TrainConfig
 from t5x_cpm.data import cache, reader
-from t5x_cpm.data import vocabulary as vocabulary_lib
+from t5x_cpm.tasks import caches
 
 PROMISED = 1e6
 SPECIALS = ['<unk>', '<s>', '</s>', '\u2583', '<sep>', '<pad>', '<mask>', '<eod>', '\u2581', ',', '\u2582']
@@ -37,8 +38,8 @@ def make_config(folder: str, objective: str, batch_size: int, mean_span: float) 
 
 def fill(config: Config, lengths: np.ndarray, real: bool) -> None:
   """Writes a cache; tokens are drawn, or a hole in the file."""
-  path, total = cache.directory(config), int(lengths.sum())
-  vocabulary = vocabulary_lib.load(config.task.vocabulary)
+  path, total = caches.directory(config), int(lengths.sum())
+  vocabulary = vocabularies.load(config.task.vocabulary)
   path.mkdir(parents=True, exist_ok=True)
   lengths.astype(np.uint32).tofile(path / 'train.targets.lengths')
   if real:
@@ -53,7 +54,7 @@ def measure(arguments) -> None:
   """One line of figures for the cache in a folder; runs in a process of its own."""
   config = make_config(arguments.folder, arguments.objective, arguments.batch_size, arguments.mean_span)
   begin = time.perf_counter()
-  read = reader.open_reader(config, 'train')
+  read = reader.open_reader(caches.build(config), config, 'train')
   opened = time.perf_counter() - begin
   step = int(2.7 * read.rows_per_epoch) // arguments.batch_size  # in the third epoch
   read.batch(step)

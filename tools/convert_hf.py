@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_cpm.config import Config, ConfigError, ModelConfig, TaskConfig
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.config import Config, ConfigError, ModelConfig, MoEConfig, TaskConfig
 
 SHARD_BYTES = 4 * 2**30
 SWITCH = 'switch_transformers'
@@ -305,19 +305,19 @@ def import_hf(hf: pathlib.Path, vocabulary_spec: str, objective: str, model_dir:
   """Writes a model_dir from a folder of transformers."""
   import jax.numpy as jnp
 
-  from t5x_cpm.data import vocabulary as vocabulary_lib
-  from t5x_cpm.training import checkpoint, train
+  from t5x_cpm import vocabularies
+  from t5x_cpm.training import train
 
   if not (hf / 'config.json').is_file():
     raise ConfigError(f'--hf={hf}: there is no config.json in it.')
-  vocabulary = vocabulary_lib.load(vocabulary_spec) if vocabulary_spec else vocabulary_lib.load_saved(hf / 'vocabulary')
+  vocabulary = vocabularies.load(vocabulary_spec) if vocabulary_spec else vocabularies.load_saved(hf / 'vocabulary')
   model, given = head_to_ours(read_config(json.loads((hf / 'config.json').read_text())), read_tensors(hf))
   objective = objective or ('t5' if vocabulary.kind == 'sentencepiece' else 'isolated')
   config = Config(model=model, task=TaskConfig(name='imported', vocabulary=vocabulary.spec, objective=objective))
   config.validate()
   train.check_vocabulary(config, vocabulary)
   params = to_params(model, given)
-  with checkpoint.Manager(model_dir, config, info={'vocabulary': vocabulary.fingerprint}) as manager:
+  with Manager(model_dir, config, info={'vocabulary': vocabulary.fingerprint}) as manager:
     if manager.latest_step() is not None:
       raise ConfigError(f'--model_dir={model_dir} has a checkpoint already: give a new directory.')
     vocabulary.save(pathlib.Path(model_dir) / 'vocabulary')
@@ -326,18 +326,18 @@ def import_hf(hf: pathlib.Path, vocabulary_spec: str, objective: str, model_dir:
 
 def export_hf(model_dir: str, step: int | None, hf: pathlib.Path) -> None:
   """Writes a folder of transformers from a checkpoint."""
-  from t5x_cpm.data import vocabulary as vocabulary_lib
-  from t5x_cpm.training import checkpoint, run_directory
+  from t5x_cpm import vocabularies
+  from t5x_cpm.checkpoints import arrays, run_directory
 
   run = run_directory.read_run(model_dir, step)
   saved = pathlib.Path(model_dir) / 'vocabulary'
-  vocabulary = vocabulary_lib.load_saved(saved)
+  vocabulary = vocabularies.load_saved(saved)
   if hf.exists() and any(hf.iterdir()):
     raise ConfigError(f'--hf={hf} is not empty: give a new directory.')
   hf.mkdir(parents=True, exist_ok=True)
   tokens = {'pad_token_id': vocabulary.pad_id, 'eos_token_id': vocabulary.eos_id, 'decoder_start_token_id': vocabulary.bos_id}
   (hf / 'config.json').write_text(json.dumps(write_config(run.config.model) | tokens, indent=2) + '\n')
-  write_tensors(hf, from_params(run.config.model, checkpoint.load_params(model_dir, step=run.step)))
+  write_tensors(hf, from_params(run.config.model, arrays.load_params(model_dir, step=run.step)))
   shutil.copytree(saved, hf / 'vocabulary')
   if vocabulary.kind == 'sentencepiece':  # where transformers' tokenizer looks for it
     shutil.copyfile(saved / pathlib.Path(vocabulary.files[0]).name, hf / 'spiece.model')

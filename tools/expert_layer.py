@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from t5x_cpm import backend
-from t5x_cpm.config import ModelConfig
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.config import ModelConfig, MoEConfig
 
 TOKENS, GROUP = 8192, 256
 COUNTS = 4, 8, 16, 32, 64, 128  # experts: 64 tokens each at the most

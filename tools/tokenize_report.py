@@ -12,8 +12,8 @@ import warnings
 
 from train_vocabulary import read_texts
 
+from t5x_cpm import vocabularies
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import vocabulary
 
 EXAMPLES = 3
 SAMPLE = 2_000_000  # bytes that are cut by jieba
@@ -64,7 +64,7 @@ def main() -> None:
   parser.add_argument('--differences', type=int, default=2000, help='texts to compare in detail (default: 2000)')
   args = parser.parse_args()
   try:
-    vocab = vocabulary.load(args.vocabulary)
+    vocab = vocabularies.load(args.vocabulary)
   except ConfigError as error:
     raise SystemExit(f'error: {error}') from None
   texts = [text.rstrip('\n') for text in read_texts(args.input, args.field)]

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 
 import sentencepiece
 
-from t5x_cpm.data import word_cut
-from t5x_cpm.data.vocabulary_base import LINE_FEED, SPACE
+from t5x_cpm.vocabularies import word_cut
+from t5x_cpm.vocabularies.base import LINE_FEED, SPACE
 
 SPECIALS = ('<unk>', '<s>', '</s>', LINE_FEED, '<sep>', '<pad>', '<mask>', '<go>', '<eod>', '\u2581', ',', SPACE)
 LATIN = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'

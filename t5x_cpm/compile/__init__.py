@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.gin_utils import did_you_mean
+from t5x_cpm.config.fields import did_you_mean
 
 
 def run(config: Config, topology: str, step: str = 'train', *, search: bool = False, output: str = '') -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from t5x_cpm import backend
 from t5x_cpm.config import ConfigError
-from t5x_cpm.gin_utils import did_you_mean
+from t5x_cpm.config.fields import did_you_mean
 
 GiB = 2**30
 

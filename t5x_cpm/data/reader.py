@@ -4,6 +4,7 @@ A global row number becomes tokens in closed form: the mixture says which row of
 is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
 """
 
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives, packing
 from t5x_cpm.data.rows import Component, Packed, Part, Windows
-from t5x_cpm.data.vocabulary import Vocabulary
+from t5x_cpm.vocabularies import Vocabulary
 
 Batch = dict[str, np.ndarray]
 EVERY = slice(None)  # row
@@ -160,10 +161,11 @@ class Reader:
             'tasks': tasks}
 
 
-def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = None) -> Reader:
-  """Opens a split of the task that `config` names; makes its cache first if it is not there.
+def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: Vocabulary | None = None) -> Reader:
+  """Opens a split of the task that `config` names.
 
   Args:
+    path: of the task's cache, as `tasks.caches.build` gives it.
     config: `task`, `local_task` and `train` (seed, batch_size) are read.
     split: 'train' or 'validation'.
     vocabulary: that of a model which is to read the batches; None is the cache's.
@@ -173,7 +175,7 @@ def open_reader(config: Config, split: str, *, vocabulary: Vocabulary | None = N
     ConfigError: the objective does not fit the task, or the vocabulary is another one.
   """
   config.task.validate()
-  parts = cache_lib.components(cache_lib.build(config))
+  parts = cache_lib.components(path)
   own = parts[0][1].vocabulary()
   if vocabulary is not None and vocabulary.fingerprint != own.fingerprint:
     raise ConfigError(f'task {config.task.name!r} was tokenized with {own.spec!r}, but the model uses {vocabulary.spec!r}: set '

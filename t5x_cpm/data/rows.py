@@ -14,7 +14,7 @@ from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives, packing
 from t5x_cpm.data.objectives import Segments
-from t5x_cpm.data.vocabulary import Vocabulary
+from t5x_cpm.vocabularies import Vocabulary
 
 
 class Part(NamedTuple):

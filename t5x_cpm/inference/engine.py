@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_cpm import backend
+from t5x_cpm import backend, vocabularies
 from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.config import Config, ConfigError, DecodeConfig, MeshConfig
-from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import decode, score, text
 from t5x_cpm.models import attention, encoder_decoder
-from t5x_cpm.training import checkpoint, run_directory
 
 LENGTH_STEP = 64  # lengths are rounded up to multiples of it, so that few shapes are compiled
 
@@ -56,7 +55,7 @@ class Engine:
   """
 
   def __init__(self, mesh: jax.sharding.Mesh, model: encoder_decoder.Model, params: Any,
-               vocabulary: vocabulary_lib.Vocabulary, config: Config, step: int = 0):
+               vocabulary: vocabularies.Vocabulary, config: Config, step: int = 0):
     self.mesh, self.model, self.params, self.vocabulary, self.config, self.step = mesh, model, params, vocabulary, config, step
     self.codec = text.Codec(vocabulary, config)
 
@@ -277,7 +276,7 @@ def _params(mesh: jax.sharding.Mesh, config: MeshConfig, model: encoder_decoder.
   shapes, axes = model.abstract()
   rules = mesh_lib.STATE_RULES[config.sharding][0]
   mesh_lib.check_tree_divides(mesh, shapes, axes, rules)
-  params = checkpoint.load_params(model_dir, step=step, into=shapes, shardings=mesh_lib.shardings(mesh, axes, rules))
+  params = arrays.load_params(model_dir, step=step, into=shapes, shardings=mesh_lib.shardings(mesh, axes, rules))
   return jax.jit(model.prepare)(params)
 
 
@@ -290,7 +289,7 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   model = encoder_decoder.build(run.config.model)
   mesh = mesh_lib.make_mesh(config.mesh, jax.local_devices())
   folder = run_directory.resolve(model_dir) / 'vocabulary'
-  vocabulary = vocabulary_lib.load_saved(folder)
+  vocabulary = vocabularies.load_saved(folder)
   trained = run.info.get('vocabulary')
   if trained is not None and trained != vocabulary.fingerprint:
     raise ConfigError(

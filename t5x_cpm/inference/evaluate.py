@@ -19,15 +19,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_cpm import backend, tasks
+from t5x_cpm import backend, tasks, vocabularies
 from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, to_dict
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import reader as reader_lib
-from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import engine as engine_lib
 from t5x_cpm.inference import text
-from t5x_cpm.training import losses, run_directory
+from t5x_cpm.tasks import caches
+from t5x_cpm.training import losses
 
 Metrics = dict[str, float]
 
@@ -62,8 +63,8 @@ def domain(config: Config, name: str) -> int:
 
 def has_inputs(config: Config) -> bool:
   """Whether a task has inputs of its own. Imports TensorFlow only for a task that needs it to be read, and is not cached."""
-  path = cache_lib.directory(config)
-  if cache_lib.is_ready(path):
+  path = caches.directory(config)
+  if caches.is_ready(path):
     return 'inputs' in cache_lib.components(path)[0][1].features
   parts = tasks.parts(config)
   if parts:
@@ -71,7 +72,7 @@ def has_inputs(config: Config) -> bool:
   return 'inputs' in tasks.tokens(config).features
 
 
-def vocabulary_spec(config: Config, saved: vocabulary_lib.Vocabulary) -> str:
+def vocabulary_spec(config: Config, saved: vocabularies.Vocabulary) -> str:
   """TaskConfig.vocabulary for a task: that of `config` where it is still the model's, because caches are named by it.
 
   Args:
@@ -79,8 +80,8 @@ def vocabulary_spec(config: Config, saved: vocabulary_lib.Vocabulary) -> str:
     saved: the copy in the model_dir, which is taken where the file that the run was trained with is gone or was changed.
   """
   given = config.task.vocabulary
-  path = cache_lib.directory(config)
-  if cache_lib.is_ready(path) and not has_inputs(config) and all(
+  path = caches.directory(config)
+  if caches.is_ready(path) and not has_inputs(config) and all(
       cache.info['vocabulary'] == saved.fingerprint for _, cache in cache_lib.components(path)):
     return given  # nothing else is needed of the file
   for spec in (given, saved.spec):
@@ -104,7 +105,7 @@ def evaluate_text(engine: engine_lib.Engine, config: Config) -> Metrics:
   rows, size = config.eval.max_examples, engine.whole(config.eval.batch_size)
   config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective),
                                train=dataclasses.replace(config.train, batch_size=size))
-  reader = reader_lib.open_reader(config, config.eval.split, vocabulary=engine.vocabulary)
+  reader = reader_lib.open_reader(caches.build(config), config, config.eval.split, vocabulary=engine.vocabulary)
   totals: dict[str, np.ndarray] = {}
   marks = np.asarray([*engine.vocabulary.sentinels, engine.vocabulary.eos_id])
   for number, batch in enumerate(reader.eval_batches(-(-rows // size))):
@@ -304,7 +305,7 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
   names = [name.strip() for name in names if name.strip()]
   if not names:
     raise ConfigError('eval needs --tasks=NAME,...; `t5x_cpm tasks` lists them.')
-  saved = vocabulary_lib.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
+  saved = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
   specs = {}
   for name in names:  # a misspelt name is told before a model is read
     specs[name] = vocabulary_spec(task_config(config, name), saved)

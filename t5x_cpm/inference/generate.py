@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 from etils import epath
 
 from t5x_cpm import config as config_lib
+from t5x_cpm import vocabularies
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.data import vocabulary as vocabulary_lib
 from t5x_cpm.inference import text
 from t5x_cpm.tasks import text_files
-from t5x_cpm.training import run_directory
 
 if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
@@ -194,7 +194,7 @@ def run_file(config: Config, model_dir: str, input_path: str, output_path: str, 
     raise ConfigError(f'--input={path}: no such file.')
   # What needs no JAX comes first, so that a mistake is told at once.
   about = run_directory.read_run(model_dir, step)
-  vocabulary = vocabulary_lib.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
+  vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
   codec = text.Codec(vocabulary, config)
   total = check_file(path, codec, config)
   output = pathlib.Path(output_path) if output_path else None
@@ -245,7 +245,7 @@ def interact(engine: 'Engine', stdin: BinaryIO, is_terminal: bool) -> None:
     if line.error or not line.text.strip():
       refuse(line.number, line.error, is_terminal)
       continue
-    has_blanks = vocabulary_lib.BLANK in line.text
+    has_blanks = vocabularies.BLANK in line.text
     pieces = engine.stream(line.text)
     try:
       while True:
@@ -294,7 +294,7 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   engine = inference.load(model_dir, step=step, config=config)
   is_terminal = sys.stdin.isatty()
   if is_terminal:
-    blank = vocabulary_lib.BLANK
+    blank = vocabularies.BLANK
     print(f'{model_dir} at step {engine.step}. Write a blank as {blank}; a line without one is continued. Ctrl-D ends.',
           file=sys.stderr, flush=True)
   interact(engine, sys.stdin.buffer, is_terminal)

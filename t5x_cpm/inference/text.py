@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.data.vocabulary import BLANK, Vocabulary
+from t5x_cpm.vocabularies import BLANK, Vocabulary
 
 _SENTINEL = re.compile(r'<(?:s|extra_id)_\d+>')  # as people and T5's files write it
 

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_cpm.config import ConfigError, ModelConfig
-from t5x_cpm.model_config import MoEConfig
+from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig
 from t5x_cpm.models.assignment import balanced
 from t5x_cpm.models.layers import at_least_float32, normal
 

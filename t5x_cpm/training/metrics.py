@@ -18,9 +18,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from t5x_cpm.checkpoints.run_directory import resolve, write_atomically
 from t5x_cpm.config import Config, ConfigError, MetricsConfig, to_dict
 from t5x_cpm.training import flops
-from t5x_cpm.training.run_directory import resolve, write_atomically
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
 

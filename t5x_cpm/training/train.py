@@ -15,15 +15,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t5x_cpm import backend, gin_utils
+from t5x_cpm import backend, vocabularies
 from t5x_cpm import config as config_lib
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.checkpoints import arrays, run_directory
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.cluster.group import Group
+from t5x_cpm.config import Config, ConfigError, gin
 from t5x_cpm.data import reader as reader_lib
-from t5x_cpm.data import vocabulary as vocabulary_lib
-from t5x_cpm.training import checkpoint, host_memory, metrics, optimizer, plots, run_directory
+from t5x_cpm.tasks import caches
+from t5x_cpm.training import host_memory, metrics, optimizer, plots
 from t5x_cpm.training import step as step_lib
-from t5x_cpm.watch import Group
 
 # A model may have this many rows more than its vocabulary has pieces, so that a table can be padded to divide a mesh.
 VOCABULARY_PADDING = 128
@@ -103,7 +105,7 @@ def prefetch(make: Callable[[int], Any], start: int, stop: int, ahead: int = 2) 
     thread.join()
 
 
-def check_vocabulary(config: Config, vocabulary: vocabulary_lib.Vocabulary) -> None:
+def check_vocabulary(config: Config, vocabulary: vocabularies.Vocabulary) -> None:
   """Raises ConfigError where model and vocabulary cannot belong together."""
   rows, pieces = config.model.vocab_size, vocabulary.size
   if not 0 <= rows - pieces < VOCABULARY_PADDING:
@@ -137,7 +139,7 @@ def validation_reader(config: Config, step: step_lib.Step, say: Callable[[str], 
     if options.best_metric not in names:
       raise ConfigError(f'CheckpointConfig.best_metric = {options.best_metric!r}: expected one of {", ".join(sorted(names))}.')
   try:
-    return reader_lib.open_reader(config, 'validation')
+    return reader_lib.open_reader(caches.build(config), config, 'validation')
   except reader_lib.EmptySplitError as error:
     if options.keep_best:
       raise ConfigError(f'CheckpointConfig.keep_best = {options.keep_best} needs evaluations, but {error}') from error
@@ -166,7 +168,7 @@ def put_batch(step: step_lib.Step, batch: dict[str, np.ndarray], rows: np.ndarra
   return {name: put(name) for name in batch}
 
 
-def initial_state(config: Config, step: step_lib.Step, vocabulary: vocabulary_lib.Vocabulary) -> step_lib.State:
+def initial_state(config: Config, step: step_lib.Step, vocabulary: vocabularies.Vocabulary) -> step_lib.State:
   """A fresh state, with the parameters of another run where TrainConfig.init_from names one."""
   state = step.init(jax.random.key(config.train.seed))
   if config.train.init_from:
@@ -176,7 +178,7 @@ def initial_state(config: Config, step: step_lib.Step, vocabulary: vocabulary_li
       raise ConfigError(
           f'TrainConfig.init_from = {config.train.init_from!r}: that run was trained with another vocabulary ({theirs}, this '
           f'run has {vocabulary.fingerprint}). Set TaskConfig.vocabulary to the one in {config.train.init_from}/vocabulary.')
-    state['params'] = checkpoint.load_params(config.train.init_from, into=step.abstract_state['params'])
+    state['params'] = arrays.load_params(config.train.init_from, into=step.abstract_state['params'])
     state = step.complete(host_memory.saved(state))
   return state
 
@@ -208,17 +210,17 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
   say = functools.partial(print, flush=True) if group.first else lambda text: None
-  reader = reader_lib.open_reader(config, 'train')
+  reader = reader_lib.open_reader(caches.build(config), config, 'train')
   check_vocabulary(config, reader.vocabulary)
   held_out = validation_reader(config, step, say)
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   with contextlib.ExitStack() as until_the_loop:
-    manager = until_the_loop.enter_context(checkpoint.Manager(model_dir, config, info=info))
+    manager = until_the_loop.enter_context(Manager(model_dir, config, info=info))
     if group.first:
       reader.vocabulary.save(manager.model_dir / 'vocabulary')
-      run_directory.write_atomically(manager.model_dir / 'config.gin', gin_utils.dump(config).encode())
+      run_directory.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
     latest = manager.latest_step()
     if latest is not None and latest >= config.train.steps:
       say(f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '

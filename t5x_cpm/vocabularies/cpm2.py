@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import word_cut
-from t5x_cpm.data.vocabulary_base import LINE_FEED, MARKS, SPACE, SPECIALS, UNMARKS, Vocabulary, Words, no_options, read
+from t5x_cpm.vocabularies import word_cut
+from t5x_cpm.vocabularies.base import LINE_FEED, MARKS, SPACE, SPECIALS, UNMARKS, Vocabulary, Words, no_options, read
 
 _HAN = re.compile('[\u4e00-\u9fff]')
 _SENTINEL = re.compile(r'<s_(\d+)>')

@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from t5x_cpm.model_config import ConfigError, ModelConfig, choice, free, in_range
+from t5x_cpm.config.fields import ConfigError, choice, free, in_range
+from t5x_cpm.config.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

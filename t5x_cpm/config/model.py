@@ -1,35 +1,8 @@
-"""The hyperparameters of a model, and what every configuration class is written with.
-
-Nothing here imports JAX. `config` has the rest of a run's configuration, and all names of this file too.
-"""
+"""The hyperparameters of a model. Nothing here imports JAX."""
 
 import dataclasses
-from typing import Any
 
-
-class ConfigError(ValueError):
-  """A configuration value that cannot work. The message says what was given, what is expected and what to set."""
-
-
-def free(default: Any) -> Any:
-  """Declares a field that may differ when a run is resumed."""
-  return dataclasses.field(default=default, metadata={'free': True})
-
-
-def choice(owner: object, field: str, allowed: tuple[str, ...]) -> None:
-  """Raises ConfigError unless the field holds one of the allowed names."""
-  value = getattr(owner, field)
-  if value not in allowed:
-    raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected one of {", ".join(map(repr, allowed))}.')
-
-
-def in_range(owner: object, field: str, low: float, high: float = float('inf')) -> None:
-  """Raises ConfigError unless low <= value <= high."""
-  value = getattr(owner, field)
-  if not low <= value <= high:
-    expected = f'at least {low}' if high == float('inf') else f'between {low} and {high}'
-    raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected a number {expected}.')
-
+from t5x_cpm.config.fields import ConfigError, choice, free, in_range
 
 ROUTERS = (
     'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free')

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from t5x_cpm import config as config_lib
+from t5x_cpm import tasks, vocabularies
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache
-from t5x_cpm.data import vocabulary as vocabulary_lib
 
 _ERRORS = {'DataError': cache.DataError, 'ConfigError': ConfigError}
 
@@ -53,7 +53,6 @@ def build_task(config: Config, path: pathlib.Path, *, progress: bool) -> None:
     path: folder of the cache.
     progress: show it on stderr.
   """
-  from t5x_cpm import tasks
   source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
   units = [Unit(split, shard, source.shards[split]) for split in cache.SPLITS for shard in range(source.shards.get(split, 0))]
   if not units:
@@ -90,7 +89,7 @@ def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
   cache.write_json(old, plan)
 
 
-def run_unit(source: Any, unit: Unit, path: pathlib.Path, vocabulary: vocabulary_lib.Vocabulary,
+def run_unit(source: Any, unit: Unit, path: pathlib.Path, vocabulary: vocabularies.Vocabulary,
              report: Callable[[int], None]) -> None:
   """Writes the tokens of one shard of what `tasks.tokens` gave; `report(documents)` is called as they come."""
   counts: collections.Counter = collections.Counter()
@@ -118,7 +117,6 @@ def run_unit(source: Any, unit: Unit, path: pathlib.Path, vocabulary: vocabulary
 
 def _run_workers(config: Config, path: pathlib.Path, units: list[Unit], processes: int, watch: '_Progress | None') -> None:
   """Spreads the units over processes that each run this module, and reads what they report."""
-  from t5x_cpm import tasks
   environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), 'CUDA_VISIBLE_DEVICES': '',
                  'TF_CPP_MIN_LOG_LEVEL': '3'}
   job = json.dumps({'config': config_lib.to_dict(config), 'path': str(path.resolve()), 'imports': tasks.imported()})
@@ -183,7 +181,6 @@ def _work(results) -> None:
     results.flush()
 
   try:
-    from t5x_cpm import tasks
     tasks.import_modules(job['imports'])
     source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
     for line in sys.stdin:
@@ -197,7 +194,7 @@ def _work(results) -> None:
 
 
 def _join(name: str, path: pathlib.Path, units: list[Unit], features: list[str],
-          vocabulary: vocabulary_lib.Vocabulary, source: dict) -> None:
+          vocabulary: vocabularies.Vocabulary, source: dict) -> None:
   """Appends the shards to one file of each kind, then makes the folder a cache, then drops the shards."""
   parts = {unit: json.loads((path / f'{unit.name}.json').read_text()) for unit in units}
   splits: dict[str, dict] = {}

@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from t5x_cpm import gin_utils
-from t5x_cpm.config import Config, ConfigError, LocalTaskConfig, ModelConfig, TrainConfig
+from t5x_cpm.config import Config, ConfigError, LocalTaskConfig, ModelConfig, TrainConfig, gin
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def load(tmp_path, monkeypatch):
 
   def run(text, *flags, **options):
     (tmp_path / 'a.gin').write_text(text, encoding='utf-8')
-    return gin_utils.load(['a.gin'], list(flags), **options)
+    return gin.load(['a.gin'], list(flags), **options)
 
   return run
 
@@ -79,9 +78,9 @@ def test_later_files_win_and_macros_do_not_depend_on_order(tmp_path, monkeypatch
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a.gin').write_text('TrainConfig.steps = %N\nTrainConfig.seed = 1\nN = 1\n')
   (tmp_path / 'b.gin').write_text('TrainConfig.seed = 2\nN = 2\n')
-  config = gin_utils.load(['a.gin', 'b.gin'])
+  config = gin.load(['a.gin', 'b.gin'])
   assert (config.train.steps, config.train.seed) == (2, 2)
-  config = gin_utils.load(['b.gin', 'a.gin'])
+  config = gin.load(['b.gin', 'a.gin'])
   assert (config.train.steps, config.train.seed) == (1, 1)
 
 
@@ -175,13 +174,13 @@ def test_missing_file_names_the_places_and_the_neighbours(tmp_path, monkeypatch)
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'mine.gin').write_text('')
   with pytest.raises(ConfigError, match='not found') as error:
-    gin_utils.load(['mien.gin'])
+    gin.load(['mien.gin'])
   assert str(tmp_path) in str(error.value)
   assert 'gin_files' in str(error.value)
   assert 'Did you mean mine.gin' in str(error.value)
   with pytest.raises(ConfigError, match='not UTF-8'):
     (tmp_path / 'latin.gin').write_bytes(b"TaskConfig.name = '\xe9'\n")
-    gin_utils.load(['latin.gin'])
+    gin.load(['latin.gin'])
 
 
 def random_config(rng: random.Random) -> Config:
@@ -210,7 +209,7 @@ def test_dump_parses_back_to_the_same_config(load):
   print('seed', seed)
   rng = random.Random(seed)
   for config in [Config()] + [random_config(rng) for _ in range(20)]:
-    text = gin_utils.dump(config)
+    text = gin.dump(config)
     assert load(text) == config
     names = sum(len(dataclasses.fields(getattr(config, part.name))) for part in dataclasses.fields(Config))
     names += len(dataclasses.fields(config.model.moe)) - 1  # in the place of ModelConfig.moe
@@ -218,6 +217,6 @@ def test_dump_parses_back_to_the_same_config(load):
 
 
 def test_it_keeps_no_state_and_imports_neither_jax_nor_tensorflow():
-  code = ('import sys; from t5x_cpm import gin_utils; gin_utils.load(["gin/models/cpm2_11b.gin"]); import gin; '
+  code = ('import sys; from t5x_cpm.config import gin; gin.load(["gin/models/cpm2_11b.gin"]); import gin; '
           'assert not gin.config._CONFIG; print([m for m in ("jax", "tensorflow", "numpy", "flax") if m in sys.modules])')
   assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'

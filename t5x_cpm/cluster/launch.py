@@ -9,9 +9,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
-from t5x_cpm import watch
+from t5x_cpm.cluster.group import BEAT, Group, ProcessError, join
 from t5x_cpm.config import ProcessesConfig
-from t5x_cpm.watch import Group, ProcessError
 
 SECONDS_TO_CONNECT = 120  # JAX, once all have come; and to part at the end
 
@@ -115,7 +114,7 @@ def together(
   if place is None:
     yield Group()
     return
-  group = watch.join(place.count, place.index, place.address, config, settings)
+  group = join(place.count, place.index, place.address, config, settings)
   try:
     import jax
 
@@ -128,7 +127,7 @@ def together(
     yield group
   except BaseException as error:
     if type(error).__module__.startswith('jax'):  # a collective that failed: most likely because another process is gone,
-      time.sleep(3 * watch.BEAT)  # which `watch` then tells, and ends this one
+      time.sleep(3 * BEAT)  # which `watch` then tells, and ends this one
     group.fail(str(error) or type(error).__name__)
     try:
       code = tell(error)

@@ -17,10 +17,11 @@ import sys
 import tokenize
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config.fields import ConfigError, did_you_mean
+from t5x_cpm.config.run import Config
 
 try:
   from gin import config_parser
@@ -29,7 +30,7 @@ except ImportError as error:  # in a clone the folder gin/ is found in the place
       f'{sys.executable} has no gin-config: activate the environment of t5x_cpm (. .venv/bin/activate), or install its '
       'requirements.txt.') from error
 
-PACKAGE = pathlib.Path(__file__).parent / 'gin_files'
+PACKAGE = pathlib.Path(__file__).parent.parent / 'gin_files'
 SCOPES = ('train', 'eval')
 _KEY = re.compile(r'(?:(\w+)/)?([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?')
 # Class name -> path of its fields in Config ('train', 'model.moe'), and class name -> field -> type.
@@ -84,13 +85,6 @@ class _Delegate(config_parser.ParserDelegate):
 
   def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
     return _Reference(scoped_configurable_name)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """' Did you mean A or B?' for the known names closest to `name`, '' when none is close."""
-  lowered = {candidate.lower(): candidate for candidate in known}
-  near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
-  return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
 def find(path: str) -> Any:

@@ -1,35 +1,13 @@
-"""Text to ids and back: CPM-2, CPM-1 and plain SentencePiece vocabularies. Pure Python; libraries are loaded when used.
+"""CPM-1's vocabulary and plain SentencePiece. The library is loaded when a vocabulary is."""
 
-A vocabulary is named by a spec, KIND:FILE or KIND:FILE?option=value:
-
-  cpm2:vocab.txt             one piece a line; text is cut into words (`word_cut`), each word matched longest piece first
-  cpm1:chinese_vocab.model   words joined with spaces and given to SentencePiece
-  sentencepiece:spiece.model plain SentencePiece, as T5 and mT5 use it; ?extra_ids=100 sentinels
-
-CPM-2's published files come in two forms, told apart by their pieces. The Chinese one (no '##') folds full-width characters to
-half-width and keeps every space as a token. The bilingual one writes what continues a word that is not Chinese as '##piece',
-folds nothing, and leaves out a space between two tokens that are not Chinese. `tools/train_vocabulary.py` makes a third: the
-bilingual one with the 256 bytes as pieces, in which nothing is lost (see `Lossless`).
-
-Ids are those of the released code (CPM-2: tokenization_enc_dec.py of CPM-2-Finetune for Chinese, its _encn variant for the
-bilingual form), also where they lose something: a word of more than 200 characters is one `<unk>`, and in the bilingual form
-so is a character inside a word for which there is no '##' piece, such as the % of '5%'. `tools/tokenize_report.py` counts
-what a vocabulary loses. Left out on purpose: the bilingual encoder repeats the token of a text of one token.
-"""
-
-import difflib
 import itertools
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import word_cut
-from t5x_cpm.data.vocabulary_base import BLANK, MARKS, SPECIALS, UNMARKS, Vocabulary, no_options, read
-from t5x_cpm.data.vocabulary_cpm2 import Cpm2, Lossless
-
-__all__ = ['BLANK', 'Vocabulary', 'load', 'load_saved']
+from t5x_cpm.vocabularies import word_cut
+from t5x_cpm.vocabularies.base import MARKS, SPECIALS, UNMARKS, Vocabulary, no_options, read
 
 
 class Cpm1(Vocabulary):
@@ -133,39 +111,3 @@ def _sentencepiece(path: str) -> Any:
   except RuntimeError:
     raise ConfigError(f'{path} is not a SentencePiece model. Check TaskConfig.vocabulary.') from None
   return model
-
-
-_KINDS: dict[str, type[Vocabulary]] = {cls.kind: cls for cls in (Cpm2, Cpm1, SentencePiece)}
-
-
-def _make(kind: str, path: str, options: dict[str, str]) -> Vocabulary:
-  if kind == 'cpm2' and b'<0x00>' in read(path):
-    return Lossless(path, options)
-  return _KINDS[kind](path, options)
-
-
-def load(spec: str) -> Vocabulary:
-  """The vocabulary of a spec; see the head of this file.
-
-  Raises:
-    ConfigError: unknown kind, or a file that is missing or not of this kind.
-  """
-  kind, colon, rest = spec.partition(':')
-  if not colon or kind not in _KINDS:
-    near = difflib.get_close_matches(kind, _KINDS, n=1)
-    hint = f' Did you mean {near[0]}:?' if near else ''
-    raise ConfigError(f'TaskConfig.vocabulary = {spec!r}: expected {", ".join(f"{name}:FILE" for name in _KINDS)}.{hint}')
-  path, _, query = rest.partition('?')
-  options = dict(part.partition('=')[::2] for part in query.split('&') if part)
-  return _make(kind, path, options)
-
-
-def load_saved(directory: Any) -> Vocabulary:
-  """The vocabulary that `Vocabulary.save` wrote to a folder."""
-  from etils import epath
-
-  path = epath.Path(directory) / 'vocabulary.json'
-  if not path.exists():
-    raise ConfigError(f'{directory} holds no vocabulary (no vocabulary.json).')
-  saved = json.loads(path.read_text())
-  return _make(saved['kind'], str(epath.Path(directory) / saved['file']), saved['options'])

@@ -6,7 +6,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_cpm.data.vocabulary import Vocabulary
+from t5x_cpm.vocabularies import Vocabulary
 
 tf.config.set_visible_devices([], 'GPU')  # TensorFlow would take all of a GPU's memory, which belongs to JAX
 
@@ -15,7 +15,7 @@ class SeqioVocabulary(seqio.Vocabulary):
   """A seqio.Vocabulary of the same ids. Sentinels count as its extra ids only where they are the last ids, as in T5."""
 
   def __init__(self, vocabulary: Vocabulary):
-    """vocabulary: any of `t5x_cpm.data.vocabulary`."""
+    """vocabulary: any of `t5x_cpm.vocabularies`."""
     super().__init__(extra_ids=0)
     self.vocabulary = vocabulary
 

@@ -1,0 +1,176 @@
+"""The arrays of a checkpoint: how they are cut into chunks, and how they are read, whole or in part.
+
+Arrays of a stack of layers are stored one layer slice (one expert) per chunk, so that a checkpoint larger than memory can be
+streamed through.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from t5x_cpm.checkpoints import run_directory
+from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
+
+MAX_CHUNK_BYTES = 128 * 2**20  # of arrays that are not stacks of layers: embedding tables
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+  """Keeps Orbax's log out of the terminal: it prints each failure of a save with four tracebacks, and raises it as well."""
+  logger = logging.getLogger('absl')
+
+  def keep(record: logging.LogRecord) -> bool:
+    return 'orbax' not in record.pathname
+
+  logger.addFilter(keep)
+  try:
+    yield
+  finally:
+    logger.removeFilter(keep)
+
+
+def named(tree: Any) -> dict[str, Any]:
+  """'a/b/c' -> leaf."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def save_args(path: tuple[Any, ...], leaf: Any) -> Any:
+  """How one array is cut into chunks: a slice of one layer, or of one expert of one layer, is one chunk."""
+  import orbax.checkpoint as ocp
+
+  names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+  if 'experts' in names and leaf.ndim == 4:  # [layers, experts, in, out]
+    return ocp.SaveArgs(shard_axes=(0, 1))
+  if leaf.ndim > 1 and {'layers', 'routers', 'experts'} & set(names):
+    return ocp.SaveArgs(shard_axes=(0,))
+  if leaf.nbytes > MAX_CHUNK_BYTES:
+    return ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES)
+  return ocp.SaveArgs()
+
+
+def damaged(path: epath.Path, error: Exception) -> CheckpointError:
+  reason = str(error).split('\n')[0]
+  return CheckpointError(f'The checkpoint {path.parent} is damaged: {reason[:200]}. Move it away to use an earlier one.')
+
+
+def stored(path: epath.Path) -> dict[str, Any]:
+  """Name -> shape, dtype and storage of every array of a saved tree. Reads no array."""
+  import orbax.checkpoint as ocp
+
+  try:
+    return named(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+  except (OSError, ValueError) as error:
+    raise damaged(path, error) from error
+
+
+def read(path: epath.Path, abstract: Any) -> Any:
+  """The arrays of a tree of ShapeDtypeStruct with shardings; what else is stored there is not read."""
+  import orbax.checkpoint as ocp
+
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+  try:
+    with quiet_orbax():
+      return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+  except (OSError, ValueError) as error:
+    raise damaged(path, error) from error
+
+
+def compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: epath.Path, hint: str, *, dtypes: bool) -> None:
+  """Raises CheckpointError with up to five tensors whose presence, shape or (if asked) dtype differ."""
+  lines = []
+  for name in sorted(stored.keys() | wanted.keys(), key=lambda name: (not name.startswith('params/'), name)):
+    if name not in stored:
+      lines.append(f'{name}: not in the checkpoint')
+    elif name not in wanted:
+      lines.append(f'{name}: in the checkpoint, but not in the model')
+    elif tuple(stored[name].shape) != tuple(wanted[name].shape):
+      lines.append(f'{name}: {list(stored[name].shape)} in the checkpoint, {list(wanted[name].shape)} in the model')
+    elif dtypes and stored[name].dtype != wanted[name].dtype:
+      lines.append(f'{name}: {stored[name].dtype} in the checkpoint, {wanted[name].dtype} in the model')
+  if lines:
+    more = [f'and {len(lines) - 5} more'] if len(lines) > 5 else []
+    raise CheckpointError(f'The checkpoint {path.parent} does not fit:\n  ' + '\n  '.join(lines[:5] + more) + f'\n{hint}')
+
+
+def _renamed(names: list[str], rename: Mapping[str, str | None], path: epath.Path) -> dict[str, str]:
+  """Stored name -> new name, by the longest prefix that `rename` has; names renamed to None are left out."""
+  result, used = {}, set()
+  for name in names:
+    prefixes = [old for old in rename if name == old or name.startswith(old + '/')]
+    used.update(prefixes)
+    old = max(prefixes, key=len, default=None)
+    if old is None:
+      result[name] = name
+      continue
+    new = rename[old]
+    if new is not None:
+      result[name] = new + name[len(old):]
+  for old in rename:
+    if old not in used:
+      raise CheckpointError(
+          f'rename: the checkpoint {path.parent} has no parameter {old!r}. It has {", ".join(names[:8])}, ...')
+  if len(set(result.values())) < len(result):
+    raise CheckpointError(f'rename = {dict(rename)} gives two parameters of the checkpoint {path.parent} one name.')
+  return result
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def load_params(
+    model_dir: Any, *, step: int | None = None, into: Any = None, rename: Mapping[str, str | None] | None = None,
+    shardings: Any = None) -> Any:
+  """The parameters of a checkpoint alone: no optimizer state is read.
+
+  Args:
+    model_dir: of the run.
+    step: default: the last checkpoint.
+    into: tree of shapes and dtypes that the parameters must fit (they are converted to its dtypes). None: as stored.
+    rename: {'old/path': 'new/path'}, of parameters or whole subtrees; {'old/path': None} leaves it out. A parameter that
+      is in the checkpoint and not in `into` is an error unless it is left out so.
+    shardings: tree like the result, or one sharding for all. None: those of `into`, else the first device.
+
+  Returns:
+    A nested dict of arrays.
+
+  Raises:
+    CheckpointError: no such checkpoint, or a parameter that is missing, left over or of another shape, by name.
+  """
+  model_dir = resolve(model_dir)
+  step = run_directory.choose(model_dir, step)
+  run_directory.read_meta(model_dir, step)  # refuses a format of the future
+  path = model_dir / 'checkpoints' / str(step) / 'state'
+  prefix = 'params/'
+  saved = {name[len(prefix):]: leaf for name, leaf in stored(path).items() if name.startswith(prefix)}
+  new_names = _renamed(list(saved), rename or {}, path)
+  renamed = {new: saved[old] for old, new in new_names.items()}
+  wanted = renamed if into is None else named(into)
+  hint = 'Set ModelConfig as it was, or give `rename` (with None for what is to be left out).'
+  compare(renamed, wanted, path, hint, dtypes=False)
+
+  one_sharding = shardings is None or isinstance(shardings, jax.sharding.Sharding)
+  given = dict.fromkeys(wanted, shardings) if one_sharding else named(shardings)
+  default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = {}
+  for old, new in new_names.items():
+    sharding = given[new] or (getattr(wanted[new], 'sharding', None) if into is not None else None) or default
+    abstract[old] = jax.ShapeDtypeStruct(saved[old].shape, wanted[new].dtype, sharding=sharding)
+  loaded = named(read(path, {'params': _nested(abstract)})['params'])
+  params = {new: loaded[old] for old, new in new_names.items()}
+  if into is None:
+    return _nested(params)
+  return jax.tree.unflatten(jax.tree.structure(into), [params[name] for name in wanted])

@@ -1,0 +1,203 @@
+"""The checkpoints of a run: written in the background by Orbax, restored bit for bit on any mesh."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from t5x_cpm.checkpoints import arrays, run_directory
+from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
+from t5x_cpm.config import CheckpointConfig, Config
+
+DELETED = '.deleted'  # folder of checkpoints on their way out
+
+
+class _Keep:
+  """Which checkpoints stay: the newest `keep`, and the best `keep_best` of those that have the metric."""
+
+  def __init__(self, config: CheckpointConfig):
+    self.config = config
+
+  def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+    config, count = self.config, len(checkpoints)
+    newest = set(range(count - config.keep, count)) if config.keep else set(range(count))
+    sign = 1 if config.best_mode == 'min' else -1
+    scores = {}
+    for index, checkpoint in enumerate(checkpoints):
+      value = (checkpoint.metrics or {}).get(config.best_metric, math.nan)
+      if math.isfinite(value):
+        scores[index] = sign * value
+    best = sorted(scores, key=lambda index: scores[index])[:config.keep_best]
+    return [index in newest or index in best for index in range(count)]
+
+
+class Manager:
+  """Writes and restores the checkpoints of one run.
+
+  Every process of the run makes one and calls it in the same order. As a context manager it closes itself; a save in
+  progress is completed also when an exception leaves the block.
+  """
+
+  def __init__(self, model_dir: Any, config: Config, *, info: dict[str, Any]):
+    """Makes model_dir usable, or says why it is not, before anything in it is changed.
+
+    Args:
+      model_dir: made if it does not exist.
+      config: compared field by field with that of the last checkpoint.
+      info: JSON tree of what else must not change between starts: fingerprints of the vocabulary and of the data.
+
+    Raises:
+      CheckpointError: the directory cannot be written, belongs to something else, or holds a run of another identity.
+    """
+    import orbax.checkpoint as ocp
+
+    self.model_dir = resolve(model_dir)
+    self.config = config
+    self._primary = jax.process_index() == 0
+    self._meta = run_directory.describe(config, info)
+    self._failed = False
+    with contextlib.ExitStack() as claim:
+      if self._primary:
+        claim.enter_context(run_directory.claim(self.model_dir))
+      _wait_for_all('claimed')
+      run_directory.check_identity(self.model_dir, config, info)
+      _wait_for_all('checked')
+      if self._primary:
+        self._clear_partial()
+        text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
+        run_directory.write_atomically(self.model_dir / 'config.json', text.encode())
+      _wait_for_all('ready')
+      if not (self.model_dir / 'config.json').exists():
+        raise CheckpointError(
+            f'--model_dir={self.model_dir}: process {jax.process_index()} does not see what process 0 has written there. Give '
+            'a directory that all hosts share, or a bucket.')
+      with arrays.quiet_orbax():
+        self._orbax = ocp.CheckpointManager(
+            self.model_dir / 'checkpoints',
+            options=ocp.CheckpointManagerOptions(
+                # _Keep ranks by the metric; without a best_fn Orbax would not store it.
+                best_fn=lambda metrics: metrics.get(config.checkpoint.best_metric, math.nan),
+                preservation_policy=_Keep(config.checkpoint),
+                # A directory that a kill left half deleted would look complete, so it is renamed first.
+                todelete_subdir=DELETED))
+      self._claim = claim.pop_all()
+
+  def _clear_partial(self) -> None:
+    """Says which half-written checkpoints a killed run left, and puts them where no one looks."""
+    for path in run_directory.scan(self.model_dir)[1]:
+      print(f'Ignoring a half-written checkpoint, left by a run that was stopped: {path}', file=sys.stderr, flush=True)
+      if path.name.isdigit():  # copied in part, perhaps by hand: kept, under another name
+        path.rename(path.parent / f'incomplete-{path.name}')
+      else:
+        path.rmtree()
+    self._purge()
+
+  def _purge(self) -> None:
+    deleted = self.model_dir / 'checkpoints' / DELETED
+    if self._primary and deleted.exists():
+      deleted.rmtree()
+
+  def latest_step(self) -> int | None:
+    """The step of the last complete checkpoint."""
+    steps, _ = run_directory.scan(self.model_dir)
+    return steps[-1] if steps else None
+
+  def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+    """Starts writing a checkpoint; returns when the state has been copied, so that it may be donated or changed.
+
+    Waits for the previous save first. Does nothing if this step is saved already.
+
+    Args:
+      step: updates done.
+      state: tree of arrays.
+      metrics: by name, for CheckpointConfig.keep_best and for who reads the checkpoint.
+
+    Raises:
+      CheckpointError: the previous save failed, or this one failed at once.
+    """
+    import orbax.checkpoint as ocp
+
+    self.wait()
+    if step in run_directory.scan(self.model_dir)[0]:
+      return
+    values = {name: float(value) for name, value in (metrics or {}).items()}
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state, save_args=jax.tree_util.tree_map_with_path(arrays.save_args, state)),
+        meta=ocp.args.JsonSave(self._meta | {'step': step, 'metrics': values}))
+    with self._one_error():
+      self._orbax.save(step, args=args, metrics=values, force=True)
+
+  @contextlib.contextmanager
+  def _one_error(self) -> Iterator[None]:
+    """Turns any failure of a save into one message, and frees what the save had written."""
+    try:
+      with arrays.quiet_orbax():
+        yield
+    except Exception as error:
+      self._failed = True
+      if self._primary:
+        for path in run_directory.scan(self.model_dir)[1]:
+          with contextlib.suppress(OSError):
+            path.rmtree()
+      full = 'No space left' in str(error)
+      reason = 'no space left on the device' if full else str(error).split('\n')[0] or type(error).__name__
+      last = self.latest_step()
+      intact = 'There is no earlier checkpoint.' if last is None else f'Those up to step {last} are intact.'
+      advice = 'Make room, or lower CheckpointConfig.keep, and start' if full else 'Start'
+      raise CheckpointError(
+          f'Writing a checkpoint to {self.model_dir / "checkpoints"} failed: {reason}. {intact} {advice} the same command '
+          'again to continue.') from error
+
+  def wait(self) -> None:
+    """Returns when the save in progress is complete; raises CheckpointError if it failed."""
+    with self._one_error():
+      self._orbax.wait_until_finished()
+    self._purge()
+
+  def close(self) -> None:
+    """Waits, and releases the threads. Raises CheckpointError if the last save failed and that was not raised yet."""
+    try:
+      if not self._failed:
+        self.wait()
+    finally:
+      with arrays.quiet_orbax():
+        self._orbax.close()
+      self._claim.close()
+
+  def __enter__(self) -> 'Manager':
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    try:
+      self.close()
+    except CheckpointError as own:
+      if error is None:
+        raise
+      print(own, file=sys.stderr, flush=True)  # beside the error that is on its way, not instead of it
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> Any:
+    """The state of a checkpoint, bit for bit, on the given shardings.
+
+    Args:
+      abstract_state: tree of jax.ShapeDtypeStruct with shardings, such as Step.abstract_state.
+      step: default: the last.
+
+    Raises:
+      CheckpointError: no such checkpoint, it is damaged, or a tensor is missing, left over, or of another shape or dtype.
+    """
+    step = run_directory.choose(self.model_dir, step)
+    path = self.model_dir / 'checkpoints' / str(step) / 'state'
+    hint = 'It was written with another model or optimizer: set ModelConfig and OptimizerConfig as they were.'
+    arrays.compare(arrays.stored(path), arrays.named(abstract_state), path, hint, dtypes=True)
+    return arrays.read(path, abstract_state)
+
+
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(f't5x_cpm.checkpoint.{name}')

@@ -1,0 +1,30 @@
+"""The configuration of a run: frozen dataclasses that gin sets field by field, or Python builds.
+
+`model` and `run` hold the classes, `fields` what they are written with, `gin` reads files and flags. Every class checks its own
+values in `validate()`. Nothing here imports JAX or TensorFlow, so that a bad configuration is refused before any device work.
+"""
+
+from t5x_cpm.config.fields import ConfigError
+from t5x_cpm.config.model import ModelConfig, MoEConfig
+from t5x_cpm.config.run import (
+    CheckpointConfig,
+    Config,
+    DecodeConfig,
+    EvalConfig,
+    InferConfig,
+    LocalTaskConfig,
+    MeshConfig,
+    MetricsConfig,
+    OptimizerConfig,
+    ProcessesConfig,
+    TaskConfig,
+    TrainConfig,
+    from_dict,
+    identity_differences,
+    to_dict,
+)
+
+__all__ = [
+    'CheckpointConfig', 'Config', 'ConfigError', 'DecodeConfig', 'EvalConfig', 'InferConfig', 'LocalTaskConfig', 'MeshConfig',
+    'MetricsConfig', 'ModelConfig', 'MoEConfig', 'OptimizerConfig', 'ProcessesConfig', 'TaskConfig', 'TrainConfig', 'from_dict',
+    'identity_differences', 'to_dict']

@@ -1,0 +1,37 @@
+"""What configuration classes are written with: declared fields, checks of values, and hints for misspelt names."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A configuration value that cannot work. The message says what was given, what is expected and what to set."""
+
+
+def free(default: Any) -> Any:
+  """Declares a field that may differ when a run is resumed."""
+  return dataclasses.field(default=default, metadata={'free': True})
+
+
+def choice(owner: object, field: str, allowed: tuple[str, ...]) -> None:
+  """Raises ConfigError unless the field holds one of the allowed names."""
+  value = getattr(owner, field)
+  if value not in allowed:
+    raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected one of {", ".join(map(repr, allowed))}.')
+
+
+def in_range(owner: object, field: str, low: float, high: float = float('inf')) -> None:
+  """Raises ConfigError unless low <= value <= high."""
+  value = getattr(owner, field)
+  if not low <= value <= high:
+    expected = f'at least {low}' if high == float('inf') else f'between {low} and {high}'
+    raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected a number {expected}.')
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """' Did you mean A or B?' for the known names closest to `name`, '' when none is close."""
+  lowered = {candidate.lower(): candidate for candidate in known}
+  near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
+  return f' Did you mean {" or ".join(near)}?' if near else ''
