@@ -5,7 +5,6 @@ import time
 import jax
 import pytest
 
-from t5x_cpm import gin_utils
 from t5x_cpm.config import Config, ModelConfig, identity_differences
 from t5x_cpm.models import encoder_decoder
 
@@ -18,7 +17,7 @@ PUBLISHED = {
     'mt5_small': 300_176_768, 'mt5_base': 582_401_280, 'mt5_large': 1_229_581_312, 'mt5_xl': 3_742_619_648,
     'mt5_xxl': 12_921_057_280, 'switch_base_8': 619_339_008, 'cpm2_moe_198b': 198_537_883_648,
 }
-MODELS = gin_utils.shipped_files('models')
+MODELS = gin.shipped_files('models')
 
 
 def closed_form(c: ModelConfig) -> int:
@@ -36,7 +35,7 @@ def closed_form(c: ModelConfig) -> int:
 
 
 def model_config(name: str) -> ModelConfig:
-  return gin_utils.load([f'gin/models/{name}.gin']).model
+  return gin.load([f'gin/models/{name}.gin']).model
 
 
 def test_every_published_size_is_there():
@@ -49,7 +48,7 @@ def test_parameter_counts(name):
   count = closed_form(config)
   if name in PUBLISHED:
     assert count == PUBLISHED[name]
-  assert f'{count:,} parameters' in gin_utils.summary('models', name)  # what --help says
+  assert f'{count:,} parameters' in gin.summary('models', name)  # what --help says
   assert config.initializer == ('cpm2' if name.startswith('cpm2') and 'tiny' not in name and 'small' not in name else 't5')
 
 
@@ -69,24 +68,24 @@ def test_sizes_for_small_machines():
   assert 55e6 <= closed_form(model_config('cpm2_small')) <= 65e6
 
 
-@pytest.mark.parametrize('name', gin_utils.shipped_files('runs'))
+@pytest.mark.parametrize('name', gin.shipped_files('runs'))
 def test_runs_load_with_any_model_in_any_order(name):
   run, model = f'gin/runs/{name}.gin', 'gin/models/cpm2_tiny.gin'
-  config = gin_utils.load([run, model], scope='train')
-  assert config == gin_utils.load([model, run], scope='train')
+  config = gin.load([run, model], scope='train')
+  assert config == gin.load([model, run], scope='train')
   assert config != Config()
-  assert gin_utils.summary('runs', name)
+  assert gin.summary('runs', name)
 
 
-@pytest.mark.parametrize('name', gin_utils.shipped_files('mesh'))
+@pytest.mark.parametrize('name', gin.shipped_files('mesh'))
 def test_mesh_files_bind_what_does_not_change_a_run(name):
-  config, plain = (gin_utils.load(files, ['TrainConfig.batch_size=2048']) for files in ([f'gin/mesh/{name}.gin'], []))
+  config, plain = (gin.load(files, ['TrainConfig.batch_size=2048']) for files in ([f'gin/mesh/{name}.gin'], []))
   assert config.mesh != plain.mesh and not identity_differences(plain, config)
-  assert gin_utils.summary('mesh', name)
+  assert gin.summary('mesh', name)
 
 
 def test_flags_of_the_documented_commands():
-  config = gin_utils.load(
+  config = gin.load(
       ['gin/runs/pretrain.gin', 'gin/models/cpm2_tiny.gin'],
       ['TrainConfig.steps=200', 'CheckpointConfig.every=10', 'MetricsConfig.every=1', 'TaskConfig.name=local',
        'LocalTaskConfig.files=text/*.txt'])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_cpm.config import ROUTERS, ConfigError, ModelConfig, MoEConfig, gin
+from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig, gin
+from t5x_cpm.config.model import ROUTERS
 from t5x_cpm.models import encoder_decoder, routing
 from t5x_cpm.models.routing import RouteContext
 

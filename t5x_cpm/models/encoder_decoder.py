@@ -21,6 +21,7 @@ from t5x_cpm.models import routing as routing_lib
 from t5x_cpm.models.attention import Cache, additive_mask, segment_mask
 from t5x_cpm.models.block import Block, Context
 from t5x_cpm.models.layers import MLP, Embedding, RelativeBias, RMSNorm, at_least_float32, compute_dtype, dropout, normal
+from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.models.routing import Router, Routing
 
 Params = dict[str, Any]
@@ -131,10 +132,23 @@ class Model:
     """fn of every parameter's variable, as a tree like the parameters."""
     return nnx.to_pure_dict(jax.tree.map(fn, self._abstract_state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
 
+  def leaves(self) -> Params:
+    """The description of every parameter: a tree of Leaf like that of the parameters; takes no memory."""
+    update = {nnx.Param: 'gradient', routing_lib.Frozen: 'fixed', routing_lib.State: 'rule'}
+
+    def describe(path: Any, variable: nnx.Variable) -> Leaf:
+      names = tuple(str(key.key) for key in path)
+      value, stack = variable.get_value(), next((name for name in STACKS if any(part.startswith(name) for part in names[:2])), '')
+      return Leaf('/'.join(names), value.shape, value.dtype, variable.get_metadata('out_sharding'), stack,
+                  update[type(variable)], variable.get_metadata('decays', True))
+
+    return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(
+        describe, self._abstract_state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+
   def labels(self) -> Params:
     """'train', 'frozen' or 'state' (changed by `advance`) for every parameter: gradients and the optimizer see only 'train'."""
-    label = {nnx.Param: 'train', routing_lib.Frozen: 'frozen', routing_lib.State: 'state'}
-    return self._of_variables(lambda variable: label[type(variable)])
+    label = {'gradient': 'train', 'fixed': 'frozen', 'rule': 'state'}
+    return jax.tree.map(lambda leaf: label[leaf.update], self.leaves())
 
   def num_parameters(self) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()[0]))

@@ -40,10 +40,11 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, names: tuple[str | None, ...], config: ModelConfig) -> nnx.Param:
-  """A parameter drawn from N(0, std), with its logical axis names."""
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, names: tuple[str | None, ...], config: ModelConfig,
+           decays: bool = True) -> nnx.Param:
+  """A parameter drawn from N(0, std), with its logical axis names and whether weight decay applies to it."""
   value = std * jax.random.normal(rngs.params(), shape, jnp.dtype(config.param_dtype))
-  return nnx.Param(value, out_sharding=names)
+  return nnx.Param(value, out_sharding=names, decays=decays)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -59,7 +60,7 @@ class RMSNorm(nnx.Module):
 
   def __init__(self, config: ModelConfig):
     self.epsilon = config.norm_epsilon
-    self.scale = nnx.Param(jnp.ones(config.d_model, jnp.dtype(config.param_dtype)), out_sharding=('embed',))
+    self.scale = nnx.Param(jnp.ones(config.d_model, jnp.dtype(config.param_dtype)), out_sharding=('embed',), decays=False)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     wide = x.astype(at_least_float32(x.dtype))
@@ -141,7 +142,7 @@ class RelativeBias(nnx.Module):
     self.bidirectional = bidirectional
     self.num_buckets, self.max_distance = config.num_buckets, config.max_distance
     std = 1.0 if config.initializer == 'cpm2' else config.d_model**-0.5
-    self.table = normal(rngs, (config.num_buckets, config.num_heads), std, ('buckets', None), config)
+    self.table = normal(rngs, (config.num_buckets, config.num_heads), std, ('buckets', None), config, decays=False)
 
   def _of_distance(self, distance: Any) -> jax.Array:
     return relative_position_bucket(
