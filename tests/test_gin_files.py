@@ -5,7 +5,7 @@ import time
 import jax
 import pytest
 
-from t5x_cpm.config import Config, ModelConfig, identity_differences
+from t5x_cpm.config import Config, ModelConfig, gin, identity_differences
 from t5x_cpm.models import encoder_decoder
 
 # Published: Zhang et al. 2021 for CPM-2 (198 billion with experts); the T5 1.1, mT5 and Switch checkpoints (transformers'

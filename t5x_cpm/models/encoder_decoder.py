@@ -138,7 +138,8 @@ class Model:
 
     def describe(path: Any, variable: nnx.Variable) -> Leaf:
       names = tuple(str(key.key) for key in path)
-      value, stack = variable.get_value(), next((name for name in STACKS if any(part.startswith(name) for part in names[:2])), '')
+      stack = next((name for name in STACKS if any(part.startswith(name) for part in names[:2])), '')
+      value = variable.get_value()
       return Leaf('/'.join(names), value.shape, value.dtype, variable.get_metadata('out_sharding'), stack,
                   update[type(variable)], variable.get_metadata('decays', True))
 
