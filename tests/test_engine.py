@@ -27,9 +27,9 @@ def everything(model_dir: pathlib.Path, mesh: MeshConfig) -> dict:
   config = dataclasses.replace(run_directory.read_run(model_dir).config, mesh=mesh)
   engine = inference.load(model_dir, config=config)
   streamed = [list(engine.stream(TEXTS[0], rule=rule, seed=7)) for rule in ('greedy', 'sample')]
-  kernels = jax.tree.leaves(engine.params['experts'])
+  kernels = jax.tree.leaves(engine.program.params['experts'])
   return {
-      'devices': engine.mesh.size,
+      'devices': engine.program.functions.mesh.size,
       'split': sorted({kernel.sharding.shard_shape(kernel.shape) != kernel.shape for kernel in kernels}),
       'exact': [engine.generate(TEXTS), engine.generate(TEXTS, rule='beam', beam_size=3),
                 engine.generate(TEXTS, rule='sample', seed=3), streamed, engine.choose(['一<span>'], [['丁', 'ab丂', '万']])],

@@ -30,7 +30,7 @@ def route(c, seed=0, train=True, u_GTD=None, key=0, **context):
   kind = c.moe.router
   ctx = RouteContext(
       valid_GT=jnp.ones(u_GTD.shape[:2], bool), ids_GT=jnp.asarray(rng.integers(0, 50, u_GTD.shape[:2])),
-      domain_GT=jnp.asarray(rng.integers(0, E, u_GTD.shape[:2])), key=jax.random.key(key) if train else None)
+      row={'domain': jnp.asarray(rng.integers(0, E, u_GTD.shape[:2]))}, key=jax.random.key(key) if train else None)
   ctx = dataclasses.replace(ctx, **context)
   params = routing.Router(c, kind, nnx.Rngs(params=seed)) if routing.has_parameters(kind) else None
   return jax.jit(lambda u, ctx_args: routing.ROUTERS[kind](c.moe, params, u, ctx), static_argnums=1)(u_GTD, None), params, ctx
@@ -147,10 +147,10 @@ def random_projection():
 
 def domain():
   labels = jnp.asarray([[1] * T, [3] * T])
-  result, _, _ = route(config('domain'), domain_GT=labels)
+  result, _, _ = route(config('domain'), row={'domain': labels})
   np.testing.assert_array_equal(result.expert_GTK[..., 0], labels)
   with pytest.raises(ConfigError, match='feature `domain`'):
-    route(config('domain'), domain_GT=None)
+    route(config('domain'), row={})
 
 
 def loss_free():
@@ -247,7 +247,7 @@ def test_decoding_by_steps_equals_teacher_forcing(router, every, loop):
   a = batch(T=6)
   want = jax.jit(lambda batch: model.apply(params, batch)[0])(a)
   prepared = model.prepare(params)
-  cache, _ = jax.jit(model.start, static_argnums=2)(prepared, a, 6)
+  cache = jax.jit(model.start, static_argnums=2)(prepared, a, 6)
   step = jax.jit(model.step)
   for position in range(6):
     logits, cache = step(prepared, cache, a['decoder_input_tokens'][:, position:position + 1], jnp.full((4, 1), position))

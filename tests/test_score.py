@@ -23,7 +23,7 @@ def plain_score(engine, input_ids, target_ids):
   batch = {'encoder_input_tokens': np.array([input_ids]), 'encoder_segment_ids': np.ones((1, len(input_ids)), np.int32),
            'decoder_input_tokens': np.array([[engine.vocabulary.bos_id, *target_ids[:-1]]]),
            'decoder_segment_ids': np.ones((1, len(target_ids)), np.int32)}
-  logits = np.asarray(jax.jit(engine.model.apply)(engine.params, batch)[0][0], np.float64)
+  logits = np.asarray(jax.jit(engine.program.functions.model.apply)(engine.program.params, batch)[0][0], np.float64)
   total = 0.0
   for position, token in enumerate(target_ids):
     row = logits[position]

@@ -28,7 +28,7 @@ class Context:
   key: jax.Array | None = None  # of this layer; None outside training
   ids: Any = None  # [B, T] token ids, for routers
   valid: Any = None  # [B, T] False at padding
-  domain: Any = None  # [B, T] label of each token's row; None where the batch has none
+  row: dict[str, Any] = dataclasses.field(default_factory=dict)  # config.row_features of each token's row, [B, T]
 
   @property
   def expert_dropout_rate(self) -> float:
@@ -90,7 +90,8 @@ class Block(nnx.Module):
     def grouped(x: Any) -> Any:
       return None if x is None else moe.to_groups(x, size)
 
-    context = RouteContext(grouped(ctx.valid), grouped(ctx.ids), grouped(ctx.domain), ctx.key_of(6))
+    row = {name: grouped(value) for name, value in ctx.row.items()}
+    context = RouteContext(grouped(ctx.valid), grouped(ctx.ids), row, ctx.key_of(6))
     router = self.router if routing_lib.has_parameters(self.kind) else None
     return u_BTD, routing_lib.ROUTERS[self.kind](self.moe, router, grouped(u_BTD), context)
 

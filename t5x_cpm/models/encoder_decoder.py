@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_cpm.config import ConfigError, ModelConfig
+from t5x_cpm.config.row_features import ROW_FEATURES
 from t5x_cpm.mesh import shard
 from t5x_cpm.models import moe, stack
 from t5x_cpm.models import routing as routing_lib
@@ -30,6 +31,11 @@ Batch = dict[str, Any]
 
 STACKS = ('encoder', 'decoder')
 CACHE_AXES = ('batch', 'heads', None, None)  # of one layer's keys and values
+
+
+def _row(batch: Batch) -> dict[str, jax.Array]:
+  """What the rows of a batch carry beside tokens, [B] by name."""
+  return {name: batch[name] for name in ROW_FEATURES if name in batch}
 
 
 def _stacked(count: int, name: str, make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
@@ -270,22 +276,23 @@ class Model:
     ctx = Context(
         self_bias=self._bias_of('encoder', params).sequence(S, S, wide),
         self_mask=additive_mask(segment_mask(segments, segments), wide),
-        **self._of_layers(key, tokens, segments != 0, batch.get('domain')))
+        **self._of_layers(key, tokens, segments != 0, _row(batch)))
     x_BSD, _, about = self._run('encoder', params, self._embed(params, tokens, ctx), ctx)
     return x_BSD, about
 
-  def _of_layers(self, key: Any, ids: jax.Array, valid: jax.Array, domain: Any) -> dict[str, Any]:
+  def _of_layers(self, key: Any, ids: jax.Array, valid: jax.Array, row: dict[str, jax.Array]) -> dict[str, Any]:
     """Fields of Context that dropout and routers read."""
     return {'key': key, 'dropout_rate': self.config.dropout_rate, 'expert_dropout': self.config.moe.expert_dropout,
-            'ids': ids, 'valid': valid, 'domain': None if domain is None else jnp.broadcast_to(domain[:, None], ids.shape)}
+            'ids': ids, 'valid': valid,
+            'row': {name: jnp.broadcast_to(value[:, None], ids.shape) for name, value in row.items()}}
 
   def apply(self, params: Params, batch: Batch, *, key: jax.Array | None = None) -> tuple[jax.Array, dict, dict, dict]:
     """One pass with all targets known.
 
     Args:
       params: as from `init` or `prepare`.
-      batch: encoder_input_tokens, encoder_segment_ids [B, S], decoder_input_tokens, decoder_segment_ids [B, T]; domain [B],
-        for router 'domain'.
+      batch: encoder_input_tokens, encoder_segment_ids [B, S], decoder_input_tokens, decoder_segment_ids [B, T]; and
+        [B] what config.row_features names of a row.
       key: of dropout and routers; None outside training.
 
     Returns:
@@ -301,7 +308,7 @@ class Model:
         self_bias=self._bias_of('decoder', params).sequence(T, T, wide),
         self_mask=additive_mask(segment_mask(segments, segments, causal=True), wide),
         cross_mask=additive_mask(segment_mask(segments, batch['encoder_segment_ids']), wide),
-        encoded=encoded, **self._of_layers(keys[1], tokens, segments != 0, batch.get('domain')))
+        encoded=encoded, **self._of_layers(keys[1], tokens, segments != 0, _row(batch)))
     x_BTD, _, about_decoder = self._run('decoder', params, self._embed(params, tokens, ctx), ctx)
     abouts = {name: about for name, about in zip(STACKS, (about_encoder, about_decoder)) if about}
     losses: dict[str, jax.Array] = {}
@@ -326,12 +333,8 @@ class Model:
 
   # Decoding protocol.
 
-  def start(self, params: Params, batch: Batch, max_len: int) -> tuple[Cache, jax.Array]:
-    """Encodes the batch and makes the cache of up to max_len decoder tokens.
-
-    Returns:
-      The cache, leaves [L, B, ...], and the tokens [B, 0] that the decoder must consume first: none here.
-    """
+  def start(self, params: Params, batch: Batch, max_len: int) -> Cache:
+    """Encodes the batch and makes the cache of up to max_len decoder tokens; its leaves are [L, B, ...] or [1, B, ...]."""
     encoded = self.encode(params, batch)
     B, S, _ = encoded.shape
     segments = batch.get('encoder_segment_ids')
@@ -344,21 +347,18 @@ class Model:
       return {'self_key': empty, 'self_value': empty, 'cross_key': keys, 'cross_value': values}
 
     layers = stack.each(layer_cache, params['decoder']['layers'])
-    cache = {'layers': layers, 'encoder_valid': valid[None]}
-    if 'domain' in batch:
-      cache['domain'] = batch['domain'][None]
-    return cache, jnp.zeros((B, 0), jnp.int32)
+    return {'layers': layers, 'encoder_valid': valid[None], 'row': {name: value[None] for name, value in _row(batch).items()}}
 
   def step(self, params: Params, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Cache]:
     """Consumes tokens at the given positions of each row and returns the logits [B, T, V] after each of them."""
     wide = at_least_float32(compute_dtype(self.config))
     max_len = stack.first(cache['layers'])['self_key'].shape[2]
-    domain = cache['domain'][0] if 'domain' in cache else None
+    row = {name: value[0] for name, value in cache['row'].items()}
     ctx = Context(
         self_bias=self._bias_of('decoder', params).at(positions_BT, max_len, wide),
         self_mask=additive_mask(jnp.arange(max_len) <= positions_BT[:, None, :, None], wide),
         cross_mask=additive_mask(cache['encoder_valid'][0][:, None, None, :], wide),
-        positions=positions_BT, **self._of_layers(None, tokens_BT, jnp.ones(tokens_BT.shape, bool), domain))
+        positions=positions_BT, **self._of_layers(None, tokens_BT, jnp.ones(tokens_BT.shape, bool), row))
     x_BTD, layers, _ = self._run('decoder', params, self._embed(params, tokens_BT, ctx), ctx, cache['layers'])
     old = cache['layers']
     layers = tuple(a | b for a, b in zip(old, layers, strict=True)) if isinstance(old, tuple) else old | layers

@@ -36,13 +36,13 @@ class RouteContext:
   Attributes:
     valid_GT: False at padding, which is never routed.
     ids_GT: token ids.
-    domain_GT: the label of each token's row; None where the batch has none.
+    row: config.row_features of each token's row, [G, T] by name; those that the batch has.
     key: for random draws; None outside training.
   """
 
   valid_GT: jax.Array
   ids_GT: jax.Array
-  domain_GT: jax.Array | None = None
+  row: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   key: jax.Array | None = None
 
   @property
@@ -285,10 +285,10 @@ def hashed(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) 
 def domain(config: MoEConfig, params: Any, u_GTD: jax.Array, ctx: RouteContext) -> Routing:
   """DEMix: one expert for each domain, by the label of the row; weight 1."""
   del params
-  if ctx.domain_GT is None:
+  if 'domain' not in ctx.row:
     raise ConfigError(
         "MoEConfig.router = 'domain' needs the domain of every row: the feature `domain` [B] in the batch.")
-  return _routing(config, 'domain', ctx.domain_GT[..., None], _ones(u_GTD), ctx)
+  return _routing(config, 'domain', ctx.row['domain'][..., None], _ones(u_GTD), ctx)
 
 
 def _ones(u_GTD: jax.Array) -> jax.Array:
