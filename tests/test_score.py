@@ -55,6 +55,21 @@ def test_the_score_of_a_generated_answer_is_what_generation_says(engine):
     engine.score(texts, ['a'])
 
 
+def test_a_prefix_is_given_and_not_scored(engine):
+  """By the chain rule, for prefixes of two lengths in one batch."""
+  request, ids = engine.codec.request('一<span>丁'), engine.vocabulary.encode('丁七')
+  longer = request._replace(prefix=(*request.prefix, *ids))
+  target = engine.codec.targets(request, '一')
+  (alone, given), counts = engine.score_ids([request, longer], [target, target])
+  (whole, before), _ = engine.score_ids([request, request], [ids + target, ids])
+  assert counts == [len(target)] * 2
+  assert given == pytest.approx(whole - before, rel=1e-4) and given != pytest.approx(alone, rel=1e-2)
+  answers = engine.answer_requests([request, longer], engine.decode_config())
+  assert answers[0].ids == engine.answers([request.text], engine.decode_config())[0].ids
+  scores, _ = engine.score_ids([request, longer], [answer.ids for answer in answers])
+  assert scores == pytest.approx([answer.score for answer in answers], rel=1e-3)
+
+
 @pytest.mark.parametrize('target', ['<s_0>七<s_1>', ['七', '丁<s_1>'], '<extra_id_0>七'])
 def test_a_target_with_sentinels_is_refused(engine, target):
   line = '一<span>丁' if isinstance(target, str) else '一<span>丁<span>'
