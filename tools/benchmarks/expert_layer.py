@@ -1,4 +1,7 @@
-"""One layer of experts, part by part and by the number of experts: what `tools/benchmark.py moe` prints at its end."""
+"""One dropless layer of experts: the time of its parts, and how it grows with the number of experts; no program of its own.
+
+`against_pytorch.py moe` prints it at its end. There is no peer here; figures are medians of runs that take turns.
+"""
 
 import dataclasses
 import os
@@ -18,7 +21,7 @@ Program = Callable[[], Any]
 
 
 def _alternating(programs: dict[Any, Program], repeats: int) -> dict[Any, float]:
-  """Median seconds of each; they take turns, so that what else the machine does hits all."""
+  """Median seconds of each program. They take turns, so that what else the machine does hits all of them."""
   seconds: dict[Any, list[float]] = {name: [] for name in programs}
   for turn in range(repeats + 1):
     for name, program in programs.items():
@@ -30,14 +33,14 @@ def _alternating(programs: dict[Any, Program], repeats: int) -> dict[Any, float]
 
 
 class Layer(NamedTuple):
-  """The parts of a dropless layer, functions of its weights and tokens [G, T, D], and random ones of these.
+  """The parts of a dropless layer, as functions of its weights and of tokens [G, T, D].
 
   Attributes:
-    route: where tokens go.
+    route: says where tokens go.
     dispatch: takes that too, and gives the output.
-    products: what of it is products, with tokens in the order they have.
-    even: the products as if every expert had as many tokens, one batched product a matrix.
-    arguments: weights and tokens.
+    products: the matrix products alone, on tokens in the order that they have.
+    even: the products as if every expert had equally many tokens, one batched product for each matrix.
+    arguments: random weights and tokens.
   """
 
   route: Callable[..., Any]
@@ -97,7 +100,7 @@ def _ready(program: Callable, *arguments: Any) -> Program:
 
 
 def _with_gradients(fn: Callable) -> Callable:
-  """fn and the gradients of its sum by its first two arguments."""
+  """The sum of all that fn returns, and its gradients by the first two arguments."""
   import jax
   import jax.numpy as jnp
 
@@ -108,7 +111,7 @@ def _with_gradients(fn: Callable) -> Callable:
 
 
 def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
-  """Seconds of a layer, forward and backward, and of its parts, each as a program of its own."""
+  """Seconds of a layer, forward and backward, and of each of its parts as a program of its own."""
   import jax
 
   from t5x_cpm.models import moe
@@ -139,7 +142,7 @@ def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
 
 
 def by_count(model: ModelConfig, repeats: int) -> dict[int, tuple[float, ...]]:
-  """Seconds of TOKENS tokens for each number of experts: forward, with gradients, and of `even` with gradients."""
+  """For each number of experts, seconds of TOKENS tokens: forward, with gradients, and `even` with gradients."""
   programs: dict[Any, Program] = {}
   for experts in COUNTS:
     route, dispatch, _, even, arguments = _layer(model, experts, TOKENS)
