@@ -25,7 +25,7 @@ ORDER = (
     r't5x_cpm\.config\.(run|row_features)',
     r't5x_cpm\.config\.gin',
     r't5x_cpm\.config',
-    r't5x_cpm\.(backend|mesh)',
+    r't5x_cpm\.(backend|chips|mesh)',
     r't5x_cpm\.cluster(\.\w+)?',
     r't5x_cpm\.vocabularies(\.\w+)?',
     r't5x_cpm\.data(\.\w+)?',
