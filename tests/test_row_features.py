@@ -47,7 +47,7 @@ def test_every_layer_and_the_cache_have_that_of_the_request(tmp_path, language, 
   rows = []
 
   def experts(layer, weights, u_BTD, routing, ctx):
-    rows.append(ctx.row['language'].shape)
+    rows.append((*ctx.row['language'].shape, u_BTD.shape[1]))
     return layer.experts(weights, u_BTD * ctx.row['language'][:, None, None], routing, ctx)
 
   monkeypatch.setattr(encoder_decoder, 'build', functools.partial(encoder_decoder.build, experts=experts))

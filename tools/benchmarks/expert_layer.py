@@ -116,7 +116,7 @@ def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
   """Seconds of a layer, forward and backward, and of each of its parts as a program of its own."""
   import jax
 
-  from t5x_cpm.models.dispatch import sort_by_expert
+  from t5x_cpm.models import dispatch as dispatch_lib
 
   experts, tokens = SHARES_OF
   route, dispatch, products, _, arguments = _layer(model, experts, tokens)
@@ -136,7 +136,7 @@ def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
   seconds = _alternating({
       'layer': _ready(_with_gradients(layer), *arguments),
       'router': _ready(_with_gradients(chosen), *arguments),
-      'sort': _ready(lambda expert_A: sort_by_expert(expert_A, experts), where.expert_GTK.reshape(-1)),
+      'sort': _ready(lambda expert_A: dispatch_lib.sort_by_expert(expert_A, experts), where.expert_GTK.reshape(-1)),
       'gather': _ready(_with_gradients(there_and_back), *arguments),
       'products': _ready(_with_gradients(products), *arguments, where)}, repeats)
   seconds['gather'] -= seconds['sort']
