@@ -215,6 +215,8 @@ def test_peak_flops():
   kind = lambda name: types.SimpleNamespace(platform='gpu', device_kind=name)  # noqa: E731
   assert flops.peak_flops(kind('NVIDIA A100-SXM4-80GB')) == 312e12
   assert flops.peak_flops(kind('NVIDIA H100 80GB HBM3')) == 989e12
+  assert flops.peak_flops(kind('NVIDIA H100 PCIe')) == 756e12
+  assert (flops.peak_flops(kind('NVIDIA L4')), flops.peak_flops(kind('NVIDIA L40S'))) == (121e12, 362e12)
   assert flops.peak_flops(kind('TPU v5 lite')) == 197e12
   assert flops.peak_flops(kind('TPU v5p')) == flops.peak_flops(kind('TPU v5')) == 459e12
   assert flops.peak_flops(kind('TPU v6 lite')) == 918e12
