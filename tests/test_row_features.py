@@ -71,7 +71,8 @@ def test_every_layer_and_the_cache_have_that_of_the_request(tmp_path, language, 
 
 def test_compiling_without_data_has_it(tmp_path, language):
   config, _ = filled(tmp_path)
-  _, batch, cache, _, _ = programs.build(config, one_device()).abstract_arguments('decode')
+  functions = programs.build(config, one_device())
+  batch, cache = (functions.abstract_arguments(what)[1] for what in ('encode', 'decode'))
   assert batch['language'].shape == (8,) and cache['row']['language'].shape == (1, 8)
 
 
@@ -80,7 +81,8 @@ def test_without_any_there_is_nothing_more(tmp_path):
   assert row_features.names(config) == () and row_features.defaults(config) == {}
   assert set(step.batch_shapes(config)) == {*step.ENCODER_FEATURES, *step.DECODER_FEATURES}
   assert set(small_data.open_reader(config, 'train').batch(0)) == set(step.batch_shapes(config))
-  _, batch, cache, *_ = programs.build(config, one_device()).abstract_arguments('decode')
+  functions = programs.build(config, one_device())
+  batch, cache = (functions.abstract_arguments(what)[1] for what in ('encode', 'decode'))
   assert set(batch) == {'encoder_input_tokens', 'encoder_segment_ids'} and cache['row'] == {}
 
 
