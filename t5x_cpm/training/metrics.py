@@ -21,6 +21,7 @@ from etils import epath
 from t5x_cpm.checkpoints.run_directory import resolve, write_atomically
 from t5x_cpm.config import Config, ConfigError, MetricsConfig, to_dict
 from t5x_cpm.training import flops
+from t5x_cpm.training.step import Batch, Frozen, State, Step
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
 
@@ -320,3 +321,33 @@ class Profile:
 
   def __exit__(self, *exception: Any) -> None:
     self.close()
+
+
+class LateMetrics:
+  """The metrics of steps, read one step late: when the next step is already dispatched, so that the devices never wait."""
+
+  def __init__(self, step: Step, frozen: Frozen, writers: Writers):
+    self._step, self._frozen, self._writers = step, frozen, writers
+    self._waiting: tuple[int, dict[str, jax.Array], Batch] | None = None
+
+  def add(self, number: int, values: dict[str, jax.Array], batch: Batch) -> None:
+    """Takes the metrics of a step, which need not have run yet, and the batch that it was given."""
+    self._waiting = number, values, batch
+
+  def report(self, state: State) -> None:
+    """Writes what waits. The state is of then or of now: one that is not finite has not changed since.
+
+    Raises:
+      FloatingPointError: a loss, gradient or parameter is not finite.
+    """
+    if self._waiting is None:
+      return
+    number, values, batch = self._waiting
+    self._waiting = None
+    numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
+    if numbers.pop('halted'):
+      raise FloatingPointError(
+          f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
+          f'finite is {self._step.explain(state, self._frozen, batch)}. The last checkpoint is intact. Try a lower '
+          'OptimizerConfig.learning_rate or more OptimizerConfig.warmup_steps.')
+    self._writers.step(number, numbers)
