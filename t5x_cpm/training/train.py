@@ -17,6 +17,7 @@ from t5x_cpm.tasks import caches
 from t5x_cpm.training import batches, host_memory, metrics, optimizer, plots, start, validation
 from t5x_cpm.training import step as step_lib
 from t5x_cpm.training.interrupts import Interrupted
+from t5x_cpm.training.profile import Profile
 from t5x_cpm.training.start import check_vocabulary
 
 
@@ -77,7 +78,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 
   # Loop. Input runs ahead in a thread; metrics are read one step late, when the next step is already dispatched.
   interrupted = Interrupted(several=group.count > 1)
-  profile = metrics.Profile(model_dir, config.metrics)
+  profile = Profile(model_dir, config.metrics)
   late = metrics.LateMetrics(step, frozen, writers)
   evaluation: dict[str, float] = {}
   with (interrupted.noting(), writers, profile, manager,
