@@ -18,6 +18,7 @@ from etils import epath
 from t5x_cpm.config import Config, ConfigError, MetricsConfig, ModelConfig
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops, metrics, plots
+from t5x_cpm.training.profile import Profile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -178,7 +179,7 @@ def test_wandb(tmp_path, monkeypatch):
 
 
 def test_profile_window(tmp_path):
-  with metrics.Profile(tmp_path, MetricsConfig(profile_start=2, profile_steps=2)) as profile:
+  with Profile(tmp_path, MetricsConfig(profile_start=2, profile_steps=2)) as profile:
     for step in range(4):
       with profile.step(step):
         np.asarray(jax.numpy.ones(3) * step)

@@ -303,9 +303,11 @@ def write_tensors(folder: pathlib.Path, pairs: Iterator[tuple[str, np.ndarray]],
 
 def import_hf(hf: pathlib.Path, vocabulary_spec: str, objective: str, model_dir: str) -> None:
   """Writes a model_dir from a folder of transformers."""
+  import jax
   import jax.numpy as jnp
 
   from t5x_cpm import vocabularies
+  from t5x_cpm.models import encoder_decoder
   from t5x_cpm.training import train
 
   if not (hf / 'config.json').is_file():
@@ -321,7 +323,8 @@ def import_hf(hf: pathlib.Path, vocabulary_spec: str, objective: str, model_dir:
     if manager.latest_step() is not None:
       raise ConfigError(f'--model_dir={model_dir} has a checkpoint already: give a new directory.')
     vocabulary.save(pathlib.Path(model_dir) / 'vocabulary')
-    manager.save(0, {'step': jnp.int32(0), 'params': params})
+    axes = jax.tree.map(lambda leaf: leaf.axes, encoder_decoder.build(model).leaves())
+    manager.save(0, {'step': jnp.int32(0), 'params': params}, axes={'step': (), 'params': axes})
 
 
 def export_hf(model_dir: str, step: int | None, hf: pathlib.Path) -> None:

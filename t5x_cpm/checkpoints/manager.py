@@ -106,7 +106,7 @@ class Manager:
     steps, _ = run_directory.scan(self.model_dir)
     return steps[-1] if steps else None
 
-  def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+  def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None, *, axes: Any = None) -> None:
     """Starts writing a checkpoint; returns when the state has been copied, so that it may be donated or changed.
 
     Waits for the previous save first. Does nothing if this step is saved already.
@@ -115,6 +115,7 @@ class Manager:
       step: updates done.
       state: tree of arrays.
       metrics: by name, for CheckpointConfig.keep_best and for who reads the checkpoint.
+      axes: logical axes of the state (Step.axes), by which stacks of layers are cut into chunks. None: it has none.
 
     Raises:
       CheckpointError: the previous save failed, or this one failed at once.
@@ -126,7 +127,7 @@ class Manager:
       return
     values = {name: float(value) for name, value in (metrics or {}).items()}
     args = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state, save_args=jax.tree_util.tree_map_with_path(arrays.save_args, state)),
+        state=ocp.args.PyTreeSave(state, save_args=arrays.save_args(state, axes)),
         meta=ocp.args.JsonSave(self._meta | {'step': step, 'metrics': values}))
     with self._one_error():
       self._orbax.save(step, args=args, metrics=values, force=True)

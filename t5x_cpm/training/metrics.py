@@ -1,92 +1,26 @@
-"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar and a profile.
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases and a progress bar.
 
 Every value that is written is that of one step, never a mean over the steps since the last line, so that a run that was
 killed and resumed writes the same lines as one that was not (throughput aside).
 """
 
-import contextlib
 import json
 import math
-import os
-import socket
-import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from t5x_cpm.checkpoints.run_directory import resolve, write_atomically
-from t5x_cpm.config import Config, ConfigError, MetricsConfig, to_dict
+from t5x_cpm.checkpoints.run_directory import resolve
+from t5x_cpm.config import Config, ConfigError, to_dict
 from t5x_cpm.training import flops
+from t5x_cpm.training.records import EventFile, cut_events, cut_jsonl
+from t5x_cpm.training.step import Batch, Frozen, State, Step
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
-
-
-def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
-  """The records of metrics.jsonl; a last line that a kill cut off is left out."""
-  records = []
-  for line in path.read_text().splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      records.append(json.loads(line))
-  return records
-
-
-def cut_jsonl(path: epath.Path, step: int) -> None:
-  """Removes the records of later steps, and a broken last line, in one atomic replacement."""
-  if not path.exists():
-    return
-  kept = [record for record in read_jsonl(path) if record['step'] <= step]
-  data = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in kept).encode()
-  if data != path.read_bytes():
-    write_atomically(path, data)
-
-
-def cut_events(path: epath.Path, step: int) -> None:
-  """Cuts a TensorBoard event file before the first event of a later step, or the first broken record."""
-  from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-  data = path.read_bytes()
-  end = 0
-  while end + 12 <= len(data):
-    (length,) = struct.unpack_from('<Q', data, end)  # then its checksum, the event and a checksum of that
-    if end + 16 + length > len(data):
-      break
-    if Event.FromString(data[end + 12:end + 12 + length]).step > step:
-      break
-    end += 16 + length
-  if end < len(data):
-    write_atomically(path, data[:end])
-
-
-class _EventFile:
-  """Scalars for TensorBoard. Its own writers would import TensorFlow where that is installed; its record format does not."""
-
-  def __init__(self, folder: epath.Path):
-    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    self._event, self._summary = Event, Summary
-    folder.mkdir(parents=True, exist_ok=True)
-    # TensorBoard reads the files of a folder in the order of their names.
-    name = f'events.out.tfevents.{time.time_ns() // 1000:017d}.{socket.gethostname()}.{os.getpid()}'
-    self._file = (folder / name).open('wb')
-    self._records = RecordWriter(self._file)
-    self._write(self._event(wall_time=time.time(), file_version='brain.Event:2'))
-
-  def _write(self, event: Any) -> None:
-    self._records.write(event.SerializeToString())
-    self._file.flush()
-
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-    self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
-
-  def close(self) -> None:
-    self._records.close()
 
 
 def _start_wandb(config: Config, model_dir: epath.Path, start_step: int) -> Any:
@@ -197,7 +131,7 @@ class Writers:
     jsonl = model_dir / 'metrics.jsonl'
     cut_jsonl(jsonl, start_step)
     self._jsonl = jsonl.open('a')
-    self._events: dict[str, _EventFile] = {}
+    self._events: dict[str, EventFile] = {}
     self._event_dir = model_dir / 'tensorboard'
     if self._event_dir.exists():
       for path in self._event_dir.glob('*/events.out.tfevents.*'):
@@ -272,7 +206,7 @@ class Writers:
     values = _scalars(values)
     if self._config.metrics.tensorboard:
       if split not in self._events:
-        self._events[split] = _EventFile(self._event_dir / split)
+        self._events[split] = EventFile(self._event_dir / split)
       self._events[split].write(step, values)
     if self._wandb is not None:
       self._wandb.log({f'{split}/{name}': value for name, value in values.items()}, step=step)
@@ -289,34 +223,31 @@ class Writers:
       self._wandb.finish()
 
 
-class Profile:
-  """A window of steps recorded by the JAX profiler into model_dir/profile, for TensorBoard or Perfetto."""
+class LateMetrics:
+  """The metrics of steps, read one step late: when the next step is already dispatched, so that the devices never wait."""
 
-  def __init__(self, model_dir: Any, config: MetricsConfig):
-    self._folder = str(resolve(model_dir) / 'profile')
-    self._first, self._steps = config.profile_start, config.profile_steps
-    self._running = False
+  def __init__(self, step: Step, frozen: Frozen, writers: Writers):
+    self._step, self._frozen, self._writers = step, frozen, writers
+    self._waiting: tuple[int, dict[str, jax.Array], Batch] | None = None
 
-  @contextlib.contextmanager
-  def step(self, step: int) -> Iterator[None]:
-    """Around the dispatch of the step after `step` updates."""
-    if step == self._first:
-      jax.profiler.start_trace(self._folder)
-      self._running = True
-    elif self._running and step > self._first + self._steps:
-      # One step late: only now is it sure that the window's last step, dispatched ahead, has run.
-      self.close()
-    with jax.profiler.StepTraceAnnotation('train', step_num=step) if self._running else contextlib.nullcontext():
-      yield
+  def add(self, number: int, values: dict[str, jax.Array], batch: Batch) -> None:
+    """Takes the metrics of a step, which need not have run yet, and the batch that it was given."""
+    self._waiting = number, values, batch
 
-  def close(self) -> None:
-    """Writes the trace, if one is being recorded."""
-    if self._running:
-      self._running = False
-      jax.profiler.stop_trace()
+  def report(self, state: State) -> None:
+    """Writes what waits. The state is of then or of now: one that is not finite has not changed since.
 
-  def __enter__(self) -> 'Profile':
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    self.close()
+    Raises:
+      FloatingPointError: a loss, gradient or parameter is not finite.
+    """
+    if self._waiting is None:
+      return
+    number, values, batch = self._waiting
+    self._waiting = None
+    numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
+    if numbers.pop('halted'):
+      raise FloatingPointError(
+          f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
+          f'finite is {self._step.explain(state, self._frozen, batch)}. The last checkpoint is intact. Try a lower '
+          'OptimizerConfig.learning_rate or more OptimizerConfig.warmup_steps.')
+    self._writers.step(number, numbers)
