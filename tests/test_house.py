@@ -25,6 +25,7 @@ ORDER = (
     r't5x_cpm\.config\.run',
     r't5x_cpm\.config\.gin',
     r't5x_cpm\.config',
+    r't5x_cpm\.(files|progress)',
     r't5x_cpm\.(backend|mesh)',
     r't5x_cpm\.cluster(\.\w+)?',
     r't5x_cpm\.vocabularies(\.\w+)?',

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t5x_cpm import backend, vocabularies
+from t5x_cpm import backend, files, vocabularies
 from t5x_cpm import config as config_lib
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import arrays, run_directory
@@ -220,7 +220,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
     manager = until_the_loop.enter_context(Manager(model_dir, config, info=info))
     if group.first:
       reader.vocabulary.save(manager.model_dir / 'vocabulary')
-      run_directory.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
+      files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
     latest = manager.latest_step()
     if latest is not None and latest >= config.train.steps:
       say(f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '

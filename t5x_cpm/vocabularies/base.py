@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from t5x_cpm import files
 from t5x_cpm.config import ConfigError
 
 BLANK = '<span>'
@@ -94,8 +95,9 @@ class Vocabulary(abc.ABC):
     name = pathlib.Path(self.files[0]).name
     target = directory / name
     if not (target.exists() and target.read_bytes() == read(self.files[0])):
-      target.write_bytes(read(self.files[0]))
-    (directory / 'vocabulary.json').write_text(json.dumps({'kind': self.kind, 'file': name, 'options': self.options}) + '\n')
+      files.write_atomically(target, read(self.files[0]))
+    about = json.dumps({'kind': self.kind, 'file': name, 'options': self.options}) + '\n'
+    files.write_atomically(directory / 'vocabulary.json', about.encode())
 
 
 class Words(dict[str, str]):
