@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from t5x_cpm import config as config_lib
-from t5x_cpm import tasks, vocabularies
+from t5x_cpm import files, tasks, vocabularies
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache
 
@@ -86,7 +86,7 @@ def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
     print(f'Starting the cache {path} again: its sources changed while it was unfinished.', file=sys.stderr)
     shutil.rmtree(path)
   path.mkdir(parents=True)
-  cache.write_json(old, plan)
+  files.write_json(old, plan)
 
 
 def run_unit(source: Any, unit: Unit, path: pathlib.Path, vocabulary: vocabularies.Vocabulary,
@@ -112,7 +112,7 @@ def run_unit(source: Any, unit: Unit, path: pathlib.Path, vocabulary: vocabulari
       report(len(keep))
   for name, file in temporary.items():
     os.replace(file, path / f'{unit.name}.{name}')
-  cache.write_json(path / f'{unit.name}.json', {**counts, 'skipped': dict(skipped), 'digest': digest.hexdigest()})
+  files.write_json(path / f'{unit.name}.json', {**counts, 'skipped': dict(skipped), 'digest': digest.hexdigest()})
 
 
 def _run_workers(config: Config, path: pathlib.Path, units: list[Unit], processes: int, watch: '_Progress | None') -> None:

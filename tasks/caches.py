@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-from t5x_cpm import tasks
+from t5x_cpm import files, tasks
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache
 from t5x_cpm.tasks import cache_build
@@ -106,7 +106,7 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
         part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
         parts.append({'name': name, 'rate': rate, 'directory': build(part, progress=progress).name})
       path.mkdir(exist_ok=True)
-      cache.write_json(path / 'cache.json', {'format': cache.FORMAT, 'task': config.task.name, 'components': parts})
+      files.write_json(path / 'cache.json', {'format': cache.FORMAT, 'task': config.task.name, 'components': parts})
     else:
       if (path / 'cache.json').is_file():
         print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_data
 
-from t5x_cpm import tasks
+from t5x_cpm import files, tasks
 from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data import cache
 from t5x_cpm.data.cache import DataError
@@ -109,7 +109,7 @@ def test_a_cache_of_another_format_is_made_again(tmp_path, capfd):
   write_texts(tmp_path / 'a.txt', np.random.default_rng(0), 20)
   config = make_config(tmp_path, str(tmp_path / 'a.txt'))
   path = caches.build(config, progress=False)
-  cache.write_json(path / 'cache.json', {'format': 0})
+  files.write_json(path / 'cache.json', {'format': 0})
   caches.build(config, progress=False)
   assert 'it has format 0, expected 1' in capfd.readouterr().err
   assert caches.is_ready(path)
@@ -120,7 +120,7 @@ def test_the_source_may_change_while_a_build_is_unfinished(tmp_path, capfd):
   write_texts(tmp_path / 'a.txt', rng, 20)
   config = make_config(tmp_path, str(tmp_path / 'a.txt'), validation_fraction=0.0)
   path = caches.build(config, progress=False)
-  cache.write_json(path / 'plan.json', {'units': ['train-00000-of-00001'], 'source': {}, 'vocabulary': ''})
+  files.write_json(path / 'plan.json', {'units': ['train-00000-of-00001'], 'source': {}, 'vocabulary': ''})
   (path / 'cache.json').unlink()
   texts = write_texts(tmp_path / 'a.txt', rng, 30)
   caches.build(config, progress=False)
@@ -228,7 +228,7 @@ def test_an_error_in_a_worker_arrives(large):
 # In a worker only, whatever a user's module does when its documents are read.
 BROKEN = """
 import sys
-from t5x_cpm import tasks
+from t5x_cpm import files, tasks
 if 'pytest' not in sys.modules:
   tasks.tokens = lambda config: {}['no such field']
 """

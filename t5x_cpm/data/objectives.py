@@ -46,6 +46,11 @@ def ramp(counts: np.ndarray) -> np.ndarray:
   return np.arange(counts.sum()) - np.repeat(exclusive_cumsum(counts), counts)
 
 
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  """[s0 .. s0+c0-1, s1 .. s1+c1-1, ...]."""
+  return np.repeat(np.asarray(starts, np.int64), counts) + ramp(counts)
+
+
 class Spans(NamedTuple):
   """Noise spans of P pieces, in order. `counts` is [P], the others [K]."""
 
