@@ -17,7 +17,7 @@ from typing import Any
 from t5x_cpm import vocabularies
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.tasks import local, pretrain, quickstart
-from t5x_cpm.tasks.documents import Documents
+from t5x_cpm.tasks.documents import Documents, Source
 from t5x_cpm.tasks.table import MixtureRow, Row
 
 ROWS: dict[str, Row | MixtureRow] = {row.name: row for row in (*quickstart.ROWS, *pretrain.ROWS)}
@@ -126,8 +126,8 @@ def parts(config: Config) -> dict[str, float] | None:
   return {task.name: float(provider.get_rate(task)) for task in provider.tasks} if hasattr(provider, 'tasks') else None
 
 
-def tokens(config: Config) -> Any:
-  """What the cache of a task is made from: `shards`, `features`, `files`, `patterns`, and `tokens` of a shard.
+def tokens(config: Config) -> Source:
+  """What the cache of a task is made from.
 
   Documents of quickstart and local tasks are tokenized without TensorFlow, others by running their SeqIO task.
   """

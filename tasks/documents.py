@@ -6,7 +6,7 @@ The cache takes their tokens from here directly; `make` wraps the same object as
 import collections
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,25 @@ from t5x_cpm.vocabularies import Vocabulary
 BATCH = 256  # documents that are tokenized together
 Read = Callable[[str, int, collections.Counter], Iterator[tuple[str, ...]]]
 Side = tuple[np.ndarray, np.ndarray]  # flat ids and the length of each document
+
+
+class Source(Protocol):
+  """What a cache is made from.
+
+  Attributes:
+    shards: how many shards each split has.
+    features: the names of the texts, ['targets'] or ['inputs', 'targets'].
+    files: paths of what the documents are read from, so that changes are noticed.
+    patterns: globs of these files, so that new ones are noticed.
+  """
+
+  shards: dict[str, int]
+  features: list[str]
+  files: Sequence[str]
+  patterns: Sequence[str]
+
+  def tokens(self, split: str, shard: int, vocabulary: Vocabulary, skipped: collections.Counter) -> Iterator[list[Side]]:
+    """The tokens of a shard, by batches: for each feature the flat ids and the lengths, without end of document."""
 
 
 class Documents:
@@ -31,7 +50,8 @@ class Documents:
   def __init__(self, read: Read, shards: Mapping[str, int], features: Sequence[str], files: Sequence[str] = (),
                patterns: Sequence[str] = ()):
     self.read, self.shards, self.features = read, dict(shards), list(features)
-    self.files, self.patterns = list(files), list(patterns)
+    self.files: Sequence[str] = list(files)
+    self.patterns: Sequence[str] = list(patterns)
 
   def texts(self, split: str, shards: Sequence[int], skipped: collections.Counter) -> Iterator[list[tuple[str, ...]]]:
     """The documents of some shards, by batches."""

@@ -128,7 +128,8 @@ class TaskTokens:
     ConfigError: the task has no targets, or a feature that is no sequence of integers.
   """
 
-  files, patterns = (), ()
+  files: Sequence[str] = ()
+  patterns: Sequence[str] = ()
 
   def __init__(self, made: seqio.Task, name: str):
     self.task, self.name = made, name

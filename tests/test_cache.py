@@ -16,7 +16,7 @@ from t5x_cpm import files, tasks
 from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data import cache
 from t5x_cpm.data.cache import DataError
-from t5x_cpm.tasks import cache_build, caches
+from t5x_cpm.tasks import cache_units, caches
 
 CHARS = [chr(c) for c in range(0x4E00, 0x5200)]
 
@@ -273,18 +273,18 @@ def test_a_killed_build_goes_on_with_the_shards_that_are_missing(large):
   assert not (path / 'cache.json').exists() and not caches.is_ready(path)
   kept = {file: file.stat().st_mtime_ns for file in path.glob('*-of-*.json')}
   made = []
-  original = cache_build.run_unit
+  original = cache_units.write
 
   def remember(source, unit, *rest):
     made.append(unit.name)
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
     return original(source, unit, *rest)
 
-  cache_build.run_unit = remember
+  cache_units.write = remember
   try:
     info = cache.Cache(caches.build(config, progress=False)).info
   finally:
-    cache_build.run_unit = original
+    cache_units.write = original
   assert info == expected
   assert not {file.stem for file in kept} & set(made) and len(kept) + len(made) == 6
 
@@ -295,7 +295,7 @@ import tensorflow as tf, tensorflow_datasets as tfds
 import small_data
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import cache
-from t5x_cpm.tasks import cache_build, caches
+from t5x_cpm.tasks import caches
 texts = [f'text {i}' for i in range(200)]
 features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'id': tf.int64})
 splits = {'train': texts[:150], 'zh': texts[150:], 'zh-validation': texts[:7]}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small_data
 
-from t5x_cpm import files, vocabularies
+from t5x_cpm import vocabularies
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import cache, objectives, pieces
 from t5x_cpm.data.rows import FIXED_SEED
@@ -293,10 +293,9 @@ def test_a_mixture_has_exact_counts_and_its_parts_their_own_epochs(tmp_path):
   for name, low, number in (('wiki_zh', 20, 40), ('wiki_en', 500, 90)):
     part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
     small_data.fill(part, {'train': {'targets': [rng.integers(low, low + 400, 65).tolist() for _ in range(number)]}})
-    parts.append({'name': name, 'rate': {'wiki_zh': 2.0, 'wiki_en': 1.0}[name], 'directory': caches.directory(part).name})
+    parts.append((name, {'wiki_zh': 2.0, 'wiki_en': 1.0}[name], caches.directory(part)))
   path = caches.directory(config)
-  path.mkdir()
-  files.write_json(path / 'cache.json', {'format': cache.FORMAT, 'task': 'wiki_zh_en', 'components': parts})
+  cache.finish_mixture(path, 'wiki_zh_en', parts)
   read = small_data.open_reader(config, 'train')
   share = read.statistics()['tasks']
   assert share['wiki_zh']['share_of_rows'] == pytest.approx(2 / 3) and share['wiki_zh']['rows_per_epoch'] == 40
