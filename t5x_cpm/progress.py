@@ -9,8 +9,8 @@ from typing import Any, TextIO
 class Progress:
   """Shows how much of some work is done and how long the rest will take.
 
-  A terminal gets a bar on standard error, with the rate and the time left. Elsewhere a line is printed at the first call of
-  `show`, then at intervals, and when everything is done.
+  A terminal gets a bar on standard error, with the rate and the time left. Elsewhere a line is printed when the first of the
+  total is done, then at intervals, and when everything is done.
   """
 
   def __init__(self, name: str, unit: str, total: int, done: int = 0, *, interval: float = 30.0, lines: TextIO | None = None):
@@ -27,7 +27,8 @@ class Progress:
     self.label = f'{name}: {unit}' if name else unit
     self.total, self.before = total, done
     self.interval, self.lines = interval, lines
-    self.begin, self.shown = time.monotonic(), -math.inf
+    self.begin = time.monotonic()
+    self.shown: float | None = None  # when the last line was printed
     self.bar: Any = None
     if sys.stderr.isatty():
       import tqdm
@@ -54,7 +55,8 @@ class Progress:
       self.bar.update(done - self.bar.n)
       return
     now = time.monotonic()
-    if done < self.total and now - self.shown < self.interval:
+    last = self.shown if self.shown is not None else (self.begin if done == self.before else -math.inf)
+    if done < self.total and now - last < self.interval:
       return
     self.shown = now
     if seconds_left is None and done > self.before:

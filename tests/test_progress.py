@@ -33,9 +33,13 @@ def test_time_left_that_the_caller_knows_better(clock, capsys):
   assert capsys.readouterr().out == 'step 1/10  1:01:01 left\n'
 
 
-def test_nothing_done_yet_has_no_time_left(clock, capsys):
-  progress.Progress('cache x', 'shard', 3).show(0, '256 documents')
-  assert capsys.readouterr().err == 'cache x: shard 0/3  256 documents\n'
+def test_while_nothing_is_done_lines_have_no_time_left(clock, capsys):
+  shown = progress.Progress('cache x', 'shard', 3)
+  for seconds in (1, 29, 31):
+    clock[0] = seconds
+    shown.show(0, f'{seconds} documents')
+  shown.show(1)
+  assert capsys.readouterr().err == 'cache x: shard 0/3  31 documents\n'
 
 
 def test_a_terminal_has_a_bar_that_moves_without_the_number(monkeypatch, capsys):

@@ -149,7 +149,7 @@ def rate_counts(rates: list[float], longest: int = 1000) -> list[int]:
   shares = np.asarray(rates, np.float64) / np.sum(rates)
   periods = np.arange(len(shares), longest + 1)
   error = np.abs(periods[:, None] * shares - np.rint(periods[:, None] * shares)).max(axis=1)
-  exact = np.flatnonzero((error < 1e-9) & (periods * shares.min() > 0.5))
+  exact = np.flatnonzero((error < 1e-9) & (periods * np.min(shares) > 0.5))
   if len(exact):
     return [int(n) for n in np.rint(periods[exact[0]] * shares)]
   counts = np.maximum(np.floor(shares * longest).astype(int), 1)
