@@ -1,6 +1,6 @@
-"""Documents that Python code reads: what quickstart and local tasks are made of. No TensorFlow.
+"""Documents that Python code reads without TensorFlow: those of quickstart and local tasks.
 
-The cache takes their tokens from here directly; `make` wraps the same object as a SeqIO data source for everything else.
+A cache takes their tokens from here directly. For everything else `sources` wraps the same object as a SeqIO data source.
 """
 
 import collections
@@ -14,7 +14,7 @@ from t5x_cpm.vocabularies import Vocabulary
 
 BATCH = 256  # documents that are tokenized together
 Read = Callable[[str, int, collections.Counter], Iterator[tuple[str, ...]]]
-Side = tuple[np.ndarray, np.ndarray]  # flat ids and the length of each document
+Side = tuple[np.ndarray, np.ndarray]  # the ids of all documents, flat, and the length of each document
 
 
 class Source(Protocol):
@@ -40,11 +40,8 @@ class Documents:
   """The documents of a task, shard by shard.
 
   Args:
-    read: (split, shard, count of what is skipped) -> documents, each a tuple of texts.
-    shards: how many shards each split has.
-    features: names of the texts.
-    files: what the documents are read from, so that changes are noticed.
-    patterns: globs of these files, so that new ones are noticed.
+    read: (split, shard, counter of what is skipped) -> documents, each a tuple of texts.
+    shards, features, files, patterns: as in `Source`.
   """
 
   def __init__(self, read: Read, shards: Mapping[str, int], features: Sequence[str], files: Sequence[str] = (),

@@ -1,7 +1,7 @@
-"""(config, seed, step) -> a batch: any step at once, the same rows for any number of processes. No TensorFlow.
+"""(config, seed, step) -> a batch: any step at once, and the same rows for any number of processes.
 
-A global row number becomes tokens in closed form: the mixture says which row of which task's stream it is, and `rows` what
-is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
+The number of a row becomes its tokens in closed form: the mixture says which row of which task's stream it is, and that
+stream, a component, says what is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
 """
 
 import pathlib
@@ -19,20 +19,20 @@ from t5x_cpm.data.streams import Windows
 from t5x_cpm.vocabularies import Vocabulary
 
 Batch = dict[str, np.ndarray]
-EVERY = slice(None)  # row
+EVERY = slice(None)  # every row of a batch
 COMPONENTS: dict[str, type[Component]] = {'isolated': Pieces, 't5': Pieces, 'cpm2': Windows, 'pairs': Pairs}  # by objective
 _TOKENS = {'encoder': {'encoder_tokens': 'encoder_input_tokens'},
            'decoder': {'decoder_inputs': 'decoder_input_tokens', 'decoder_targets': 'decoder_target_tokens'}}
 
 
 def assemble(parts: list[RowSegments], rows: int, room: tuple[int, int], pad: int, unpredicted: int | None) -> Batch:
-  """Places segments in rows, one after another on each side, with positions that restart in each.
+  """Places segments in rows, one after another on each side, with positions that begin anew in each.
 
   Args:
-    parts: segments; `row` is the row of the batch.
-    rows: of the batch.
+    parts: the segments; `row` is the row of the batch.
+    rows: how many rows the batch has.
     room: encoder and decoder slots of a row.
-    pad: token of empty slots; their segment and weight are 0.
+    pad: the token of empty slots, whose segment and weight are 0.
     unpredicted: a decoder input after which nothing is predicted, or None.
 
   Returns:
