@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from t5x_cpm import files
 from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
 from t5x_cpm.config import CheckpointConfig, Config
@@ -69,7 +70,7 @@ class Manager:
       if self._primary:
         self._clear_partial()
         text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
-        run_directory.write_atomically(self.model_dir / 'config.json', text.encode())
+        files.write_atomically(self.model_dir / 'config.json', text.encode())
       _wait_for_all('ready')
       if not (self.model_dir / 'config.json').exists():
         raise CheckpointError(

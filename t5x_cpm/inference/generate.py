@@ -15,13 +15,12 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 
-from etils import epath
-
 from t5x_cpm import config as config_lib
-from t5x_cpm import vocabularies
+from t5x_cpm import files, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.inference import text
+from t5x_cpm.progress import Progress
 from t5x_cpm.tasks import text_files
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
       os.truncate(output, offsets[done])
       return done
     output.parent.mkdir(parents=True, exist_ok=True)
-    run_directory.write_atomically(epath.Path(note), (json.dumps(wanted, ensure_ascii=False, indent=2) + '\n').encode())
+    files.write_atomically(note, (json.dumps(wanted, ensure_ascii=False, indent=2) + '\n').encode())
     output.write_bytes(b'')
   except OSError as error:
     raise ConfigError(f'--output={output} cannot be written: {error.strerror}.') from None
@@ -156,7 +155,7 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
                 out: TextIO) -> dict[str, int]:
   """Answers lines from number `first` (from 0) on, and writes one record for each, batch by batch."""
   counts = {'answered': 0, 'empty': 0, 'refused': 0}
-  begin = shown = time.monotonic()
+  progress = Progress('infer', 'line', total, first)
   batch: list[tuple[Line, text.Request | None]] = []
   for index, pair in enumerate(lines):
     if index >= first:
@@ -177,11 +176,8 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
       out.write(json.dumps(record, ensure_ascii=False) + '\n')
     out.flush()
     batch = []
-    now, done = time.monotonic(), index + 1
-    if now - shown > (0.5 if sys.stderr.isatty() else 30.0) or (done == total and sys.stderr.isatty()):
-      shown, rate = now, (done - first) / max(now - begin, 1e-6)
-      print(f'infer: {done:,} of {total:,} lines, {rate:.1f} lines/s, {(total - done) / rate:.0f} s left   ',
-            end='\r' if sys.stderr.isatty() and done < total else '\n', file=sys.stderr, flush=True)
+    progress.show(index + 1, f'{progress.rate(index + 1 - first):.1f} lines/s', bar_detail='')
+  progress.close()
   return counts
 
 

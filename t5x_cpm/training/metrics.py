@@ -16,6 +16,7 @@ from etils import epath
 
 from t5x_cpm.checkpoints.run_directory import resolve
 from t5x_cpm.config import Config, ConfigError, to_dict
+from t5x_cpm.progress import Progress
 from t5x_cpm.training import flops
 from t5x_cpm.training.records import EventFile, cut_events, cut_jsonl
 from t5x_cpm.training.step import Batch, Frozen, State, Step
@@ -39,48 +40,6 @@ def _start_wandb(config: Config, model_dir: epath.Path, start_step: int) -> Any:
     raise ConfigError(
         f"MetricsConfig.wandb_project = {config.metrics.wandb_project!r}: W&B did not start: {error} Run 'wandb login', set "
         "WANDB_MODE=offline, or MetricsConfig.wandb_project = ''.") from error
-
-
-class _Progress:
-  """A bar with rate and time left on a terminal; elsewhere a line from time to time."""
-
-  def __init__(self, start_step: int, total_steps: int):
-    self.total = total_steps
-    self.bar: Any = None
-    self.last_line = -math.inf
-    if sys.stderr.isatty():
-      import tqdm
-
-      self.bar = tqdm.tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, smoothing=0.1)
-
-  def show(self, step: int, values: Mapping[str, float], seconds_left: float | None) -> None:
-    if self.bar is not None:
-      self.bar.update(step - self.bar.n)
-      self.bar.set_postfix_str(f'loss {values["loss"]:.3f}', refresh=False)
-    elif step == self.total or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-      self.last_line = time.monotonic()
-      parts = [f'step {step}/{self.total}', f'loss {values["loss"]:.4f}']
-      if 'tokens_per_second' in values:
-        parts.append(f'{values["tokens_per_second"]:,.0f} tokens/s')
-      if seconds_left is not None and step < self.total:
-        parts.append(f'{_clock(seconds_left)} left')
-      self.note('  '.join(parts))
-
-  def note(self, text: str) -> None:
-    if self.bar is not None:
-      self.bar.write(text)
-    else:
-      print(text, flush=True)
-
-  def close(self) -> None:
-    if self.bar is not None:
-      self.bar.close()
-
-
-def _clock(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02d}:{seconds:02d}'
 
 
 def _finite(value: Any) -> Any:
@@ -137,7 +96,7 @@ class Writers:
       for path in self._event_dir.glob('*/events.out.tfevents.*'):
         cut_events(path, start_step)
     self._peak = flops.peak_flops(jax.devices()[0], config.metrics.peak_flops)
-    self._progress = _Progress(start_step, total_steps)
+    self._progress = Progress('', 'step', total_steps, start_step, interval=SECONDS_BETWEEN_LINES, lines=sys.stdout)
     if self._peak is None:
       self.note(f'No peak FLOP/s known for {jax.devices()[0].device_kind}: set MetricsConfig.peak_flops to have MFU reported.')
 
@@ -170,7 +129,11 @@ class Writers:
       self._tokens = self._seconds = 0.0
       self._steps = 0
     done, seconds = self._pace
-    self._progress.show(step, values, (self._total - step) * seconds / done if done else None)
+    loss = f'loss {values["loss"]:.4f}'
+    rate = f'  {values["tokens_per_second"]:,.0f} tokens/s' if 'tokens_per_second' in values else ''
+    # The time of an evaluation, and that of the first step, which compiles, say nothing about the steps to come.
+    seconds_left = (self._total - step) * seconds / done if done else None
+    self._progress.show(step, loss + rate, bar_detail=loss, seconds_left=seconds_left)
 
   def _throughput(self, values: Mapping[str, float]) -> dict[str, float]:
     """Rates since the last line; nothing before two steps were reported, because the first one compiles."""

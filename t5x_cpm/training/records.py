@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from t5x_cpm.checkpoints.run_directory import write_atomically
+from t5x_cpm.files import write_atomically
 
 
 def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:

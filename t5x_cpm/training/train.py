@@ -5,7 +5,7 @@ import functools
 import time
 from typing import Any
 
-from t5x_cpm import backend
+from t5x_cpm import backend, files
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
@@ -60,7 +60,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
     manager = until_the_loop.enter_context(Manager(model_dir, config, info=info))
     if group.first:
       reader.vocabulary.save(manager.model_dir / 'vocabulary')
-      run_directory.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
+      files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
     latest = manager.latest_step()
     if latest is not None and latest >= steps:
       say(f'{model_dir} is at step {latest} and TrainConfig.steps = {steps}: nothing to do. '
