@@ -10,7 +10,7 @@ import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tiny models are compiled far more than they are run. Without LLVM's optimisations the suite takes half the time, and with the
-# older code generator for fused operations a training step compiles in 1.6 s instead of 4.3; jaxlib 0.12 no longer has that one.
+# older code generator for fused operations a training step compiles in 1.6 s instead of 4.3; jaxlib 0.12 has it no longer.
 FLAGS = ['--xla_backend_optimization_level=0']
 if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
   FLAGS.append('--xla_cpu_use_fusion_emitters=false')
