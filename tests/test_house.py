@@ -36,6 +36,9 @@ ORDER = (
     r't5x_cpm\.training(\.\w+)?',
     r't5x_cpm\.inference(\.\w+)?',
     r't5x_cpm\.compile(\.\w+)?',
+    r't5x_cpm\.cli\.(parse|errors)',
+    r't5x_cpm\.cli\.configure',
+    r't5x_cpm\.cli(\.modes)?',
     r't5x_cpm\.__main__',
 )
 TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'}
