@@ -23,7 +23,7 @@ ORDER = (
     r't5x_cpm',
     r't5x_cpm\.config\.(fields|model)',
     r't5x_cpm\.config\.run',
-    r't5x_cpm\.config\.gin',
+    r't5x_cpm\.config\.(gin|describe)',
     r't5x_cpm\.config',
     r't5x_cpm\.(backend|mesh)',
     r't5x_cpm\.cluster(\.\w+)?',

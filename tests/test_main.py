@@ -17,7 +17,7 @@ import t5x_cpm
 from t5x_cpm import __main__, vocabularies
 from t5x_cpm import config as config_lib
 from t5x_cpm.cli import configure, modes, parse
-from t5x_cpm.config import Config, gin
+from t5x_cpm.config import Config, describe, gin
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ('--gin_file=gin/models/cpm2_tiny.gin', '--gin_file=gin/runs/quickstart.gin')
@@ -85,6 +85,32 @@ def test_files_lists_what_ships(call):
       assert re.search(rf'^  {name} +\w', out, re.MULTILINE), name
 
 
+def test_fields_lists_and_explains_every_field(call):
+  code, out, error = call('fields')
+  assert (code, error) == (0, '')
+  assert max(map(len, out.splitlines())) <= 100
+  found = dict(re.findall(r'^(\w+)\n(.*?)(?=^\w|\Z)', out, re.MULTILINE | re.DOTALL))
+  assert set(found) == {line.partition('.')[0] for line in gin.dump(Config()).splitlines() if line}
+  for binding in filter(None, gin.dump(Config()).splitlines()):
+    cls, field, default = re.fullmatch(r'(\w+)\.(\w+) = (.*)', binding).groups()
+    entry = re.search(rf'^  {field}: (.+) = {re.escape(default)}( \(may change on resume\))?\n((?:      .+\n)*)', found[cls],
+                      re.MULTILINE)
+    assert entry, binding
+    explained = len(entry[3].strip()) > 5 or f'`{field}`' in getattr(config_lib, cls).__doc__
+    assert explained, f'{cls}.{field} needs a comment beside it, or a word in the docstring of its class'
+  assert call('fields', 'MoEConfig')[1].strip() == f'MoEConfig\n{found["MoEConfig"]}'.strip()
+
+
+def test_fields_reads_comments_beside_and_above():
+  by_name = {field.name: field for field in describe.fields(config_lib.MoEConfig)}
+  assert by_name['router'].comment.startswith("'switch', 'top_k'")  # above
+  assert by_name['top_k'].comment.startswith('experts of a token') and by_name['top_k'].default == 2  # beside
+  assert describe.fields(config_lib.TrainConfig)[0] == describe.Field(
+      'steps', 'int', 1000, True, 'of the run in all, those before a resume included')
+  assert 'moe' not in {field.name for field in describe.fields(config_lib.ModelConfig)}
+  assert {name for name in by_name if by_name[name].free} == set()
+
+
 def test_flags_stand_anywhere_with_or_without_equals():
   for argv in (['train', '--model_dir=x', '--gin_file=a', '--gin.A.b={1: 2}', '--gin_file', 'b', '--dry_run'],
                ['--model_dir', 'x', '--gin_file', 'a', 'train', '--dry_run', '--gin.A.b={1: 2}', '--gin_file=b',
@@ -105,6 +131,7 @@ def test_tasks(call):
     (['trian'], 'unknown mode .trian.*Did you mean train'),
     (['--dry_run'], 'no mode: expected one of train, eval, infer, compile, cache, tasks'),
     (['tasks', '--step=3'], '--step is a flag of eval and infer and compile, not of tasks'),
+    (['fields', 'TrianConfig'], 'unknown class TrianConfig: expected one of .*MoEConfig.*Did you mean TrainConfig'),
     (['files', '--gin.TrainConfig.steps=3'], 'files reads no gin configuration'),
     (['train', '--model_dri=x'], 'unknown flag --model_dri. Did you mean --model_dir'),
     (['train', '--TrainConfig.steps=3'], r'Did you mean --gin\.TrainConfig\.steps=3'),

@@ -1,11 +1,12 @@
 """The modes of the program: what each takes, what it does, and an example that runs."""
 
+import inspect
 import os
 
 import t5x_cpm
 from t5x_cpm.cli import configure
 from t5x_cpm.cli.errors import tell
-from t5x_cpm.cli.parse import Arguments, Flag, Mode, print_table
+from t5x_cpm.cli.parse import Arguments, Flag, Mode, print_table, print_text
 from t5x_cpm.config import Config, ConfigError
 
 GIN_FLAGS = (
@@ -81,6 +82,19 @@ def list_files(arguments: Arguments) -> None:
     print_table((name, gin.summary(folder, name)) for name in gin.shipped_files(folder))
 
 
+def list_fields(arguments: Arguments) -> None:
+  """Prints every field of one configuration class, or of all."""
+  from t5x_cpm.config import describe
+
+  chosen = [describe.find(arguments.get('class'))] if arguments.get('class') else list(describe.classes())
+  for number, cls in enumerate(chosen):
+    print(('\n' if number else '') + cls.__name__)
+    print_text(inspect.cleandoc(cls.__doc__ or ''), 2)
+    for field in describe.fields(cls):
+      print(f'\n  {field.name}: {field.kind} = {field.default!r}' + (' (may change on resume)' if field.free else ''))
+      print_text(field.comment, 6)
+
+
 MODES = {mode.name: mode for mode in (
     Mode('train', 'pre-train or fine-tune; the same command again continues where it stopped', train, """\
 t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart.gin \\
@@ -123,6 +137,8 @@ t5x_cpm cache --gin_file=gin/runs/quickstart.gin""",
          flags=(INIT_FROM, *GIN_FLAGS), scope='train', gin=('TaskConfig', 'LocalTaskConfig')),
     Mode('tasks', 'list the tasks and mixtures that TaskConfig.name and --tasks may name', list_tasks, """\
 t5x_cpm tasks""", flags=GIN_FLAGS, gin=('TaskConfig',)),
+    Mode('fields', 'list every field that gin can bind, with its type, default and meaning', list_fields, """\
+t5x_cpm fields TrainConfig""", word=Flag('class', '[CLASS]', 'a configuration class; without it all of them')),
     Mode('files', 'list the gin files that ship: models, runs and meshes', list_files, """\
 t5x_cpm files"""),
 )}

@@ -137,6 +137,13 @@ def print_table(rows: Iterable[tuple[str, str]], width: int = 24) -> None:
     print(textwrap.fill(text, WIDTH, initial_indent=f'  {name:<{width - 3}} ', subsequent_indent=' ' * width))
 
 
+def print_text(text: str, indent: int) -> None:
+  """Paragraphs, filled."""
+  for number, paragraph in enumerate(text.split('\n\n') if text else ()):
+    print(('\n' if number else '') + textwrap.fill(
+        paragraph, WIDTH, initial_indent=' ' * indent, subsequent_indent=' ' * indent))
+
+
 def print_help(modes: Iterable[Mode]) -> None:
   """The modes, how configuration is given, and where to read on."""
   print('usage: t5x_cpm MODE [--flag=value ...] [--gin.CLASS.FIELD=VALUE ...]\n\nmodes')
