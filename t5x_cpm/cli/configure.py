@@ -98,6 +98,7 @@ def make_config(arguments: Arguments) -> Config:
 def dry_run(config: Config) -> None:
   """Prints what a run would be. Touches no accelerator, and of the data only a cache that is there already."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  from t5x_cpm import vocabularies
   from t5x_cpm.config import gin
   from t5x_cpm.data import reader
   from t5x_cpm.tasks import caches
@@ -111,7 +112,7 @@ def dry_run(config: Config) -> None:
         f'{config.task.encoder_length} + {config.task.decoder_length}')
   if caches.is_ready(caches.directory(config)):
     data = reader.open_reader(caches.directory(config), config, 'train')
-    train.check_vocabulary(config, data.vocabulary)
+    vocabularies.check_size(config.model, data.vocabulary)
     epochs = config.train.steps * config.train.batch_size / data.rows_per_epoch
     print(f'epochs            {epochs:.3g}: {config.train.steps:,} steps, {data.rows_per_epoch:,.0f} rows an epoch')
   else:

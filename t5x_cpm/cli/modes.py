@@ -8,6 +8,7 @@ from t5x_cpm.cli import configure
 from t5x_cpm.cli.errors import tell
 from t5x_cpm.cli.parse import Arguments, Flag, Mode, print_table, print_text
 from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config.fields import did_you_mean
 
 GIN_FLAGS = (
     Flag('gin_file', 'FILE', 'gin file, of the current folder or of the package; later ones win', repeat=True),
@@ -15,6 +16,9 @@ GIN_FLAGS = (
     Flag('dry_run', '', 'print the resolved configuration, sizes and learning rates, and stop'),
 )
 MODEL_DIR = Flag('model_dir', 'DIR', 'folder of the run')
+DIRECTIONS = {'import': ('vocabulary', 'objective'), 'export': ('step',)}  # of `convert`, with the flags of that one alone
+TEXTS = Flag('input', 'GLOB', 'files of text: .txt, .tsv or .jsonl, also .gz', repeat=True)
+FIELD = Flag('field', 'NAME', 'of .jsonl, the field with the text', default='text')
 INIT_FROM = Flag('init_from', 'DIR', 'start from the parameters of another run, with its model and vocabulary')
 
 
@@ -64,6 +68,38 @@ def cache(arguments: Arguments, config: Config) -> None:
 
   tasks.identity(config)
   print(caches.build(config))
+
+
+def convert(arguments: Arguments) -> None:
+  """Carries a model over from transformers, or to it."""
+  direction = arguments.get('direction')
+  if direction not in DIRECTIONS:
+    raise ConfigError(f'convert {direction}: expected convert import or convert export.{did_you_mean(direction, DIRECTIONS)}')
+  for name in DIRECTIONS['export' if direction == 'import' else 'import']:
+    if arguments.get(name):
+      raise ConfigError(f'--{name} is not a flag of convert {direction}.')
+  from t5x_cpm.checkpoints import convert as convert_lib
+
+  hf, model_dir = arguments.get('hf'), arguments.get('model_dir')
+  if direction == 'import':
+    convert_lib.from_huggingface(hf, model_dir, vocabulary=arguments.get('vocabulary'), objective=arguments.get('objective'))
+  else:
+    convert_lib.to_huggingface(model_dir, hf, step=configure.checkpoint_step(arguments))
+
+
+def train_vocabulary(arguments: Arguments) -> None:
+  """Trains a vocabulary."""
+  from t5x_cpm.vocabularies import train as vocabulary
+
+  vocabulary.run(*map(arguments.get, ('input', 'output')), **{
+      name: arguments.get(name) for name in ('field', 'size', 'sentinels', 'byte_fallback')})
+
+
+def report_tokens(arguments: Arguments) -> None:
+  """Prints how a vocabulary fits some text."""
+  from t5x_cpm.vocabularies import report
+
+  report.run(*map(arguments.get, ('vocabulary', 'input')), field=arguments.get('field'), compared=arguments.get('differences'))
 
 
 def list_tasks(arguments: Arguments, config: Config) -> None:
@@ -135,6 +171,27 @@ t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain
     Mode('cache', 'turn the text of a task into tokens, once', cache, """\
 t5x_cpm cache --gin_file=gin/runs/quickstart.gin""",
          flags=(INIT_FROM, *GIN_FLAGS), scope='train', gin=('TaskConfig', 'LocalTaskConfig')),
+    Mode('convert', 'carry a model over from transformers, or to it: T5, T5 1.1, mT5, Switch', convert, """\
+t5x_cpm convert export --model_dir=runs/example --hf=runs/example_hf
+t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",
+         word=Flag('direction', 'import|export', 'to a new model_dir, as step 0, or to a new folder of transformers'),
+         flags=(Flag('hf', 'DIR', 'folder of transformers, with config.json and weights'), MODEL_DIR,
+                Flag('vocabulary', 'KIND:FILE', 'import: such as sentencepiece:FILE; default what `export` left in the folder'),
+                Flag('objective', 'NAME', "import: how it was trained; default t5, for CPM vocabularies isolated"),
+                Flag('step', 'STEP', 'export: checkpoint to read; default the last')),
+         needs=('direction', 'hf', 'model_dir')),
+    Mode('vocabulary', 'train a vocabulary on text files, in the manner of CPM-2', train_vocabulary, """\
+t5x_cpm vocabulary --input='tasks/corpus/??.txt' --size=2000 --byte_fallback --output=runs/vocab.txt""",
+         flags=(TEXTS, FIELD, Flag('size', 'N', 'pieces in all, special tokens included', kind=int, default=8000),
+                Flag('sentinels', 'N', 'marks of masked spans', kind=int, default=100),
+                Flag('byte_fallback', '', 'add the 256 bytes: every text can be written without loss'),
+                Flag('output', 'FILE', 'vocab.txt to write; used as TaskConfig.vocabulary = cpm2:FILE')),
+         needs=('input', 'output')),
+    Mode('tokenize', 'measure how a vocabulary fits text: length, speed, what is lost and why', report_tokens, """\
+t5x_cpm tokenize --vocabulary=cpm2:tasks/corpus/vocab.txt --input='tasks/corpus/??.txt'""",
+         flags=(Flag('vocabulary', 'KIND:FILE', 'as in TaskConfig.vocabulary'), TEXTS, FIELD,
+                Flag('differences', 'N', 'texts whose losses are looked at one by one', kind=int, default=2000)),
+         needs=('vocabulary', 'input')),
     Mode('tasks', 'list the tasks and mixtures that TaskConfig.name and --tasks may name', list_tasks, """\
 t5x_cpm tasks""", flags=GIN_FLAGS, gin=('TaskConfig',)),
     Mode('fields', 'list every field that gin can bind, with its type, default and meaning', list_fields, """\
@@ -150,10 +207,11 @@ def run(arguments: Arguments) -> None:
   is_dry = arguments.get('dry_run')
   configure.import_modules(arguments.get('import'))
   for name in mode.needs:
-    flag = mode.find(name)
     # A dry run needs no more than the run that is read.
-    if flag and not arguments.get(name) and (not is_dry or (name == 'model_dir' and mode.scope == 'eval')):
-      raise ConfigError(f'{mode.name} needs --{name}={flag.value}.')
+    if not arguments.get(name) and (not is_dry or (name == 'model_dir' and mode.scope == 'eval')):
+      flag = mode.find(name)
+      expected = f'--{name}={flag.value}' if flag else f'{mode.word.value} after its name' if mode.word else name
+      raise ConfigError(f'{mode.name} needs {expected}.')
   if not mode.gin:
     mode.function(arguments)
     return

@@ -27,9 +27,6 @@ from t5x_cpm.tasks import caches
 from t5x_cpm.training import host_memory, metrics, optimizer, plots
 from t5x_cpm.training import step as step_lib
 
-# A model may have this many rows more than its vocabulary has pieces, so that a table can be padded to divide a mesh.
-VOCABULARY_PADDING = 128
-
 
 class Interrupted:
   """Notes SIGTERM and SIGINT, so that the loop can stop between two steps with its state saved.
@@ -103,15 +100,6 @@ def prefetch(make: Callable[[int], Any], start: int, stop: int, ahead: int = 2) 
   finally:
     closed.set()
     thread.join()
-
-
-def check_vocabulary(config: Config, vocabulary: vocabularies.Vocabulary) -> None:
-  """Raises ConfigError where model and vocabulary cannot belong together."""
-  rows, pieces = config.model.vocab_size, vocabulary.size
-  if not 0 <= rows - pieces < VOCABULARY_PADDING:
-    raise ConfigError(
-        f'ModelConfig.vocab_size = {rows}, but the vocabulary {vocabulary.spec} has {pieces} pieces: set '
-        f'ModelConfig.vocab_size = {pieces} (up to {VOCABULARY_PADDING - 1} more are allowed as padding).')
 
 
 def evaluate(step: step_lib.Step, params: Any, reader: reader_lib.Reader, max_batches: int) -> dict[str, float]:
@@ -211,7 +199,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
   say = functools.partial(print, flush=True) if group.first else lambda text: None
   reader = reader_lib.open_reader(caches.build(config), config, 'train')
-  check_vocabulary(config, reader.vocabulary)
+  vocabularies.check_size(config.model, reader.vocabulary)
   held_out = validation_reader(config, step, say)
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
 
