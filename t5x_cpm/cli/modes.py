@@ -47,9 +47,9 @@ def evaluate(arguments: Arguments, config: Config) -> None:
 
 def infer(arguments: Arguments, config: Config) -> None:
   """Answers a file or a prompt."""
-  from t5x_cpm.inference import generate
+  from t5x_cpm.inference import infer as infer_lib
 
-  generate.run(config, *map(arguments.get, ('model_dir', 'input', 'output')), step=configure.checkpoint_step(arguments))
+  infer_lib.run(config, *map(arguments.get, ('model_dir', 'input', 'output')), step=configure.checkpoint_step(arguments))
 
 
 def compile_step(arguments: Arguments, config: Config) -> None:
@@ -154,8 +154,10 @@ t5x_cpm eval --model_dir=runs/example --tasks=quickstart --gin.EvalConfig.max_ex
 printf 'She opened the <span> and looked outside.\\n' > runs/blanks.txt
 t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/answers.jsonl""",
          flags=(MODEL_DIR,
-                Flag('input', 'FILE', '.txt (one input a line) or .jsonl; without it the prompt is interactive'),
-                Flag('output', 'FILE', '.jsonl of answers; without it they are printed'),
+                Flag('input', 'FILE', '.txt (one input a line) or .jsonl, whose other fields its answer carries too; - reads '
+                     'standard input as .txt, -.jsonl as .jsonl; without it the prompt is interactive'),
+                Flag('output', 'FILE', '.jsonl of answers, or .txt of their texts, one a line (a line feed in it as \\n); '
+                     'without it they are printed'),
                 Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
          needs=('model_dir',), scope='eval', gin=('InferConfig', 'DecodeConfig', 'MeshConfig')),
     Mode('compile', 'compile a step for a TPU slice on any machine: memory, collectives, bound on its time', compile_step, """\
@@ -181,7 +183,7 @@ t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",
                 Flag('step', 'STEP', 'export: checkpoint to read; default the last')),
          needs=('direction', 'hf', 'model_dir')),
     Mode('vocabulary', 'train a vocabulary on text files, in the manner of CPM-2', train_vocabulary, """\
-t5x_cpm vocabulary --input='tasks/corpus/??.txt' --size=2000 --byte_fallback --output=runs/vocab.txt""",
+t5x_cpm vocabulary --input='tasks/corpus/??.txt' --size=2000 --output=runs/vocab.txt""",
          flags=(TEXTS, FIELD, Flag('size', 'N', 'pieces in all, special tokens included', kind=int, default=8000),
                 Flag('sentinels', 'N', 'marks of masked spans', kind=int, default=100),
                 Flag('byte_fallback', '', 'add the 256 bytes: every text can be written without loss'),

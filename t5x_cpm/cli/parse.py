@@ -184,7 +184,8 @@ def _refuse(word: str, mode: Mode, modes: Mapping[str, Mode]) -> ConfigError:
   name = word.lstrip('-').partition('=')[0]
   owners = [other.name for other in modes.values() if other.find(name)]
   if owners and word.startswith('--'):
-    return ConfigError(f'--{name} is a flag of {" and ".join(owners)}, not of {mode.name}.')
+    listed = ', '.join(owners[:-1]) + (' and ' if owners[1:] else '') + owners[-1]
+    return ConfigError(f'--{name} is a flag of {listed}, not of {mode.name}.')
   if '.' in name:
     hint = f' Did you mean --gin.{word.lstrip("-").removeprefix("gin.")}?'
   else:
