@@ -80,7 +80,7 @@ def test_buckets_follow_the_published_rule(bidirectional):
 
 def test_bias_of_a_sequence_equals_bias_at_each_position(model, params):
   for name, T, S in (('encoder', 9, 9), ('decoder', 1, 1), ('decoder', 5, 8)):
-    bias = model._bias_of(name, params)
+    bias = model.module(f'{name}/relative_bias', params)
     whole = bias.sequence(T, S, jnp.float32)
     one_by_one = bias.at(jnp.arange(T)[None], S, jnp.float32)[0]
     np.testing.assert_allclose(whole, one_by_one, rtol=1e-6)

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig, gin
-from t5x_cpm.config.model import ROUTERS
-from t5x_cpm.models import encoder_decoder, routing
+from t5x_cpm.models import encoder_decoder, routers
+from t5x_cpm.models.routers import ROUTERS
 from t5x_cpm.models.routing import RouteContext
 
 G, T, D, E = 2, 64, 16, 4
@@ -30,10 +30,11 @@ def route(c, seed=0, train=True, u_GTD=None, key=0, **context):
   kind = c.moe.router
   ctx = RouteContext(
       valid_GT=jnp.ones(u_GTD.shape[:2], bool), ids_GT=jnp.asarray(rng.integers(0, 50, u_GTD.shape[:2])),
-      domain_GT=jnp.asarray(rng.integers(0, E, u_GTD.shape[:2])), key=jax.random.key(key) if train else None)
+      row={'domain': jnp.asarray(rng.integers(0, E, u_GTD.shape[:2]))}, key=jax.random.key(key) if train else None, train=train)
   ctx = dataclasses.replace(ctx, **context)
-  params = routing.Router(c, kind, nnx.Rngs(params=seed)) if routing.has_parameters(kind) else None
-  return jax.jit(lambda u, ctx_args: routing.ROUTERS[kind](c.moe, params, u, ctx), static_argnums=1)(u_GTD, None), params, ctx
+  make = ROUTERS[kind].weights
+  weights = None if make is None else make(c, nnx.Rngs(params=seed))
+  return jax.jit(lambda u: routers.route(kind, c.moe, weights, u, ctx))(u_GTD), weights, ctx
 
 
 def probabilities(params, u_GTD):
@@ -93,7 +94,7 @@ def prototypes():
   same, _, _ = route(config('switch'))
   for name in ('expert_GTK', 'weight_GTK'):
     np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
-  assert one.losses == same.losses and one.places == same.places
+  assert one.losses == same.losses and one.capacity == same.capacity
   two, _, _ = route(config('prototypes', top_k=2))
   assert (np.asarray(two.expert_GTK) // 2 == [0, 1]).all()  # one expert of each group
 
@@ -101,9 +102,9 @@ def prototypes():
 def expert_choice():
   result, _, _ = route(config('expert_choice', capacity_factor=1.0))
   loads = np.stack([np.bincount(group.reshape(-1), minlength=E + 1)[:E] for group in np.asarray(result.expert_GTK)])
-  assert (loads == T // E).all() and result.places == T // E
+  assert (loads == T // E).all() and result.capacity == T // E
   with pytest.raises(ConfigError, match='cannot be causal'):
-    MoEConfig(num_experts=E, router='expert_choice').validate()
+    routers.check(MoEConfig(num_experts=E, router='expert_choice'))
 
 
 def hash():  # noqa: A001
@@ -141,16 +142,16 @@ def random_projection():
   np.testing.assert_allclose(centroids.T @ centroids, 0.01 * np.eye(E), atol=1e-6)
   outside, _, _ = route(c, train=False)
   np.testing.assert_array_equal(outside.expert_GTK[..., 0], (inputs() @ centroids).argmax(-1))
-  labels = encoder_decoder.build(c).labels()
-  assert labels['encoder']['routers'] == {'centroids': 'frozen'} and labels['lm_head'] == 'train'
+  leaves = encoder_decoder.build(c).leaves()
+  assert leaves['encoder']['routers']['centroids'].update == 'fixed' and leaves['lm_head'].update == 'gradient'
 
 
 def domain():
   labels = jnp.asarray([[1] * T, [3] * T])
-  result, _, _ = route(config('domain'), domain_GT=labels)
+  result, _, _ = route(config('domain'), row={'domain': labels})
   np.testing.assert_array_equal(result.expert_GTK[..., 0], labels)
   with pytest.raises(ConfigError, match='feature `domain`'):
-    route(config('domain'), domain_GT=None)
+    route(config('domain'), row={})
 
 
 def loss_free():
@@ -164,8 +165,8 @@ def loss_free():
   def step(bias):
     graph, state = nnx.split(params)
     router = nnx.merge(graph, nnx.to_pure_dict(state) | {'bias': bias})
-    result = routing.ROUTERS['loss_free'](c.moe, router, u, ctx)
-    return routing.next_bias(bias, result.metrics['load'][0], c.moe.bias_rate), result
+    result = routers.route('loss_free', c.moe, router, u, ctx)
+    return routers.next_bias({'bias': bias}, result.metrics['load'][0], c.moe)['bias'], result
 
   bias, history = jnp.zeros(E), []
   for _ in range(500):
@@ -177,8 +178,8 @@ def loss_free():
   scores = jax.nn.sigmoid(u @ params.kernel[...])
   np.testing.assert_allclose(result.weight_GTK, jnp.take_along_axis(scores, result.expert_GTK, -1), rtol=1e-5)
   assert 'balance_loss' not in result.losses
-  labels = encoder_decoder.build(c).labels()
-  assert labels['decoder']['routers'] == {'kernel': 'train', 'bias': 'state'}
+  leaves = encoder_decoder.build(c).leaves()['decoder']['routers']
+  assert {name: leaf.update for name, leaf in leaves.items()} == {'kernel': 'gradient', 'bias': 'rule'}
 
 
 PROMISES = [switch, top_k, top_2, prototypes, expert_choice, hash, base, random_projection, domain, loss_free]
@@ -191,7 +192,7 @@ def test_promise(promise):
 
 @pytest.mark.parametrize('D, E', [(16, 4), (64, 64), (4, 10)])
 def test_centroids_are_at_right_angles(D, E):
-  x = np.asarray(routing.orthonormal(jax.random.key(3), D, E, jnp.float32))
+  x = np.asarray(routers.orthonormal(jax.random.key(3), D, E, jnp.float32))
   np.testing.assert_allclose(np.linalg.norm(x, axis=0), 1, rtol=1e-5)
   for start in range(0, E, D):
     block = x[:, start:start + D]
@@ -199,7 +200,7 @@ def test_centroids_are_at_right_angles(D, E):
 
 
 def test_every_router_has_its_row():
-  assert set(ROUTERS) == set(routing.ROUTERS) == {promise.__name__ for promise in PROMISES}
+  assert set(ROUTERS) == {promise.__name__ for promise in PROMISES}
 
 
 # What all of them promise.
@@ -265,7 +266,7 @@ def test_decoding_by_steps_equals_teacher_forcing(router, every, loop):
     ({'encoder_every': 3}, 'encoder_every = 3 does not divide ModelConfig.num_encoder_layers = 2')])
 def test_bad_values(change, expected):
   with pytest.raises(ConfigError, match=expected):
-    ModelConfig(moe=MoEConfig(**{'num_experts': 8} | change)).validate()
+    encoder_decoder.build(ModelConfig(moe=MoEConfig(**{'num_experts': 8} | change)))
 
 
 def test_routers_stay_in_float32_where_the_rest_is_cast():

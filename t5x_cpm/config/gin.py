@@ -16,7 +16,7 @@ import re
 import sys
 import tokenize
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from t5x_cpm.config.fields import ConfigError, did_you_mean
@@ -275,7 +275,8 @@ def _replace(config: Any, path: Sequence[str], fields: dict[str, Any]) -> Any:
   return dataclasses.replace(config, **{path[0]: _replace(getattr(config, path[0]), path[1:], fields)})
 
 
-def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = '', base: Config | None = None) -> Config:
+def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = '', base: Config | None = None,
+         check: Callable[[Config], None] | None = None) -> Config:
   """The configuration that gin files and flags describe, checked field by field and by Config.validate().
 
   Args:
@@ -283,6 +284,7 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = ''
     overrides: flags without their '--gin.', as 'TrainConfig.steps=3' or 'STEPS=3'.
     scope: 'train', 'eval' or ''. Bindings of another scope are checked but not applied.
     base: what is changed; the defaults if None.
+    check: raises ConfigError for what Config.validate() cannot know, such as the name of a router that nobody registered.
 
   Raises:
     ConfigError: with the file and line, or the flag, at fault.
@@ -312,6 +314,8 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = ''
     config = _replace(config, _PARTS[cls].split('.'), fields)
   try:
     config.validate()
+    if check is not None:
+      check(config)
   except ConfigError as error:
     sources = [where[key] for key in re.findall(r'(\w+)\.(\w+)', str(error)) if key in where]
     raise ConfigError(f'{error} (set in {sources[0]})' if sources else str(error)) from None

@@ -4,9 +4,6 @@ import dataclasses
 
 from t5x_cpm.config.fields import ConfigError, choice, free, in_range
 
-ROUTERS = (
-    'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free')
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -17,7 +14,8 @@ class MoEConfig:
   """
 
   num_experts: int = 0  # of a layer that has them; 0: a dense model
-  # 'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free'
+  # 'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free', or one of
+  # your own module
   router: str = 'switch'
   decoder_router: str = ''  # '': the same as `router`
   encoder_every: int = 1  # every so many layers have experts, the last of them first; 0: none
@@ -78,8 +76,6 @@ class MoEConfig:
     for field in ('num_experts', 'encoder_every', 'decoder_every', 'capacity_factor', 'second_threshold', 'balance_loss',
                   'router_z_loss', 'shared_experts', 'bias_rate'):
       in_range(self, field, 0)
-    choice(self, 'router', ROUTERS)
-    choice(self, 'decoder_router', ('', *ROUTERS))
     choice(self, 'second_policy', ('all', 'none', 'threshold', 'random'))
     choice(self, 'capacity_counts', ('tokens', 'assignments'))
     choice(self, 'dispatch', ('einsum', 'dropless'))
@@ -91,15 +87,6 @@ class MoEConfig:
     in_range(self, 'num_experts', 2)
     if self.top_k > self.num_experts:
       raise ConfigError(f'MoEConfig.top_k = {self.top_k}: expected at most MoEConfig.num_experts = {self.num_experts}.')
-    routers = {self.of(stack) for stack in ('encoder', 'decoder') if self.every(stack)}
-    if 'prototypes' in routers and self.num_experts % self.top_k:
-      raise ConfigError(
-          f"MoEConfig.num_experts = {self.num_experts}: router 'prototypes' divides the experts into MoEConfig.top_k = "
-          f'{self.top_k} groups of one size; expected a multiple.')
-    if self.decoder_every and self.of('decoder') == 'expert_choice':
-      raise ConfigError(
-          "MoEConfig.router = 'expert_choice' cannot be causal: in a decoder an expert would choose by tokens that are not "
-          "written yet. Set MoEConfig.decoder_router, for instance to 'top_k', or MoEConfig.decoder_every = 0.")
     if self.decoder_every and self.batch_prioritised:
       raise ConfigError(
           "MoEConfig.batch_prioritised = True cannot be causal: a later token would take an earlier one's place in an expert "

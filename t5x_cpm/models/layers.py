@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,9 @@ from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.models.products import dense
 
-# With eager sharding, creating a Param with logical names would ask for a mesh that has those names.
-nnx.use_eager_sharding(False)
+# With eager sharding, creating a Param with logical names would ask for a mesh that has those names. (nnx.use_eager_sharding would
+# switch it off for the thread that imports this module alone.)
+flax.config.update('flax_always_shard_variable', False)
 
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {  # name -> (function, gated)
     'gated_gelu': (lambda x: jax.nn.gelu(x, approximate=True), True),
@@ -55,6 +57,14 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+def scramble(x: jax.Array) -> jax.Array:
+  """A number that looks random for each uint32, always the same (the finaliser of MurmurHash3, by Austin Appleby)."""
+  x = x + jnp.uint32(0x9e3779b9)
+  for shift, factor in ((16, 0x85ebca6b), (13, 0xc2b2ae35)):
+    x = (x ^ (x >> shift)) * jnp.uint32(factor)
+  return x ^ (x >> 16)
+
+
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale, without mean subtraction or bias (Zhang and Sennrich 2019)."""
 
@@ -77,6 +87,14 @@ class Embedding(nnx.Module):
 
   def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.take(self.embedding[...], tokens_BT, axis=0).astype(dtype)
+
+
+class Head(nnx.Module):
+  """The matrix [D, V] from the decoder's output to logits, where it is not the input table."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    std = config.init_std if config.initializer == 'cpm2' else config.d_model**-0.5
+    self.lm_head = normal(rngs, (config.d_model, config.vocab_size), std, ('embed', 'vocab'), config)
 
 
 MLP_AXES = {'wi_0': ('embed', 'mlp'), 'wi_1': ('embed', 'mlp'), 'wo': ('mlp', 'embed')}

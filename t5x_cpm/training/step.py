@@ -106,7 +106,8 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
     mesh_lib.check_tree_divides(mesh, abstract_params, axes, rules)
   rows = config.train.batch_size // config.train.microbatches
   mesh_lib.check_divides(mesh, (rows,), ('batch',), 'a microbatch')
-  group_rows = model.group_rows(config.train.batch_size, config.task.encoder_length, config.task.decoder_length)
+  group_rows = model.group_rows(
+      config.train.batch_size, encoder=config.task.encoder_length, decoder=config.task.decoder_length)
   if rows % group_rows:
     raise ConfigError(
         f'TrainConfig.microbatches = {config.train.microbatches}: by MoEConfig.group_size = {config.model.moe.group_size}, '
@@ -121,7 +122,7 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
 
   def loss_sums(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Sums]:
     """The sum of the losses of the targets, the auxiliary losses of the layers, and what else adds up."""
-    logits, auxiliary, layers, updates = model.apply(params, batch, key=key)
+    logits, auxiliary, layers, updates = model.apply(params, batch, key=key, train=key is not None)
     total, pairs = losses.cross_entropy(
         logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], config.optimizer.z_loss)
     pairs |= {name: (value, jnp.ones_like(value)) for name, value in auxiliary.items()}

@@ -14,7 +14,7 @@ from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.models.products import PRODUCT
 
-Parts = dict[str, list[Any]]
+Slices = dict[str, list[Any]]  # by name, a tree for each layer of a period
 
 
 def loop(config: ModelConfig) -> str:
@@ -28,8 +28,8 @@ def unstack(tree: Any) -> tuple[Any, ...]:
   """Leaves [L, ...] -> a tuple of L trees with leaves [1, ...]."""
   leaves, treedef = jax.tree.flatten(tree)
   # The transpose of a split is one concatenation; that of L slices would be a sum of L padded stacks.
-  parts = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
-  return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*parts, strict=True))
+  split = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
+  return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*split, strict=True))
 
 
 def first(layers: Any) -> Any:
@@ -55,9 +55,9 @@ def _rematerialised(fn: Callable[..., Any], config: ModelConfig) -> Callable[...
 
 
 def run(
-    fn: Callable[[Any, Parts, Any], tuple[Any, Parts]], x: Any, trees: dict[str, Any], periods: int, config: ModelConfig, *,
+    fn: Callable[[Any, Slices, Any], tuple[Any, Slices]], x: Any, trees: dict[str, Any], periods: int, config: ModelConfig, *,
     remat: bool) -> tuple[Any, dict[str, Any]]:
-  """x through a stack, period after period: fn(x, parts, index of the period) -> (x, outs).
+  """x through a stack, period after period: fn(x, slices, index of the period) -> (x, outs).
 
   A period is what repeats: one layer, or several of which some differ. A tree that has n layers in each period reaches fn as a
   list of n trees, and so do the outs leave it.
@@ -91,8 +91,8 @@ def run(
   layers = {name: tree if isinstance(tree, tuple) else unstack(tree) for name, tree in trees.items()}
   collected: dict[str, list[Any]] = {}
   for index in range(periods):
-    parts = {name: [first((tree,)) for tree in layers[name][index * n:(index + 1) * n]] for name, n in per.items()}
-    x, outs = fn(x, parts, index)
+    slices = {name: [first((tree,)) for tree in layers[name][index * n:(index + 1) * n]] for name, n in per.items()}
+    x, outs = fn(x, slices, index)
     for name, out in outs.items():
       collected.setdefault(name, []).extend(out)
   if unstacked:

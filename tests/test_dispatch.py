@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from t5x_cpm.config import ModelConfig, MoEConfig
-from t5x_cpm.models import grouped, moe
+from t5x_cpm.models import dispatch, grouped, routers
 from t5x_cpm.models.layers import MLP
 from t5x_cpm.models.routing import Routing
 
@@ -71,33 +71,33 @@ def compare(fn, want, *arguments):
 def test_dispatch_equals_one_hot(load, K, places):
   routing = routing_of(load, K, places)
   u_GTD = jnp.asarray(np.random.default_rng(1).standard_normal((G, T, D)), jnp.float32)
-  placed = None if places is None else moe.places_of(routing)[1]
+  placed = None if places is None else dispatch.places_of(routing)[1]
 
   def with_weights(weight):
     return dataclasses.replace(routing, weight_GTK=weight)
 
   compare(
-      lambda p, u, w: moe.dispatch(nnx.merge(GRAPH, p), u, with_weights(w), 0.0, None),
+      lambda p, u, w: dispatch.dispatch(nnx.merge(GRAPH, p), u, with_weights(w), 0.0, None),
       lambda p, u, w: reference(p, u, with_weights(w), placed), PARAMS, u_GTD, routing.weight_GTK)
 
 
 def test_places_are_taken_by_first_choices_in_order():
   expert = jnp.asarray([[[0, 1], [0, 1], [1, 0], [0, E]]])
   routing = Routing(expert, jnp.ones((1, 4, 2)), E, 2, None, {}, {})
-  _, placed = moe.places_of(routing)
+  _, placed = dispatch.places_of(routing)
   assert placed.tolist() == [[[True, True], [True, False], [True, False], [False, False]]]
-  assert moe.left_behind(routing, jnp.ones((1, 4), bool))[0] == 1
+  assert dispatch.left_behind(routing, jnp.ones((1, 4), bool))[0] == 1
 
   confident = dataclasses.replace(routing, priority_GT=jnp.asarray([[0.1, 0.2, 0.3, 0.4]]))
-  assert moe.places_of(confident)[1].tolist() == [[[False, False], [True, True], [True, False], [True, False]]]
+  assert dispatch.places_of(confident)[1].tolist() == [[[False, False], [True, True], [True, False], [True, False]]]
 
 
 def test_overflow_leaves_the_rest_of_an_even_load_alone():
   """All to one of E experts with capacity factor c: 1 - c / E of the tokens are left behind."""
   config = MoEConfig(num_experts=E, capacity_factor=1.25)
-  places = config.capacity('switch', 32)
+  places = routers.get('switch').capacity(config, 32)
   routing = Routing(jnp.zeros((1, 32, 1), jnp.int32), jnp.ones((1, 32, 1)), E, places, None, {}, {})
-  left, tokens = moe.left_behind(routing, jnp.ones((1, 32), bool))
+  left, tokens = dispatch.left_behind(routing, jnp.ones((1, 32), bool))
   assert left / tokens == pytest.approx(1 - 1.25 / E)
 
 
@@ -105,10 +105,10 @@ def test_overflow_leaves_the_rest_of_an_even_load_alone():
     (32, 96, 512, (4, 1)), (32, 32, 512, (16, 1)), (32, 512, 512, (1, 1)), (32, 512, 256, (1, 2)), (32, 500, 256, (1, 2)),
     (32, 7, 3, (1, 7)), (32, 5, 4, (1, 5)), (4, 32, 512, (4, 1)), (6, 32, 512, (2, 1)), (3, 32, 512, (1, 1))])
 def test_groups_of_rows(B, length, size, want):
-  assert moe.rows_together(B, length, size) == want
+  assert dispatch.rows_together(B, length, size) == want
   rows, parts = want
   x = np.arange(B * length).reshape(B, length)
-  groups = moe.to_groups(x, size)
+  groups = dispatch.to_groups(x, size)
   assert groups.shape == (B * parts // rows, rows * length // parts) and groups.shape[1] <= size
   np.testing.assert_array_equal(groups.reshape(-1), x.reshape(-1))
 
@@ -135,9 +135,9 @@ def test_dropout_of_experts_depends_on_the_token_alone():
   mlp = nnx.merge(GRAPH, PARAMS)
   expert = jax.random.randint(jax.random.key(1), (1, 2000, 1), 0, E)
   one = Routing(expert, jnp.ones((1, 2000, 1)), E, None, None, {}, {})
-  y = moe.dispatch(mlp, u_GTD, one, rate, key)
-  plain = moe.dispatch(mlp, u_GTD, one, 0.0, None)
+  y = dispatch.dispatch(mlp, u_GTD, one, rate, key)
+  plain = dispatch.dispatch(mlp, u_GTD, one, 0.0, None)
   assert not np.allclose(y, plain)
   np.testing.assert_allclose(y.mean(axis=1), plain.mean(axis=1), atol=0.05 * float(jnp.abs(plain).max()))
   shifted = dataclasses.replace(one, expert_GTK=expert.at[:, :1000].set(E))
-  np.testing.assert_allclose(moe.dispatch(mlp, u_GTD, shifted, rate, key)[:, 1000:], y[:, 1000:], atol=1e-6)
+  np.testing.assert_allclose(dispatch.dispatch(mlp, u_GTD, shifted, rate, key)[:, 1000:], y[:, 1000:], atol=1e-6)

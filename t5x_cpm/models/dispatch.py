@@ -16,8 +16,8 @@ from flax import nnx
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.mesh import shard
 from t5x_cpm.models.grouped import grouped_dot
-from t5x_cpm.models.layers import MLP, MLP_AXES, dropout
-from t5x_cpm.models.routing import Routing, scramble
+from t5x_cpm.models.layers import MLP, MLP_AXES, dropout, scramble
+from t5x_cpm.models.routing import Routing
 
 MODEL, EXPERT = mesh_lib.RULES['mlp'], mesh_lib.RULES['expert']  # the mesh axes that tokens meet here
 
@@ -56,15 +56,15 @@ def places_of(routing: Routing) -> tuple[jax.Array, jax.Array]:
   place_GTK = jnp.moveaxis(jnp.sum(before_GNE * hot_GNE, axis=-1).reshape(G, K, T), 1, 2)
   if order_GT is not None:
     place_GTK = jnp.take_along_axis(place_GTK, jnp.argsort(order_GT, axis=-1)[..., None], axis=1)
-  assert routing.places is not None
-  return place_GTK, (place_GTK < routing.places) & (routing.expert_GTK < routing.num_experts)
+  assert routing.capacity is not None
+  return place_GTK, (place_GTK < routing.capacity) & (routing.expert_GTK < routing.num_experts)
 
 
 def einsum(
     mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
   """The experts' weighted outputs [G, T, D], of tokens that find a place."""
-  assert routing.places is not None
-  E, C, dtype = routing.num_experts, routing.places, u_GTD.dtype
+  assert routing.capacity is not None
+  E, C, dtype = routing.num_experts, routing.capacity, u_GTD.dtype
   place_GTK, placed_GTK = places_of(routing)
   to_E = jax.nn.one_hot(jnp.where(placed_GTK, routing.expert_GTK, E), E, dtype=dtype)
   to_C = jax.nn.one_hot(place_GTK, C, dtype=dtype)
@@ -201,7 +201,7 @@ def dispatch(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
     routing: where they go.
     rate, key: of the dropout of hidden activations.
   """
-  if routing.places is None:
+  if routing.capacity is None:
     return dropless(mlp, u_GTD, routing, rate, key)
   return einsum(mlp, u_GTD, routing, rate, key)
 
@@ -209,7 +209,7 @@ def dispatch(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
 def left_behind(routing: Routing, valid_GT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """How many tokens no expert takes, and how many there are."""
   served_GT = (routing.expert_GTK < routing.num_experts).any(axis=-1)
-  if routing.places is not None:
+  if routing.capacity is not None:
     served_GT = places_of(routing)[1].any(axis=-1)
   valid_GT = valid_GT.reshape(served_GT.shape)
   return (valid_GT & ~served_GT).sum().astype(jnp.float32), jnp.maximum(valid_GT.sum(), 1).astype(jnp.float32)

@@ -1,0 +1,60 @@
+"""What the layers of a stack see beside their own input."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from t5x_cpm.models.layers import dropout
+
+# Where random numbers are drawn, and the number that each place folds into the key of its layer. Two places share a number
+# where they never share a key: the last two draw from the key of the stack.
+SITES = {
+    'self.weights': 0, 'self.output': 1, 'cross.weights': 2, 'cross.output': 3, 'mlp.output': 4, 'mlp.hidden': 5, 'router': 6,
+    'stack.input': 0, 'stack.output': 1}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What every layer of a stack sees beside its own input: a pytree, so that jit takes it.
+
+  Attributes:
+    self_bias: relative positions, [H, T, S] or [B, H, T, S]; at least float32.
+    self_mask: additive, broadcastable to [B, H, T, S].
+    cross_mask: likewise, over the encoder's output; None in an encoder.
+    encoded: the encoder's output [B, S, D]; None when decoding, where the cache holds what is needed of it.
+    positions: [B, T] of the tokens of a decoding step; None for whole sequences.
+    ids: token ids [B, T], for routers.
+    valid: [B, T], False at padding, which is never routed.
+    row: what rows carry beside tokens, by name: int32 [B].
+    key: of dropout and of random draws by routers; None: nothing is dropped or drawn.
+    train: whether tokens are routed as in training: in groups, balanced, within a capacity. Otherwise no token depends on
+      another row, and none is left behind.
+    dropout_rate: of everything but the experts' hidden activations.
+    expert_dropout_rate: of these.
+  """
+
+  self_bias: jax.Array
+  self_mask: jax.Array
+  cross_mask: Any = None
+  encoded: Any = None
+  positions: Any = None
+  ids: Any = None
+  valid: Any = None
+  row: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  key: jax.Array | None = None
+  train: bool = dataclasses.field(default=False, metadata={'static': True})
+  dropout_rate: float = dataclasses.field(default=0.0, metadata={'static': True})
+  expert_dropout_rate: float = dataclasses.field(default=0.0, metadata={'static': True})
+
+  def at_layer(self, index: Any) -> 'Context':
+    """The context of one layer of the stack, by its index: its random numbers are its own."""
+    return self if self.key is None else dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
+
+  def key_of(self, site: str) -> jax.Array | None:
+    """The key of one of SITES; None where nothing is drawn."""
+    return None if self.key is None else jax.random.fold_in(self.key, SITES[site])
+
+  def dropout(self, x: jax.Array, site: str) -> jax.Array:
+    return dropout(x, self.dropout_rate, self.key_of(site))

@@ -1,0 +1,170 @@
+"""One layer, in two halves: what comes before its feed-forward part, and what comes after it.
+
+What lies between, `y = experts(u, routing)`, is injected. Training runs it inside the program; an engine whose experts are kept
+elsewhere runs the same two halves, each as a program of its own, with its own loop over experts between them.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_cpm.config import ModelConfig
+from t5x_cpm.mesh import shard
+from t5x_cpm.models import dispatch, routers
+from t5x_cpm.models.attention import Attention, Cache, write
+from t5x_cpm.models.component import Component, Params
+from t5x_cpm.models.context import Context
+from t5x_cpm.models.layers import MLP, RMSNorm, dropout
+from t5x_cpm.models.routing import RouteContext, Routing
+
+
+class Block(nnx.Module):
+  """The weights of a layer without those of its feed-forward part and router. Pre-norm: x + f(norm(x)) for each part."""
+
+  def __init__(self, config: ModelConfig, num_layers: int, is_decoder: bool, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(config)
+    self.attention = Attention(config, num_layers, rngs)
+    if is_decoder:
+      self.cross_attention_norm = RMSNorm(config)
+      self.cross_attention = Attention(config, num_layers, rngs)
+    self.mlp_norm = RMSNorm(config)
+    self.is_decoder = is_decoder
+
+  def attend(self, x_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    """Self-attention, and in a decoder cross-attention: x after both, and what was written to the cache."""
+    u = self.attention_norm(x_BTD)
+    keys, values = self.attention.keys_and_values(u)
+    written = None
+    if cache is not None:
+      keys, values = write(cache['self_key'], keys, ctx.positions), write(cache['self_value'], values, ctx.positions)
+      written = {'self_key': keys, 'self_value': values}
+    y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of('self.weights'))
+    x_BTD = x_BTD + ctx.dropout(y, 'self.output')
+    if self.is_decoder:
+      u = self.cross_attention_norm(x_BTD)
+      if cache is None:
+        keys, values = self.cross_attention.keys_and_values(ctx.encoded)
+      else:
+        keys, values = cache['cross_key'], cache['cross_value']
+      y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of('cross.weights'))
+      x_BTD = x_BTD + ctx.dropout(y, 'cross.output')
+    return x_BTD, written
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+  """One layer of a model: pure functions of its own weights, and where these lie.
+
+  Attributes:
+    config: of the model.
+    stack: 'encoder' or 'decoder'.
+    index: in its stack, from 0.
+    parts: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. For
+      each the component, and the row of this layer in it.
+  """
+
+  config: ModelConfig
+  stack: str
+  index: int
+  parts: dict[str, tuple[Component, int]]
+
+  @property
+  def routed(self) -> bool:
+    """Whether tokens go to experts; otherwise its feed-forward part is one network."""
+    return any(name == 'expert' for name, _ in self.parts['experts'][0].stacked)
+
+  def weights(self, params: Params) -> Params:
+    """The layer's own slice of a model's parameters, by role."""
+
+    def slice_of(component: Component, row: int) -> Params:
+      tree = component.of(params)
+      if isinstance(tree, tuple):  # unstacked by Model.prepare
+        tree, row = tree[row], 0
+      return jax.tree.map(lambda leaf: leaf[row], tree)
+
+    return {role: slice_of(component, row) for role, (component, row) in self.parts.items()}
+
+  def before(self, weights: Params, x_BTD: jax.Array, ctx: Context, cache: Cache | None = None) -> tuple[
+      jax.Array, Cache | None, jax.Array, Routing | None]:
+    """Attention, norm and router.
+
+    Args:
+      weights: as from `weights`; 'experts' and 'shared' are not read.
+      x_BTD: the layer's input.
+      ctx: `Context.at_layer` of this layer.
+      cache: of this layer when decoding.
+
+    Returns:
+      h [B, T, D], which the feed-forward part is added to; of the cache what has changed (were the encoder's keys and values
+      returned too, a loop over layers would copy them for every token); the input u [B, T, D] of the feed-forward part; and
+      which experts each token goes to, None where there are none.
+    """
+    block = self.parts['block'][0](weights['block'])
+    h_BTD, written = block.attend(x_BTD, ctx, cache)
+    u_BTD = block.mlp_norm(h_BTD)
+    return h_BTD, written, u_BTD, self._route(weights, u_BTD, ctx) if self.routed else None
+
+  def _route(self, weights: Params, u_BTD: jax.Array, ctx: Context) -> Routing:
+    moe = self.config.moe
+    size = moe.group_size if ctx.train else u_BTD.shape[1]  # outside training a row depends on no other
+
+    def grouped(x_BT: Any) -> jax.Array:
+      return dispatch.to_groups(x_BT, size)
+
+    row = {name: grouped(jnp.broadcast_to(values_B[:, None], u_BTD.shape[:2])) for name, values_B in ctx.row.items()}
+    context = RouteContext(grouped(ctx.valid), grouped(ctx.ids), row, ctx.key_of('router'), ctx.train)
+    router = self.parts['router'][0](weights['router']) if 'router' in self.parts else None
+    return routers.route(moe.of(self.stack), moe, router, grouped(u_BTD), context)
+
+  def experts(self, weights: Params, u_BTD: jax.Array, routing: Routing | None, ctx: Context) -> jax.Array:
+    """The feed-forward part with all weights at hand: every token through one network, or through the experts it goes to."""
+    mlp = self.parts['experts'][0](weights['experts'])
+    if routing is None:
+      return _dense(mlp, u_BTD, ctx)
+    u_GTD = u_BTD.reshape(*routing.expert_GTK.shape[:2], -1)
+    y_GTD = dispatch.dispatch(mlp, u_GTD, routing, ctx.expert_dropout_rate, ctx.key_of('mlp.hidden'))
+    return y_GTD.reshape(u_BTD.shape)
+
+  def after(self, weights: Params, h_BTD: jax.Array, u_BTD: jax.Array, y_BTD: jax.Array, ctx: Context) -> jax.Array:
+    """The layer's output, from what `before` gave and the output y [B, T, D] of the feed-forward part."""
+    if 'shared' in self.parts:
+      y_BTD = y_BTD + _dense(self.parts['shared'][0](weights['shared']), u_BTD, ctx)
+    return shard(h_BTD + ctx.dropout(y_BTD, 'mlp.output'), 'batch', 'length', 'embed')
+
+  def cross_cache(self, weights: Params, encoded_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A decoder layer's keys and values [B, H, S, K] of the encoder's output."""
+    return self.parts['block'][0](weights['block']).cross_attention.keys_and_values(encoded_BSD)
+
+
+def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context) -> jax.Array:
+  return mlp(u_BTD, lambda hidden: dropout(hidden, ctx.dropout_rate, ctx.key_of('mlp.hidden')))
+
+
+def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> tuple[Layer, ...]:
+  """The layers of a stack, in order.
+
+  With experts in every n-th layer, the last of each n has them; the others' networks lie in a component of their own.
+
+  Args:
+    components: of the model, by path.
+  """
+  every = config.moe.every(stack)
+  layers = []
+  for index in range(config.num_layers(stack)):
+    routed = bool(every) and index % every == every - 1
+    parts = {'block': (components[f'{stack}/layers'], index)}
+    if routed:
+      row = index // every
+      parts['experts'] = components[f'experts/{stack}'], row
+      for role, path in (('router', f'{stack}/routers'), ('shared', f'experts/{stack}_shared')):
+        if path in components:
+          parts[role] = components[path], row
+    elif every:
+      parts['experts'] = components[f'experts/{stack}_dense'], index - index // every
+    else:
+      parts['experts'] = components[f'experts/{stack}'], index
+    layers.append(Layer(config, stack, index, parts))
+  return tuple(layers)

@@ -1,0 +1,243 @@
+"""A model of any family: its parameters, and its layers one by one or as whole stacks.
+
+A family (`encoder_decoder`) lists its components and puts its stacks together. A layer is two halves with the feed-forward part
+injected between them (see `layer`); `run` composes the layers of a stack into one program for training and resident inference.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_cpm.config import ConfigError, ModelConfig
+from t5x_cpm.models import component, dispatch, layer, routers, stacks
+from t5x_cpm.models.component import Component, Params
+from t5x_cpm.models.context import Context
+from t5x_cpm.models.layer import Block, Layer
+from t5x_cpm.models.layers import MLP, RelativeBias, RMSNorm, compute_dtype
+from t5x_cpm.models.leaf import Leaf
+
+# experts(layer, its weights, u, routing, context) -> y: how the feed-forward part of a layer is computed.
+Experts = Callable[[Layer, Params, jax.Array, Any, Context], jax.Array]
+
+
+def resident(one: Layer, weights: Params, u_BTD: jax.Array, routing: Any, ctx: Context) -> jax.Array:
+  """The feed-forward part with all weights at hand."""
+  return one.experts(weights, u_BTD, routing, ctx)
+
+
+def stack_components(config: ModelConfig, stack: str) -> list[Component]:
+  """The components of one stack of layers, in the order in which their parameters are drawn."""
+  num_layers, every = config.num_layers(stack), config.moe.every(stack)
+  routed = num_layers // every if every else 0  # layers with experts
+
+  def mlp(rngs: nnx.Rngs, width: int = 1) -> MLP:
+    return MLP(config, num_layers, rngs, width)
+
+  def over(count: int) -> tuple[str, int]:
+    return 'layers', count
+
+  found = [Component(f'{stack}/layers', lambda rngs: Block(config, num_layers, stack == 'decoder', rngs), (over(num_layers),),
+                     stack)]
+  if routed:
+    expert = 'expert', config.moe.num_experts
+    found.append(Component(f'experts/{stack}', mlp, (over(routed), expert), stack))
+    if routed < num_layers:
+      found.append(Component(f'experts/{stack}_dense', mlp, (over(num_layers - routed),), stack))
+    if config.moe.shared_experts:
+      shared = functools.partial(mlp, width=config.moe.shared_experts)
+      found.append(Component(f'experts/{stack}_shared', shared, (over(routed),), stack))
+    weights = routers.get(config.moe.of(stack)).weights
+    if weights is not None:  # never cast: a rounded score is another expert
+      found.append(Component(f'{stack}/routers', functools.partial(weights, config), (over(routed),), stack, cast=False))
+  else:
+    found.append(Component(f'experts/{stack}', mlp, (over(num_layers),), stack))
+  found.append(Component(f'{stack}/relative_bias', functools.partial(RelativeBias, config, stack == 'encoder'), stack=stack))
+  found.append(Component(f'{stack}/final_norm', lambda rngs: RMSNorm(config), stack=stack))
+  return found
+
+
+class Model:
+  """Pure functions of plain trees of parameters for one configuration. Holds no array.
+
+  Attributes:
+    config: of the model.
+    stacks: names of its stacks.
+    components: its modules by path, in the order in which their parameters are drawn.
+    layers: its layers by stack, in order.
+    row_features: names of what the rows of its batches carry beside tokens.
+  """
+
+  def __init__(self, config: ModelConfig, stacks: Sequence[str], components: Sequence[Component], experts: Experts):
+    config.validate()
+    routers.check(config.moe)
+    self.config, self.stacks, self._experts = config, tuple(stacks), experts
+    self.components = {one.path: one for one in components}
+    self.layers = {stack: layer.table(config, stack, self.components) for stack in stacks}
+    self.row_features = routers.row_features(config.moe)
+
+  # Parameters.
+
+  def init(self, key: jax.Array) -> Params:
+    """Fresh parameters: a nested dict of arrays."""
+    rngs = nnx.Rngs(params=key)
+    return self._tree(lambda one: one.init(rngs))
+
+  def _tree(self, part: Callable[[Component], Params]) -> Params:
+    tree: Params = {}
+    for one in self.components.values():
+      tree = component.placed(tree, one, part(one))
+    return tree
+
+  def leaves(self) -> Params:
+    """The description of every parameter: a tree of Leaf like that of the parameters; takes no memory."""
+    return self._tree(lambda one: one.leaves)
+
+  def abstract(self) -> tuple[Params, Params]:
+    """Shapes and dtypes, and logical axis names, of the parameters: two trees of one structure; takes no memory."""
+    leaves = self.leaves()
+    return jax.tree.map(lambda leaf: leaf.abstract, leaves), jax.tree.map(lambda leaf: leaf.axes, leaves)
+
+  def labels(self) -> Params:
+    label = {'gradient': 'train', 'fixed': 'frozen', 'rule': 'state'}
+    return jax.tree.map(lambda leaf: label[leaf.update], self.leaves())
+
+  def num_parameters(self) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(self.leaves()))
+
+  def num_active_parameters(self) -> int:
+    """Parameters that one token of each stack uses: of a layer's experts, those it is sent to, on average."""
+    return round(sum(leaf.size * self.share(leaf) for leaf in jax.tree.leaves(self.leaves())))
+
+  def share(self, leaf: Leaf) -> float:
+    """The share of a parameter that one token of its stack passes: 1, but for experts."""
+    if 'expert' not in leaf.stacked:
+      return 1.0
+    return routers.experts_of_token(self.config.moe, leaf.stack) / self.config.moe.num_experts
+
+  def prepare(self, params: Params) -> Params:
+    """Parameters for many calls without gradient: cast once (but for routers), and unstacked where layers are not scanned."""
+    dtype, scanned = compute_dtype(self.config), stacks.loop(self.config) == 'scan'
+
+    def part(one: Component) -> Any:
+      tree = one.of(params)
+      if one.cast:
+        tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+      return stacks.unstack(tree) if one.stacked and not scanned else tree
+
+    return self._tree(part)
+
+  def group_rows(self, B: int, **lengths: int) -> int:
+    """How many rows of a training batch are routed together.
+
+    Args:
+      B: rows of the batch.
+      **lengths: tokens of a row of each stack.
+
+    Raises:
+      ConfigError: a capacity of less than one token, or a length whose equal parts are all far shorter than a group.
+    """
+    config, together = self.config.moe, 1
+    for stack, length in lengths.items():
+      if not config.every(stack):
+        continue
+      rows, parts = dispatch.rows_together(B, length, config.group_size)
+      fewest = -(-length // config.group_size)
+      if parts >= 4 * fewest:  # the balance of a group of a few tokens is none
+        raise ConfigError(
+            f'TaskConfig.{stack}_length = {length}: its equal parts of at most MoEConfig.group_size = {config.group_size} '
+            f'tokens have {length // parts}, too few to be balanced over experts. Take a length such as '
+            f'{length // fewest * fewest}, or another group_size.')
+      routers.get(config.of(stack)).capacity(config, rows * length // parts)
+      together = math.lcm(together, rows)
+    return together
+
+  def advance(self, params: Params, updates: dict[str, jax.Array]) -> Params:
+    """Parameters after a step, where a rule of their own changes them: the biases of router 'loss_free'.
+
+    Args:
+      params: of the model.
+      updates: by stack, the load [layers, E] of the experts, as `apply` gives it.
+    """
+    for stack, load_LE in updates.items():
+      advance = routers.get(self.config.moe.of(stack)).advance
+      assert advance is not None
+      changed = advance(params[stack]['routers'], load_LE, self.config.moe)
+      params = params | {stack: params[stack] | {'routers': changed}}
+    return params
+
+  # Layers.
+
+  def module(self, path: str, params: Params) -> Any:
+    """The component of a path, with its part of a model's parameters."""
+    one = self.components[path]
+    return one(one.of(params))
+
+  def run(self, stack: str, params: Params, x_BTD: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any, Any]:
+    """The layers of one stack, without what comes before and after them.
+
+    Args:
+      stack: 'encoder' or 'decoder'.
+      params: of the model, as from `init` or `prepare`.
+      x_BTD: the first layer's input.
+      ctx: of the stack.
+      cache: of its layers, stacked as they are; None for whole sequences.
+
+    Returns:
+      The last layer's output; what has changed of the cache; and {'losses', 'metrics'} of the layers with experts, stacked.
+    """
+    period = self.layers[stack][:self.config.moe.every(stack) or 1]  # what repeats: layers, of which the last has experts
+    used = {one.path: one for part in period for one, _ in part.parts.values()}
+    trees = {path: one.of(params) for path, one in used.items()} | ({} if cache is None else {'cache': cache})
+
+    def fn(x: jax.Array, given: stacks.Slices, index: Any) -> tuple[jax.Array, stacks.Slices]:
+      outs: stacks.Slices = {'about': [{}]}
+      for within, one in enumerate(period):
+        weights = {role: given[whole.path][row] for role, (whole, row) in one.parts.items()}
+        own = ctx.at_layer(index * len(period) + within)
+        h, written, u, routing = one.before(weights, x, own, given['cache'][within] if 'cache' in given else None)
+        x = one.after(weights, h, u, self._experts(one, weights, u, routing, own), own)
+        if written is not None:
+          outs.setdefault('cache', []).append(written)
+        if routing is not None:
+          left_behind = dispatch.left_behind(routing, own.valid)
+          outs['about'] = [{'losses': routing.losses, 'metrics': routing.metrics | {'left_behind': left_behind}}]
+      return x, outs
+
+    x_BTD, outs = stacks.run(
+        fn, x_BTD, trees, self.config.num_layers(stack) // len(period), self.config, remat=cache is None)
+    return x_BTD, outs.get('cache'), stacks.stacked(outs['about'])
+
+  def context(self, ids_BT: jax.Array, valid_BT: jax.Array, row: dict[str, jax.Array], key: jax.Array | None = None,
+              train: bool = False) -> dict[str, Any]:
+    """The fields of Context that do not depend on the stack."""
+    rate, experts = self.config.dropout_rate, self.config.moe.expert_dropout
+    return {'ids': ids_BT, 'valid': valid_BT, 'row': {name: row[name] for name in self.row_features if name in row}, 'key': key,
+            'train': train, 'dropout_rate': rate, 'expert_dropout_rate': rate if experts < 0 else experts}
+
+
+def summary(abouts: dict[str, Any], config: ModelConfig) -> tuple[dict, dict, dict]:
+  """What the layers with experts tell of themselves: auxiliary losses, metrics, and what `Model.advance` wants.
+
+  Args:
+    abouts: by stack, the third result of `Model.run`; empty where it has no experts.
+    config: of the model.
+
+  Returns:
+    Losses, already weighted, means over the layers with experts; metrics, pairs (sum, weight) [L, ...] by 'encoder/...' and
+    'decoder/...'; and by stack sums that add up over the parts of a batch.
+  """
+  moe, abouts = config.moe, {stack: about for stack, about in abouts.items() if about}
+  routed = sum(config.num_layers(stack) // moe.every(stack) for stack in abouts)
+  losses: dict[str, jax.Array] = {}
+  for about in abouts.values():
+    for name, values_L in about['losses'].items():
+      losses[name] = losses.get(name, 0.0) + values_L.sum() / routed
+  metrics = {f'{stack}/{name}': pair for stack, about in abouts.items() for name, pair in about['metrics'].items()}
+  updates = {stack: about['metrics']['load'][0] for stack, about in abouts.items()
+             if routers.get(moe.of(stack)).advance is not None}
+  return losses, metrics, updates
