@@ -284,7 +284,7 @@ def test_cached_decoding_is_teacher_forcing(model):
 
   @functools.partial(jax.jit, static_argnames='rule')
   def generate(params, batch, rule):
-    cache, _ = model.start(params, batch, 20)
+    cache = model.start(params, batch, 20)
     return decode.while_loop(functools.partial(model.step, params), cache, rule, jnp.full((3, 1), START),
                              jnp.full((3, 1), -1), take=attention.take)
 
@@ -303,7 +303,7 @@ def test_cached_decoding_is_teacher_forcing(model):
   np.testing.assert_allclose(greedy.score, log_probs.sum((1, 2)), atol=1e-4)
 
   # Every logit of every step, one token at a time and several in one call.
-  cache, _ = model.start(params, batch, 20)
+  cache = model.start(params, batch, 20)
   inputs = jnp.concatenate([jnp.full((3, 1), START), greedy.tokens[:, :-1]], 1)
   step, at, pieces = jax.jit(model.step), 0, []
   for width in (1, 1, 4, 1, 4, 1):

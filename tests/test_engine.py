@@ -26,11 +26,12 @@ def everything(model_dir: pathlib.Path, mesh: MeshConfig) -> dict:
   """What an engine gives, as JSON."""
   config = dataclasses.replace(run_directory.read_run(model_dir).config, mesh=mesh)
   engine = inference.load(model_dir, config=config)
-  streamed = [list(engine.stream(TEXTS[0], rule=rule, seed=7)) for rule in ('greedy', 'sample')]
-  kernels = jax.tree.leaves(engine.params['experts'])
+  streamed = [list(engine.stream(TEXTS[0], rule=rule, seed=7)) for rule in ('greedy', 'sample', 'beam')]
+  kernels = jax.tree.leaves(engine.program.params['experts'])
+  cache = engine.program.start(engine._request_batch([engine.codec.request(TEXTS[0])] * engine.whole(1)), 8)
   return {
-      'devices': engine.mesh.size,
-      'split': sorted({kernel.sharding.shard_shape(kernel.shape) != kernel.shape for kernel in kernels}),
+      'devices': engine.program.functions.mesh.size,
+      'split': sorted({x.sharding.shard_shape(x.shape) != x.shape for x in [*kernels, *jax.tree.leaves(cache)]}),
       'exact': [engine.generate(TEXTS), engine.generate(TEXTS, rule='beam', beam_size=3),
                 engine.generate(TEXTS, rule='sample', seed=3), streamed, engine.choose(['一<span>'], [['丁', 'ab丂', '万']])],
       'scores': engine.score(['一<span>丂', '<span>丁<span>', 'a'], ['丁', ['a', 'b'], 'bc']),
@@ -54,7 +55,7 @@ def test_answers_on_a_mesh_are_those_of_one_device(tmp_path, moe):
   assert done.returncode == 0, done.stderr[-3000:]
   meshed = json.loads(done.stdout.splitlines()[-1])
   assert (alone['devices'], meshed['devices']) == (1, 8)
-  assert meshed['split'] == [True], 'a device holds all of an expert or of a feed-forward network'
+  assert meshed['split'] == [True], 'a device holds all of an expert, of a feed-forward network, or of a cache'
   assert meshed['exact'] == alone['exact']
   np.testing.assert_allclose(meshed['scores'], alone['scores'], rtol=1e-5)
   for ours, theirs in zip(meshed['hidden'], alone['hidden'], strict=True):

@@ -49,7 +49,7 @@ def test_each_masked_token_counts_once(model_dir, capsys):
   loss, correct, count, rows, text_correct, text = 0.0, 0, 0, 0, 0, 0
   for batch in small_data.open_reader(config, 'validation').eval_batches():
     rows += 1
-    logits = np.asarray(engine.model.apply(engine.params, batch)[0][0], np.float64)
+    logits = np.asarray(engine.program.functions.model.apply(engine.program.params, batch)[0][0], np.float64)
     log_probs = scipy.special.log_softmax(logits, axis=-1)
     for position, token in enumerate(batch['decoder_target_tokens'][0]):
       if batch['decoder_loss_weights'][0, position]:

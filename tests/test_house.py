@@ -22,7 +22,7 @@ LIBRARY += [pathlib.Path('t5x_cpm') / file for file in SOURCES if file.parts[0] 
 ORDER = (
     r't5x_cpm',
     r't5x_cpm\.config\.(fields|model)',
-    r't5x_cpm\.config\.run',
+    r't5x_cpm\.config\.(run|row_features)',
     r't5x_cpm\.config\.(describe|typed)',
     r't5x_cpm\.config\.gin',
     r't5x_cpm\.config',

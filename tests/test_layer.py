@@ -50,7 +50,7 @@ def test_a_plain_loop_over_layers_decodes_like_the_model(moe):
   """Bit for bit, every token's logits and the cache after them. With a program for each half, up to how XLA fuses them."""
   model, params = make(moe)
   given = batch()
-  cache = jax.jit(model.start, static_argnums=2)(params, given, T)[0]
+  cache = jax.jit(model.start, static_argnums=2)(params, given, T)
   loop, step = jax.jit(functools.partial(layer_by_layer, model)), jax.jit(model.step)
   halves, _ = layer_by_layer(model, params, cache, given['decoder_input_tokens'][:, :1], jnp.zeros((B, 1), int), jit=jax.jit)
   mine, theirs = cache, cache

@@ -158,8 +158,7 @@ def test_cached_decoding_equals_teacher_forcing(params, loop):
   want = logits_of(model, params, batch)
   for tree in (params, model.prepare(params)):
     step = jax.jit(model.step)
-    cache, forced = jax.jit(model.start, static_argnums=2)(tree, batch, 9)
-    assert forced.shape == (3, 0)
+    cache = jax.jit(model.start, static_argnums=2)(tree, batch, 9)
     # Two tokens at once, then one at a time, each row by an index of its own.
     logits, cache = step(tree, cache, batch['decoder_input_tokens'][:, :2], jnp.tile(jnp.arange(2), (3, 1)))
     steps = [logits]

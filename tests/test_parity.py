@@ -75,8 +75,7 @@ class Reference:
 
     @jax.jit
     def run(params: Any) -> decode.Output:
-      cache, forced = self.model.start(params, encoder, rule.max_new_tokens)
-      assert forced.shape[1] == 0
+      cache = self.model.start(params, encoder, rule.max_new_tokens)
       return decode.while_loop(
           functools.partial(self.model.step, params), cache, rule, jnp.zeros((rows, 1), jnp.int32), jnp.full((rows, 1), 1),
           take=attention.take)

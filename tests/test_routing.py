@@ -248,7 +248,7 @@ def test_decoding_by_steps_equals_teacher_forcing(router, every, loop):
   a = batch(T=6)
   want = jax.jit(lambda batch: model.apply(params, batch)[0])(a)
   prepared = model.prepare(params)
-  cache, _ = jax.jit(model.start, static_argnums=2)(prepared, a, 6)
+  cache = jax.jit(model.start, static_argnums=2)(prepared, a, 6)
   step = jax.jit(model.step)
   for position in range(6):
     logits, cache = step(prepared, cache, a['decoder_input_tokens'][:, position:position + 1], jnp.full((4, 1), position))

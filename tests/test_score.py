@@ -23,7 +23,7 @@ def plain_score(engine, input_ids, target_ids):
   batch = {'encoder_input_tokens': np.array([input_ids]), 'encoder_segment_ids': np.ones((1, len(input_ids)), np.int32),
            'decoder_input_tokens': np.array([[engine.vocabulary.bos_id, *target_ids[:-1]]]),
            'decoder_segment_ids': np.ones((1, len(target_ids)), np.int32)}
-  logits = np.asarray(jax.jit(engine.model.apply)(engine.params, batch)[0][0], np.float64)
+  logits = np.asarray(jax.jit(engine.program.functions.model.apply)(engine.program.params, batch)[0][0], np.float64)
   total = 0.0
   for position, token in enumerate(target_ids):
     row = logits[position]
@@ -53,6 +53,21 @@ def test_the_score_of_a_generated_answer_is_what_generation_says(engine):
     assert scores == pytest.approx([answer.score for answer in answers], rel=1e-3)
   with pytest.raises(ConfigError, match='3 inputs and 1 targets'):
     engine.score(texts, ['a'])
+
+
+def test_a_prefix_is_given_and_not_scored(engine):
+  """By the chain rule, for prefixes of two lengths in one batch."""
+  request, ids = engine.codec.request('一<span>丁'), engine.vocabulary.encode('丁七')
+  longer = request._replace(prefix=(*request.prefix, *ids))
+  target = engine.codec.targets(request, '一')
+  (alone, given), counts = engine.score_ids([request, longer], [target, target])
+  (whole, before), _ = engine.score_ids([request, request], [ids + target, ids])
+  assert counts == [len(target)] * 2
+  assert given == pytest.approx(whole - before, rel=1e-4) and given != pytest.approx(alone, rel=1e-2)
+  answers = engine.answer_requests([request, longer], engine.decode_config())
+  assert answers[0].ids == engine.answers([request.text], engine.decode_config())[0].ids
+  scores, _ = engine.score_ids([request, longer], [answer.ids for answer in answers])
+  assert scores == pytest.approx([answer.score for answer in answers], rel=1e-3)
 
 
 @pytest.mark.parametrize('target', ['<s_0>七<s_1>', ['七', '丁<s_1>'], '<extra_id_0>七'])

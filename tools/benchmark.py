@@ -117,34 +117,31 @@ def products_of_gradients(model_config: ModelConfig) -> Run:
 
 
 def decoding(rows: int) -> tuple[Any, Any, Any]:
-  """A model, its parameters and a batch of inputs."""
+  """The functions of a model, its parameters and a batch of inputs."""
   import jax
 
-  from t5x_cpm.models import encoder_decoder
+  from t5x_cpm import mesh as mesh_lib
+  from t5x_cpm.inference import programs
 
-  model = encoder_decoder.build(MODEL)
-  params = jax.jit(lambda key: model.prepare(model.init(key)))(jax.random.key(0))
+  config = Config(model=MODEL)
+  functions = programs.build(config, mesh_lib.make_mesh(config.mesh))
+  params = functions.prepare(jax.jit(functions.model.init)(jax.random.key(0)))
   batch = {name: value for name, value in random_batch(rows).items() if name in ('encoder_input_tokens', 'encoder_segment_ids')}
-  return model, params, batch
+  return functions, params, batch
 
 
 def our_decoding(rows: int) -> Run:
   import jax
-  import jax.numpy as jnp
 
-  from t5x_cpm.inference import decode
+  from t5x_cpm.inference import decode, programs
 
-  model, params, batch = decoding(rows)
+  functions, params, batch = decoding(rows)
+  program = programs.Resident(functions, params)
   rule = decode.Greedy(max_new_tokens=NEW_TOKENS)
-  start, never = jnp.ones((rows, 1), jnp.int32), jnp.full((rows, 1), -1)
-
-  @jax.jit
-  def generate(params: Any, batch: Any) -> Any:
-    cache, _ = model.start(params, batch, NEW_TOKENS)
-    return decode.while_loop(functools.partial(model.step, params), cache, rule, start, never)
+  start, never = np.ones((rows, 1), np.int32), np.full((rows, 1), -1, np.int32)
 
   def run() -> Any:
-    out = jax.block_until_ready(generate(params, batch))
+    out = jax.block_until_ready(program.generate(rule, batch, start, never))
     assert out.tokens.shape == (rows, NEW_TOKENS)
     return out
 
@@ -155,9 +152,10 @@ def products_of_decoding(rows: int) -> Run:
   import jax
   import jax.numpy as jnp
 
-  model, params, batch = decoding(rows)
+  functions, params, batch = decoding(rows)
+  model = functions.model  # not compiled: its products are to be found
   start = functools.partial(model.start, max_len=NEW_TOKENS)
-  cache, _ = jax.eval_shape(start, params, batch)
+  cache = jax.eval_shape(start, params, batch)
   token = jnp.zeros((rows, 1), jnp.int32)
   begin, step = products.alone(start, params, batch), products.alone(model.step, params, cache, token, token)
 

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from t5x_cpm import backend
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.compile import chips, program
 from t5x_cpm.compile.chips import GiB, Slice
 from t5x_cpm.config import Config
+from t5x_cpm.inference import programs
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops
 from t5x_cpm.training import step as step_lib
@@ -66,36 +66,10 @@ class Plan:
     return self.model_flops / (slice_.count * slice_.chip.flops * self.step_seconds)
 
 
-def _abstract(tree: Any, shardings: Any) -> Any:
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
 def _inference(config: Config, mesh: Any, step: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """The function of a decoding step or of the encoder, and its abstract arguments; parameters in the type of computation."""
-  model = encoder_decoder.build(config.model)
-  shapes, axes = model.abstract()
-  param_rules = mesh_lib.STATE_RULES[config.mesh.sharding][0]
-  mesh_lib.check_tree_divides(mesh, shapes, axes, param_rules)
-  prepared = jax.eval_shape(model.prepare, shapes)
-  params = _abstract(prepared, mesh_lib.shardings(mesh, axes, param_rules))
-  B, S, T = config.infer.batch_size, config.task.encoder_length, config.task.decoder_length
-  mesh_lib.check_divides(mesh, (B,), ('rows',), 'a batch')
-  batch = {name: jax.ShapeDtypeStruct((B, S), jnp.int32, sharding=jax.NamedSharding(mesh, mesh_lib.spec(('batch', None))))
-           for name in ('encoder_input_tokens', 'encoder_segment_ids')}
-  if config.model.moe.by_domain:
-    batch['domain'] = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=jax.NamedSharding(mesh, mesh_lib.spec(('batch',))))
-  if step == 'encode':
-    return jax.jit(mesh_lib.traced(mesh, model.encode)), (params, batch)
-
-  cache = jax.eval_shape(lambda params, batch: model.start(params, batch, T)[0], prepared, batch)
-
-  names = (None, *encoder_decoder.CACHE_AXES)  # or [1, batch, ...]
-  shardings = jax.tree.map(
-      lambda leaf: jax.NamedSharding(mesh, mesh_lib.spec(names if leaf.ndim == 5 else names[:2])), cache)
-  tokens = jax.ShapeDtypeStruct((B, 1), jnp.int32, sharding=batch['encoder_input_tokens'].sharding)
-
-  return (jax.jit(mesh_lib.traced(mesh, model.step), donate_argnums=1, out_shardings=(None, shardings)),
-          (params, _abstract(cache, shardings), tokens, tokens))
+  """The function of a decoding step or of the encoder, as inference runs it, and its abstract arguments."""
+  functions = programs.build(config, mesh)
+  return functions.encode if step == 'encode' else functions.step, functions.abstract_arguments(step)
 
 
 def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:

@@ -40,10 +40,9 @@ class MoEConfig:
     """The router of 'encoder' or 'decoder'."""
     return self.decoder_router or self.router if stack == 'decoder' else self.router
 
-  @property
-  def by_domain(self) -> bool:
-    """Whether a router needs the domain of each row."""
-    return any(self.every(stack) and self.of(stack) == 'domain' for stack in ('encoder', 'decoder'))
+  def uses(self, router: str) -> bool:
+    """Whether a stack has experts to which this router sends tokens."""
+    return any(self.every(stack) and self.of(stack) == router for stack in ('encoder', 'decoder'))
 
   def every(self, stack: str) -> int:
     """Every so many layers of a stack have experts; 0: none."""

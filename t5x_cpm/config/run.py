@@ -302,7 +302,7 @@ class Config:
     if self.mesh.host_gib and self.optimizer.name == 'adafactor':
       raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
     moe = self.model.moe
-    if moe.by_domain and self.infer.domain >= moe.num_experts:
+    if moe.uses('domain') and self.infer.domain >= moe.num_experts:
       raise ConfigError(
           f'InferConfig.domain = {self.infer.domain}: expected a number below MoEConfig.num_experts = {moe.num_experts}.')
 

@@ -5,11 +5,11 @@ is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives, packing
 from t5x_cpm.data.rows import Component, Packed, Part, Windows
@@ -77,9 +77,9 @@ class Reader:
   """
 
   def __init__(self, config: Config, split: str, vocabulary: Vocabulary, components: list[Component], rates: list[float],
-               domains: list[int]):
-    """domains: the label of each component's rows, for router 'domain'."""
-    self.domains = domains
+               carried: list[dict[str, int]]):
+    """carried: what the rows of each component carry beside tokens (config.row_features)."""
+    self.carried_by_component = {name: np.array([row[name] for row in carried], np.int32) for name in carried[0]}
     self.vocabulary, self.split, self.components = vocabulary, split, components
     self.config, self.task, self.seed, self.batch_size = config, config.task, config.train.seed, config.train.batch_size
     self.room = (self.task.encoder_length, self.task.decoder_length)
@@ -102,8 +102,8 @@ class Reader:
 
     Returns:
       encoder_input_tokens, encoder_segment_ids, encoder_positions [rows, encoder_length], decoder_input_tokens,
-      decoder_target_tokens, decoder_segment_ids, decoder_positions, decoder_loss_weights [rows, decoder_length]; for router
-      'domain' also domain [rows]: which task of the mixture a row is of.
+      decoder_target_tokens, decoder_segment_ids, decoder_positions, decoder_loss_weights [rows, decoder_length]; and
+      int32 [rows] for each of config.row_features that the configuration needs.
     """
     mine = np.arange(self.batch_size)[rows]
     component, stream_row = self.mixer.locate(mine + step * self.batch_size)
@@ -136,8 +136,8 @@ class Reader:
       part = read(self.components[number], stream_row[mine])
       parts.append(Part(mine[part.row], part.segments))
     batch = assemble(parts, rows, self.room, self.vocabulary.pad_id, self.unpredicted)
-    if self.config.model.moe.by_domain:
-      batch['domain'] = np.resize(np.asarray(self.domains, np.int32)[component], rows)  # empty rows have any
+    for name, value in self.carried_by_component.items():
+      batch[name] = np.resize(value[component], rows)  # empty rows have any
     return batch
 
   def statistics(self) -> dict:
@@ -161,7 +161,8 @@ class Reader:
             'tasks': tasks}
 
 
-def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: Vocabulary | None = None) -> Reader:
+def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: Vocabulary | None = None,
+                row: Mapping[str, int] | None = None) -> Reader:
   """Opens a split of the task that `config` names.
 
   Args:
@@ -169,10 +170,13 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
     config: `task`, `local_task` and `train` (seed, batch_size) are read.
     split: 'train' or 'validation'.
     vocabulary: that of a model which is to read the batches; None is the cache's.
+    row: what rows carry beside tokens where their task does not say; None: the task must say it in training, and elsewhere
+      the defaults of the configuration hold.
 
   Raises:
     EmptySplitError: the task has no such split, or no document in it.
-    ConfigError: the objective does not fit the task, or the vocabulary is another one.
+    ConfigError: the objective does not fit the task, the vocabulary is another one, or the mixture does not say what its
+      rows carry.
   """
   config.task.validate()
   parts = cache_lib.components(path)
@@ -182,12 +186,10 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
                       'TaskConfig.vocabulary to the vocabulary of the model.')
   components: list[Component] = []
   rates: list[float] = []
-  domains: list[int] = []
-  one_each = len(parts) == config.model.moe.num_experts
-  if config.model.moe.by_domain and split == 'train' and not one_each:
-    raise ConfigError(f"MoEConfig.router = 'domain' has an expert for each task of the mixture: {config.task.name!r} has "
-                      f'{len(parts)}, MoEConfig.num_experts = {config.model.moe.num_experts}.')
-  for domain, (rate, cache) in enumerate(parts):
+  carried: list[dict[str, int]] = []
+  otherwise = row_features.defaults(config) if row is None and split != 'train' else row
+  rows = [row_features.of_task(config, number, len(parts), otherwise) for number in range(len(parts))]
+  for carries, (rate, cache) in zip(rows, parts, strict=True):
     if split not in cache.splits:
       continue
     if ('inputs' in cache.features) != (config.task.objective == 'pairs'):
@@ -204,8 +206,8 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
       continue
     components.append(component)
     rates.append(rate)
-    domains.append(domain if one_each else config.infer.domain)
+    carried.append(carries)
   if not components:
     raise EmptySplitError(f'task {config.task.name!r} has no documents in split {split!r}; for files of your own set '
                           'LocalTaskConfig.validation_files, or a larger validation_fraction.')
-  return Reader(config, split, own if vocabulary is None else vocabulary, components, rates, domains)
+  return Reader(config, split, own if vocabulary is None else vocabulary, components, rates, carried)

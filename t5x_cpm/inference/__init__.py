@@ -1,7 +1,11 @@
-"""Answers from a trained model, in Python:
+"""A trained model at work: it generates, scores, chooses, encodes and is evaluated.
 
     engine = t5x_cpm.inference.load('runs/quickstart')
     engine.generate(['今天天气很<span>。'])
+
+The folder offers `load`, which makes an `Engine` from a model_dir, and the modes `infer` and `eval`. Between an engine and a
+model stands a `Program` (programs.py), so that the engine does not know where the parameters lie. Nothing here changes a
+parameter or writes a checkpoint, and only the evaluation of tasks with SeqIO metrics imports TensorFlow.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,8 +21,8 @@ def load(model_dir: Any, *, step: int | None = None, config: 'Config | None' = N
   Args:
     model_dir: of the run.
     step: of the checkpoint; default the last.
-    config: its decode, infer and mesh parts are used (MeshConfig.host_gib is of training alone); default those of the run, on
-      all devices of this process along `data`.
+    config: says how to decode, with which lengths and on which mesh (all but MeshConfig.host_gib, which is for training
+      alone); default: as the run says, with all devices of this process along `data`.
 
   Returns:
     An engine with `generate`, `score`, `choose`, `encode` and `stream`.

@@ -1,12 +1,12 @@
-"""Decoding rules and the two loops that drive them. Nothing here knows a model or a vocabulary.
+"""Decoding rules, and the two loops that drive them. Nothing here knows a model or a vocabulary.
 
 A rule is a frozen dataclass (so that jit can take it as a static argument) with pure methods: ``init`` makes the state,
-``advance(state, logits_NV)`` chooses one token for every row, ``result(state)`` reads the answer. Rows are N = B * width:
-a beam rule keeps ``width`` hypotheses of each of the B inputs side by side, the others one.
+``advance(state, logits_NV)`` chooses one token for every row, and ``result(state)`` reads the answer. There are N = B * width
+rows: a beam rule keeps ``width`` hypotheses of each of the B inputs side by side, the other rules keep one.
 
 The loops call ``step(cache, tokens_NT, positions_NT) -> (logits_NTV, cache)`` and, for beams, ``take(cache, rows_N)``.
-`while_loop` runs inside jit and ends with the last unfinished row; `python_loop` yields after every token, for streaming
-and for models whose step cannot be one compiled program.
+`while_loop` runs inside jit and ends when the last row is done. `python_loop` yields after every token: for streaming, and for
+models whose step cannot be one compiled program.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ _NONE = -1.0e9
 
 
 class Output(NamedTuple):
-  """What was generated. The stop token, when there is one, is included and counted; padding follows it."""
+  """What was generated. The stop token, where there is one, is included and counted; padding follows it."""
 
   tokens: jax.Array  # [B, T] int32
   length: jax.Array  # [B] int32
-  score: jax.Array  # [B] float32: sum of log-probabilities; of a beam rule divided by length ** length_penalty
+  score: jax.Array  # [B] float32: sum of log-probabilities; with beams divided by length ** length_penalty
 
 
 class State(NamedTuple):
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
   step: jax.Array  # int32 scalar: tokens chosen so far
   next: jax.Array  # [N] int32: the tokens just chosen, to be fed next
-  rows: jax.Array | None  # [N] int32: row of the cache that each of them continues; None: its own
+  rows: jax.Array | None  # [N] int32: the row of the cache that each of them continues; None: its own
   done: jax.Array  # [B] bool
   tokens: jax.Array  # [N, T]
   stop: jax.Array  # [B, E]
@@ -89,8 +89,10 @@ def _mask(logits_NV: jax.Array, allowed: jax.Array | None) -> jax.Array:
 
 
 def _largest(logits_NV: jax.Array) -> jax.Array:
-  """argmax over the last axis, first index among equals; two plain reductions, which XLA vectorises where it does not
-  vectorise the reduction over (value, index) pairs that `jnp.argmax` is."""
+  """argmax over the last axis, the first index among equals.
+
+  XLA vectorises these two plain reductions on CPU, but not the one over pairs (value, index) that `jnp.argmax` is.
+  """
   ids_V = jnp.arange(logits_NV.shape[-1], dtype=jnp.int32)
   return jnp.min(jnp.where(logits_NV == logits_NV.max(-1, keepdims=True), ids_V, ids_V.size - 1), axis=-1)
 
@@ -114,9 +116,9 @@ class Greedy:
 
     Args:
       stop_BE: int32, tokens that end a row; -1 fills the rows that have fewer of them.
-      seed: read by rules that draw.
-      rows_B: int32, what distinguishes the rows' random draws; default 0, 1, ...
-      allowed: bool [V] or [B, V], the tokens that may be chosen; None is all. Scores remain those of the model over its
+      seed: of rules that draw.
+      rows_B: int32, a number for each row on which its draws depend; default 0, 1, ...
+      allowed: bool [V] or [B, V], the tokens that may be chosen; None allows all. Scores remain those of the model over its
         whole vocabulary.
     """
     B = stop_BE.shape[0]
@@ -151,11 +153,11 @@ class Greedy:
 
 
 def _keep(log_prob_NV: jax.Array, weight_NV: jax.Array, target: float) -> jax.Array:
-  """Keeps the most probable tokens whose weights sum to at least `target`, minus infinity elsewhere.
+  """Keeps the most probable tokens whose weights sum to at least `target`; the others become minus infinity.
 
-  The threshold is the largest value whose upper set is heavy enough, found by bisection over the bits of the
-  probabilities (for floats >= 0 the order of the bits is the order of the values): exact as a sort, at 31 passes
-  over the row. Tokens as probable as the last one needed are kept too.
+  The threshold is the largest probability such that the tokens from it upward weigh enough. It is found by bisection over the
+  bits of the probabilities, because floats >= 0 have the order of their bits: as exact as a sort, in 31 passes over the row.
+  Tokens as probable as the last one needed are kept too.
   """
   bits_NV = lax.bitcast_convert_type(jnp.exp(log_prob_NV).astype(jnp.float32), jnp.int32)
 
@@ -174,12 +176,12 @@ def _keep(log_prob_NV: jax.Array, weight_NV: jax.Array, target: float) -> jax.Ar
 class Sample(Greedy):
   """A draw from softmax(logits / temperature), cut to the top_k most probable tokens, then to the fewest that reach top_p.
 
-  Every row draws with a key of its own (seed, row, step), so that its result does not depend on the rest of the batch.
+  Every row draws with a key of its own, made of seed, row and step. So its result does not depend on the rest of the batch.
 
   Attributes:
     temperature: above 0.
-    top_k: 0 is off.
-    top_p: 1 is off (nucleus sampling, Holtzman et al. 2020).
+    top_k: 0 cuts nothing.
+    top_p: 1 cuts nothing (nucleus sampling, Holtzman et al. 2020).
   """
 
   temperature: float = 1.0
@@ -211,15 +213,14 @@ class Beam:
   with the score sum / length ** length_penalty, where length counts every generated token, the stop token included and the
   decoder's start token not; the pool keeps the K best. The K best that do not end stay open. A row is done when its
   pool is full and, with early_stopping, at once; without, as soon as the best open hypothesis, scored at its present length,
-  would not beat the worst one of the pool. Tokens and scores equal those of transformers 5.23 (``early_stopping`` False and
-  True; ``max_new_tokens`` as here) up to ties, and to the filling after the stop token, which is theirs, not pad_id, where
-  their pad_token_id is 0.
+  would not beat the worst one of the pool. Tokens and scores equal those of transformers 5.23 with the same
+  ``early_stopping`` and ``max_new_tokens``, except for ties, and for what fills the output after the stop token.
 
   Attributes:
     width: K.
     max_new_tokens, pad_id: as in `Greedy`.
-    length_penalty: above 0 prefers long answers (the sums are negative), 0 ranks by the sum.
-    early_stopping: see above.
+    length_penalty: a value above 0 prefers long answers, because the sums are negative; 0 ranks by the sum.
+    early_stopping: whether a row is done as soon as its pool is full.
   """
 
   max_new_tokens: int
@@ -230,7 +231,7 @@ class Beam:
 
   def init(self, stop_BE: jax.Array, *, seed: Any = 0, rows_B: jax.Array | None = None,
            allowed: jax.Array | None = None) -> BeamState:
-    """The state before the first token; arguments as in `Greedy.init`. Only the first hypothesis is real."""
+    """The state before the first token; arguments as in `Greedy.init`. Of the K hypotheses only the first is real."""
     B, K, T = stop_BE.shape[0], self.width, self.max_new_tokens
     none_BK = jnp.full((B, K), _NONE, jnp.float32)
     return BeamState(
@@ -298,10 +299,10 @@ def make_rule(config: Any, pad_id: int) -> Greedy | Sample | Beam:
 
 def _begin(step: Step, take: Take | None, cache: Cache, state: Any, prefix_BP: jax.Array,
            width: int) -> tuple[Cache, Any, jax.Array]:
-  """Feeds all of the prefix but its last token, in one call of `step`, and makes that token the next one.
+  """Feeds all of the prefix but its last token in one call of `step`, and makes the last token the next one.
 
-  Rows are padded on the right, and each goes on at its own length: what the padding wrote to the cache lies at later
-  positions, where causal attention does not look, and is overwritten before it would.
+  Rows are padded on the right, and each goes on at its own length: what its padding has written to the cache lies at later
+  positions, where causal attention does not look, and is overwritten before it does.
 
   Returns:
     The cache for all N rows, the state, and int32 [N], the position of each row's next token.
@@ -337,10 +338,10 @@ def while_loop(step: Step, cache: Cache, rule: Rule, prefix_BP: jax.Array, stop_
     step: ``(cache, tokens_NT, positions_NT) -> (logits_NTV, cache)``; writes to the cache at the positions.
     cache: for B rows and P + T - 1 positions.
     rule: a `Greedy`, `Sample` or `Beam`.
-    prefix_BP: int32, what the decoder is given, at least its start token; shorter rows are filled on the right with -1.
+    prefix_BP: int32, the tokens that the decoder reads before it writes, at least one; -1 fills shorter rows on the right.
     stop_BE, seed, rows_B, allowed: see `Greedy.init`.
     take: ``(cache, rows_N) -> cache`` of these rows; needed for beams.
-    reorder: the same where every row is exchanged for one of the same input, so that what does not depend on the
+    reorder: the same where every row is exchanged for one with the same input, so that what does not depend on the
       generated text may stay; default `take`.
   """
   state = rule.init(stop_BE, seed=seed, rows_B=rows_B, allowed=allowed)
@@ -365,7 +366,7 @@ def python_loop(step: Step, cache: Cache, rule: Rule, prefix_BP: jax.Array, stop
                 allowed: jax.Array | None = None) -> Iterator[Any]:
   """Decodes one token at a time; yields the state after each, the last of which gives ``rule.result``.
 
-  Arguments as in `while_loop`. `step` is called as it is: jit it, with its cache donated, where that is possible.
+  Arguments as in `while_loop`. `step` is called as it is: compile it, with its cache donated, where that is possible.
   """
   state = rule.init(stop_BE, seed=seed, rows_B=rows_B, allowed=allowed)
   cache, state, first_N = _begin(step, take, cache, state, prefix_BP, rule.width)

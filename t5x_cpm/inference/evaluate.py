@@ -1,13 +1,12 @@
-"""`eval`: checkpoints x tasks -> metrics, predictions and a table.
+"""`eval`: metrics, predictions and a table for every checkpoint and task that is asked for.
 
 A task of text is evaluated as it was trained: loss, perplexity and accuracy on the masked tokens of the split, from its cache
 and without TensorFlow. A task of inputs and targets has SeqIO metrics: of generated predictions, of the log-likelihood of
-the targets, or both. Results go to model_dir/eval/<step>/: metrics.json and, for each task with predictions, <task>.jsonl.
+the targets, or of both. Results go to model_dir/eval/<step>/: metrics.json, and <task>.jsonl for each task with predictions.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -20,9 +19,8 @@ import jax
 import numpy as np
 
 from t5x_cpm import backend, tasks, vocabularies
-from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
-from t5x_cpm.config import Config, ConfigError, to_dict
+from t5x_cpm.config import Config, ConfigError, row_features, to_dict
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.inference import engine as engine_lib
@@ -35,30 +33,40 @@ Metrics = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One example of a task of inputs and targets."""
+  """One example of a task of inputs and targets.
+
+  Attributes:
+    request: its input.
+    target_ids: the tokens of its target.
+    target: the target after the task's postprocessing, as metrics want it.
+    features: all that the task gives, for postprocessing.
+  """
 
   request: text.Request
   target_ids: list[int]
-  target: Any  # after the task's postprocessing, as metrics want it
-  features: dict[str, Any]  # all that the task gives, for postprocessing
+  target: Any
+  features: dict[str, Any]
 
 
 def task_config(config: Config, name: str) -> Config:
-  """The configuration under which a task is read for evaluation; `config` may name a mixture that the task is part of."""
-  return dataclasses.replace(
-      config, task=dataclasses.replace(config.task, name=name),
-      infer=dataclasses.replace(config.infer, domain=domain(config, name)))
+  """The configuration under which a task is read for evaluation."""
+  return dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
 
 
-def domain(config: Config, name: str) -> int:
-  """The domain of a task for router 'domain': its number in the mixture that `config` names, else InferConfig.domain."""
-  moe = config.model.moe
-  if moe.by_domain and name != config.task.name:
+def task_row(config: Config, name: str, otherwise: Mapping[str, int]) -> dict[str, int]:
+  """What the rows of a task carry beside tokens.
+
+  Args:
+    config: names the task, or a mixture that it may be a task of.
+    name: of the task.
+    otherwise: the values where its place in the mixture does not decide.
+  """
+  if row_features.names(config) and name != config.task.name:
     with contextlib.suppress(ConfigError):  # what the run was trained on need not be known here
-      parts = list(tasks.parts(config) or ())
-      if name in parts and len(parts) == moe.num_experts:
-        return parts.index(name)
-  return config.infer.domain
+      mixed = list(tasks.parts(config) or ())
+      if name in mixed:
+        return row_features.of_task(config, mixed.index(name), len(mixed), otherwise)
+  return dict(otherwise)
 
 
 def has_inputs(config: Config) -> bool:
@@ -66,24 +74,24 @@ def has_inputs(config: Config) -> bool:
   path = caches.directory(config)
   if caches.is_ready(path):
     return 'inputs' in cache_lib.components(path)[0][1].features
-  parts = tasks.parts(config)
-  if parts:
-    return has_inputs(task_config(config, next(iter(parts))))
+  mixed = tasks.parts(config)
+  if mixed:
+    return has_inputs(task_config(config, next(iter(mixed))))
   return 'inputs' in tasks.tokens(config).features
 
 
 def vocabulary_spec(config: Config, saved: vocabularies.Vocabulary) -> str:
-  """TaskConfig.vocabulary for a task: that of `config` where it is still the model's, because caches are named by it.
+  """TaskConfig.vocabulary for a task: that of `config` as long as it is the model's, because caches are named by it.
 
   Args:
     config: names the task.
-    saved: the copy in the model_dir, which is taken where the file that the run was trained with is gone or was changed.
+    saved: the copy in the model_dir, which is taken where the file that the run was trained with is gone or has changed.
   """
   given = config.task.vocabulary
   path = caches.directory(config)
   if caches.is_ready(path) and not has_inputs(config) and all(
       cache.info['vocabulary'] == saved.fingerprint for _, cache in cache_lib.components(path)):
-    return given  # nothing else is needed of the file
+    return given  # the cache is all that is read
   for spec in (given, saved.spec):
     with contextlib.suppress(ConfigError):
       theirs = tasks.vocabulary(dataclasses.replace(config, task=dataclasses.replace(config.task, vocabulary=spec)))
@@ -95,58 +103,44 @@ def vocabulary_spec(config: Config, saved: vocabularies.Vocabulary) -> str:
 # Text: masked tokens.
 
 
-def evaluate_text(engine: engine_lib.Engine, config: Config) -> Metrics:
+def _sums(logits_BTV: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
+  """Pairs (sum, sum of weights) over the targets of a batch, and over those of `is_text` [B, T]."""
+  targets = batch['decoder_target_tokens']
+  sums = losses.cross_entropy(logits_BTV, targets, batch['decoder_loss_weights'], 0.0)[1]
+  return sums | {'text_accuracy': losses.cross_entropy(logits_BTV, targets, batch['is_text'], 0.0)[1]['accuracy']}
+
+
+def evaluate_text(engine: engine_lib.Engine, config: Config, row: Mapping[str, int] | None = None) -> Metrics:
   """Loss (nats), perplexity and accuracy over the targets of the split, each row once.
 
   Targets are the masked tokens and the sentinels between them, which are easy to predict; `text_accuracy` leaves the
   sentinels and the end of sequence out.
+
+  Args:
+    engine: the model.
+    config: names the task.
+    row: what rows carry beside tokens, where their task does not decide; default what the configuration says.
   """
   objective = config.task.objective if config.task.objective != 'pairs' else 'isolated'
   rows, size = config.eval.max_examples, engine.whole(config.eval.batch_size)
   config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective),
                                train=dataclasses.replace(config.train, batch_size=size))
-  reader = reader_lib.open_reader(caches.build(config), config, config.eval.split, vocabulary=engine.vocabulary)
+  reader = reader_lib.open_reader(caches.build(config), config, config.eval.split, vocabulary=engine.vocabulary,
+                                  row=row_features.defaults(config) if row is None else row)
   totals: dict[str, np.ndarray] = {}
   marks = np.asarray([*engine.vocabulary.sentinels, engine.vocabulary.eos_id])
   for number, batch in enumerate(reader.eval_batches(-(-rows // size))):
     if rows:
       batch['decoder_loss_weights'][rows - number * size:] = 0.0
-    is_text = batch['decoder_loss_weights'] * ~np.isin(batch['decoder_target_tokens'], marks)
-    for name, pair in jax.device_get(_sums(engine.mesh, engine.model, engine.params, batch, is_text)).items():
+    batch['is_text'] = batch['decoder_loss_weights'] * ~np.isin(batch['decoder_target_tokens'], marks)
+    for name, pair in jax.device_get(engine.program.score(_sums, batch)).items():
       totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
   means = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in totals.items()}
   return {'loss': means['loss'], 'perplexity': math.exp(min(means['loss'], 700.0)), 'accuracy': means['accuracy'],
           'text_accuracy': means['text_accuracy'], 'targets': float(totals['loss'][1])}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(mesh: Any, model: Any, params: Any, batch: dict[str, jax.Array], is_text_BT: jax.Array) -> dict[str, Any]:
-  logits, targets = mesh_lib.traced(mesh, model.apply)(params, batch)[0], batch['decoder_target_tokens']
-  sums = losses.cross_entropy(logits, targets, batch['decoder_loss_weights'], 0.0)[1]
-  return sums | {'text_accuracy': losses.cross_entropy(logits, targets, is_text_BT, 0.0)[1]['accuracy']}
-
-
 # Inputs and targets: the task's SeqIO metrics.
-
-
-def read_examples(task: Any, engine: engine_lib.Engine, config: Config) -> list[Example]:
-  """The examples of a SeqIO task, in order, inputs cut to TaskConfig.encoder_length as in training."""
-  import seqio
-  import tensorflow as tf
-
-  from t5x_cpm.tasks import sources
-
-  tf.random.set_seed(0)  # for preprocessors that draw; a function as a source need not take a seed
-  seed = None if isinstance(task.source, seqio.FunctionDataSource) else 0
-  limits = dataclasses.replace(config.infer, input_length=config.task.encoder_length, truncate=True)
-  codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task))
-  examples = []
-  with sources.errors():
-    for features in task.get_dataset(None, config.eval.split, shuffle=False, seed=seed).as_numpy_iterator():
-      examples.append(_example(task, features, codec))
-      if len(examples) == config.eval.max_examples:
-        break
-  return examples
 
 
 def _example(task: Any, features: Mapping[str, Any], codec: text.Codec) -> Example:
@@ -167,9 +161,48 @@ def _example(task: Any, features: Mapping[str, Any], codec: text.Codec) -> Examp
   return Example(request, target_ids, target, dict(features))
 
 
+def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Mapping[str, int]) -> list[Example]:
+  """The examples of a SeqIO task in order, their inputs cut to TaskConfig.encoder_length as in training."""
+  import seqio
+  import tensorflow as tf
+
+  from t5x_cpm.tasks import sources
+
+  tf.random.set_seed(0)  # for preprocessors that draw; a function as a source need not take a seed
+  seed = None if isinstance(task.source, seqio.FunctionDataSource) else 0
+  limits = dataclasses.replace(config.infer, input_length=config.task.encoder_length, truncate=True)
+  codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task), row)
+  examples = []
+  with sources.errors():
+    for features in task.get_dataset(None, config.eval.split, shuffle=False, seed=seed).as_numpy_iterator():
+      examples.append(_example(task, features, codec))
+      if len(examples) == config.eval.max_examples:
+        break
+  return examples
+
+
+def _plain(value: Any) -> Any:
+  """A postprocessed target or prediction in the types that JSON has."""
+  if isinstance(value, bytes):
+    return value.decode(errors='replace')
+  if isinstance(value, np.ndarray | np.generic):
+    return value.tolist()
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if isinstance(value, Mapping):
+    return {str(key): _plain(item) for key, item in value.items()}
+  return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _numbers(values: Mapping[str, Any]) -> Metrics:
+  """Metrics as floats. SeqIO allows wrappers of its own around numbers; anything but a number has no place in a table."""
+  plain = {name: getattr(value, 'value', value) for name, value in values.items()}
+  return {name: float(value) for name, value in plain.items() if isinstance(value, int | float | np.number)}
+
+
 def evaluate_pairs(engine: engine_lib.Engine, task: Any, examples: Sequence[Example],
                    config: Config) -> tuple[Metrics, list[dict]]:
-  """A task's metrics over its examples, and a record for each example."""
+  """The metrics of a task over its examples, and a record of each example."""
   requests = [example.request for example in examples]
   targets = [example.target for example in examples]
   records = [{'input': request.text, 'target': _plain(target)} for request, target in zip(requests, targets)]
@@ -194,40 +227,29 @@ def evaluate_pairs(engine: engine_lib.Engine, task: Any, examples: Sequence[Exam
   return metrics, records
 
 
-def _plain(value: Any) -> Any:
-  """What JSON can hold of a postprocessed target or prediction."""
-  if isinstance(value, bytes):
-    return value.decode(errors='replace')
-  if isinstance(value, np.ndarray | np.generic):
-    return value.tolist()
-  if isinstance(value, list | tuple):
-    return [_plain(part) for part in value]
-  if isinstance(value, Mapping):
-    return {str(key): _plain(part) for key, part in value.items()}
-  return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _numbers(values: Mapping[str, Any]) -> Metrics:
-  """Metrics as floats. SeqIO allows its own wrappers around numbers; what is no number has no place in a table."""
-  plain = {name: getattr(value, 'value', value) for name, value in values.items()}
-  return {name: float(value) for name, value in plain.items() if isinstance(value, int | float | np.number)}
-
-
 # Runs.
 
 
-def evaluate_task(engine: engine_lib.Engine, config: Config, name: str) -> dict[str, tuple[Metrics, list[dict]]]:
+def evaluate_task(engine: engine_lib.Engine, config: Config, name: str,
+                  row: Mapping[str, int] | None = None) -> dict[str, tuple[Metrics, list[dict]]]:
   """Metrics and records of a task, or of each task of a mixture of inputs and targets.
 
+  Args:
+    engine: the model.
+    config: of the run, or of a mixture that the task may belong to.
+    name: of the task or mixture.
+    row: what rows carry beside tokens, where the mixture does not decide; default what the configuration says.
+
   Raises:
-    ConfigError: no such task, split, or metric.
+    ConfigError: there is no such task, split or metric.
   """
+  row = task_row(config, name, row_features.defaults(config) if row is None else row)
   config = task_config(config, name)
   if not has_inputs(config):
-    return {name: (evaluate_text(engine, config), [])}
-  parts = tasks.parts(config)
-  if parts:
-    return {label: result for part in parts for label, result in evaluate_task(engine, config, part).items()}
+    return {name: (evaluate_text(engine, config, row), [])}
+  mixed = tasks.parts(config)
+  if mixed:
+    return {label: result for task in mixed for label, result in evaluate_task(engine, config, task, row).items()}
   theirs = tasks.vocabulary(config)
   if theirs.fingerprint != engine.vocabulary.fingerprint:
     raise ConfigError(f'task {name!r} was made with the vocabulary {theirs.spec!r}, but the model uses '
@@ -240,11 +262,15 @@ def evaluate_task(engine: engine_lib.Engine, config: Config, name: str) -> dict[
         f'task {name!r} has no split {config.eval.split!r}: set EvalConfig.split to one of {", ".join(task.splits)}.')
   if not task.metric_fns:
     raise ConfigError(f'task {name!r} has inputs and targets, but no metric.')
-  return {name: evaluate_pairs(engine, task, read_examples(task, engine, config), config)}
+  return {name: evaluate_pairs(engine, task, read_examples(task, engine, config, row), config)}
+
+
+def _format(value: float) -> str:
+  return f'{value:,.0f}' if value == round(value) and abs(value) >= 1000 else f'{value:.4g}'
 
 
 def table(step: int, results: Mapping[str, Metrics]) -> str:
-  """Tasks in rows, metrics in columns, aligned."""
+  """A table with tasks in rows and metrics in columns."""
   columns = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
   lines = [[f'step {step}', *columns]]
   for task, metrics in results.items():
@@ -256,12 +282,8 @@ def table(step: int, results: Mapping[str, Metrics]) -> str:
   return '\n'.join(rows)
 
 
-def _format(value: float) -> str:
-  return f'{value:,.0f}' if value == round(value) and abs(value) >= 1000 else f'{value:.4g}'
-
-
 def write(model_dir: Any, step: int, config: Config, results: Mapping[str, tuple[Metrics, list[dict]]]) -> None:
-  """Adds results to those of the checkpoint that are there already."""
+  """Writes the results of a checkpoint beside those that are there already. Raises ConfigError where it cannot."""
   folder = run_directory.resolve(model_dir) / 'eval' / str(step)
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -294,10 +316,10 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
     names: of tasks or mixtures.
 
   Returns:
-    step -> task -> metric -> value.
+    By step, by task, the metrics.
 
   Raises:
-    ConfigError: no checkpoint, task, split or metric.
+    ConfigError: there is no such checkpoint, task, split or metric.
   """
   config.eval.validate()
   config.decode.validate()
@@ -307,7 +329,7 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
     raise ConfigError('eval needs --tasks=NAME,...; `t5x_cpm tasks` lists them.')
   saved = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
   specs = {}
-  for name in names:  # a misspelt name is told before a model is read
+  for name in names:  # before a model is read, so that a misspelt name is refused at once
     specs[name] = vocabulary_spec(task_config(config, name), saved)
     if specs[name] != config.task.vocabulary:
       print(f'eval: TaskConfig.vocabulary = {config.task.vocabulary!r} is not the vocabulary of the model, or gone; '

@@ -1,40 +1,65 @@
-"""Text to what the model reads, and what the model wrote back to text. Pure Python.
+"""How a text becomes what the model reads, and how what the model writes becomes a text. Pure Python.
 
-A model trained by span corruption fills blanks. Its inputs always end with a masked span, because T5's rule masks the end
-of every piece; so an input that does not end with a blank gets one more, which asks for what would follow, and the answer
-is cut where the model reaches it. An input without any blank is continued.
+A model that was trained by span corruption fills blanks. All its training inputs end with a masked span, because T5's rule
+masks the end of every piece. So an input that does not end with a blank gets one more, which asks for what would follow, and
+the answer is cut where the model reaches it. An input without any blank is continued.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.vocabularies import BLANK, Vocabulary
 
 _SENTINEL = re.compile(r'<(?:s|extra_id)_\d+>')  # as people and T5's files write it
 
 
 class Request(NamedTuple):
-  """An input as the model reads it."""
+  """An input as the model reads it.
+
+  Attributes:
+    text: as it was given.
+    ids: the tokens that the encoder reads.
+    blanks: how many the answer must fill; 0 for a task of pairs, whose answer is one text.
+    stop: tokens that end the answer.
+    row: what the row carries beside tokens, by the names of config.row_features.
+    prefix: tokens that the decoder reads before it writes, at least one.
+  """
 
   text: str
   ids: list[int]
-  blanks: int  # that the answer must fill; 0 for a task of pairs, whose answer is a text
-  stop: tuple[int, ...]  # tokens that end the answer
-  domain: int  # for a model with router 'domain'
+  blanks: int
+  stop: tuple[int, ...]
+  row: Mapping[str, int]
+  prefix: tuple[int, ...]
 
 
 class Codec:
-  """The form of inputs and answers that an objective trains."""
+  """The form of inputs and answers for which an objective trains a model.
 
-  def __init__(self, vocabulary: Vocabulary, config: Config):
-    """config: of the model's run; TaskConfig.objective, and the lengths and the domain of InferConfig, are read."""
+  Attributes:
+    vocabulary: of the model.
+    row: what the row of a request carries beside tokens.
+    prefix: tokens that the decoder reads before it writes.
+    end: tokens with which inputs and targets end.
+    is_pairs: whether the model was trained on inputs and targets; else it fills blanks.
+  """
+
+  def __init__(self, vocabulary: Vocabulary, config: Config, row: Mapping[str, int] | None = None):
+    """The codec of a run.
+
+    Args:
+      vocabulary: of the model.
+      config: of the run; TaskConfig.objective, and input_length and truncate of InferConfig, are read.
+      row: what rows carry beside tokens; default what the configuration says.
+    """
     self.vocabulary, self.limits = vocabulary, config.infer
+    self.row = row_features.defaults(config) if row is None else row
+    self.prefix = (vocabulary.bos_id,)
     self.is_pairs = config.task.objective == 'pairs'
-    self.number = {token: k for k, token in enumerate(vocabulary.sentinels)}
-    # What inputs and targets end with.
     self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') else []
+    self._number = {token: k for k, token in enumerate(vocabulary.sentinels)}
 
   def request(self, text: str) -> Request:
     """Encodes an input.
@@ -51,23 +76,27 @@ class Codec:
       raise ConfigError(f'the input has {blanks} blanks; the vocabulary has sentinels for {len(vocabulary.sentinels) - 1}.')
     closing = vocabulary.sentinels[blanks]
     ids = vocabulary.encode_blanks(form)
-    if ids[-1] not in self.number:
+    if ids[-1] not in self._number:
       ids = [*ids, closing]
-    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.limits.domain))
+    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.row, self.prefix))
 
   def pairs_request(self, text: str, ids: list[int]) -> Request:
     """An input of a model that was trained on inputs and targets, from its tokens without end of sequence."""
-    return self.fit(Request(text, ids + self.end, 0, (self.vocabulary.eos_id,), self.limits.domain))
+    return self.fit(Request(text, ids + self.end, 0, (self.vocabulary.eos_id,), self.row, self.prefix))
 
   def fit(self, request: Request) -> Request:
-    """Refuses an input that is too long, or cuts it at its end, where its last sentinel and end of sequence stay."""
+    """Refuses an input that is too long, or cuts it: its last sentinel and the end of sequence stay at its end.
+
+    Raises:
+      ConfigError: it is too long and InferConfig.truncate is False, or cutting it would lose a blank.
+    """
     limit, given = self.limits.input_length, f'the input has {len(request.ids)} tokens'
     if len(request.ids) <= limit:
       return request
     if not self.limits.truncate:
       raise ConfigError(
           f'{given} and InferConfig.input_length = {limit}: raise it, or set InferConfig.truncate = True to cut such inputs.')
-    tail = [token for token in request.ids[-2:] if token in self.end or token in self.number]
+    tail = [token for token in request.ids[-2:] if token in self.end or token in self._number]
     ids = request.ids[:limit - len(tail)] + tail
     lost = request.blanks - len(set(self.vocabulary.sentinels[:request.blanks]) & set(ids))
     if lost:
@@ -76,12 +105,15 @@ class Codec:
     return request._replace(ids=ids)
 
   def targets(self, request: Request, target: str | Sequence[str]) -> list[int]:
-    """The tokens of a given answer: the texts of its blanks, or one text for one blank or a task of pairs.
+    """The tokens of a given answer.
 
-    The sentinels before, between and after the texts are added here.
+    Args:
+      request: what it answers.
+      target: the text of each blank; one text where there is one blank, or for a task of pairs. The sentinels before, between
+        and after the texts are added here.
 
     Raises:
-      ConfigError: the number of texts is not that of the blanks, or a text has the name of a sentinel in it.
+      ConfigError: there are more or fewer texts than blanks, or a text contains the name of a sentinel.
     """
     vocabulary = self.vocabulary
     if self.is_pairs:
@@ -101,28 +133,28 @@ class Codec:
     return ids + (self.end or [vocabulary.sentinels[request.blanks]])
 
   def forbidden(self, request: Request) -> list[int]:
-    """Tokens that cannot be part of an answer: padding, the start token, the unknown, sentinels past the closing one."""
+    """Tokens that cannot be part of an answer: padding, start, unknown, and the sentinels past the closing one."""
     vocabulary = self.vocabulary
     tokens = {vocabulary.pad_id, vocabulary.bos_id, vocabulary.unk_id} - {vocabulary.eos_id}
     return sorted(tokens) + (list(vocabulary.sentinels[request.blanks + 1:]) if request.blanks else [])
 
   def fills(self, request: Request, ids: Sequence[int]) -> list[str]:
-    """The texts of the blanks from generated tokens. What stands before the first sentinel goes to the first blank."""
-    parts: list[list[int]] = [[] for _ in range(request.blanks)]
+    """The texts of the blanks in generated tokens. What stands before the first sentinel belongs to the first blank."""
+    filled: list[list[int]] = [[] for _ in range(request.blanks)]
     current = 0
     for token in self.before_stop(request, ids):
-      number = self.number.get(token)
+      number = self._number.get(token)
       if number is None:
-        parts[current].append(token)
+        filled[current].append(token)
       elif number < request.blanks:
         current = number
-    return [self.vocabulary.decode(part) for part in parts]
+    return [self.vocabulary.decode(tokens) for tokens in filled]
 
   def output(self, request: Request, ids: Sequence[int]) -> tuple[str, list[str]]:
     """What to show for generated tokens.
 
     Returns:
-      The input with its blanks filled; for an input without blanks, what the model wrote. And the texts of the blanks.
+      The input with its blanks filled, or for an input without blanks what the model wrote; and the texts of the blanks.
     """
     if not request.blanks:
       return self.vocabulary.decode(self.before_stop(request, ids)), []
@@ -136,9 +168,9 @@ class Codec:
 
 
 def fill(text: str, texts: Sequence[str]) -> str:
-  """Puts texts in place of the blanks of a text. Two spaces that meet at a seam become one."""
-  first, *rest = text.split(BLANK)
-  for part, following in zip(texts, rest, strict=True):
-    for piece in (part, following):
-      first += piece[1:] if first.endswith(' ') and piece.startswith(' ') else piece
-  return first
+  """Puts texts in the places of the blanks of a text. Where two spaces meet at a seam, one of them goes."""
+  filled, *rest = text.split(BLANK)
+  for given, following in zip(texts, rest, strict=True):
+    for piece in (given, following):
+      filled += piece[1:] if filled.endswith(' ') and piece.startswith(' ') else piece
+  return filled

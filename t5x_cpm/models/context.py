@@ -27,7 +27,7 @@ class Context:
     positions: [B, T] of the tokens of a decoding step; None for whole sequences.
     ids: token ids [B, T], for routers.
     valid: [B, T], False at padding, which is never routed.
-    row: what rows carry beside tokens, by name: int32 [B].
+    row: config.row_features: what rows carry beside tokens, by name, int32 [B].
     key: of dropout and of random draws by routers; None: nothing is dropped or drawn.
     train: whether tokens are routed as in training: in groups, balanced, within a capacity. Otherwise no token depends on
       another row, and none is left behind.

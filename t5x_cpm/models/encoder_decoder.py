@@ -12,7 +12,7 @@ from t5x_cpm.models.attention import Cache, additive_mask, segment_mask
 from t5x_cpm.models.component import Component, Params
 from t5x_cpm.models.context import Context
 from t5x_cpm.models.layers import Embedding, Head, at_least_float32, compute_dtype
-from t5x_cpm.models.model import Experts, resident, stack_components, summary
+from t5x_cpm.models.model import Experts, resident, row_of, stack_components, summary
 
 Batch = dict[str, Any]
 
@@ -52,7 +52,7 @@ class Model(model.Model):
     ctx = Context(
         self_bias=self.module('encoder/relative_bias', params).sequence(S, S, wide),
         self_mask=additive_mask(segment_mask(segments, segments), wide),
-        **self.context(tokens, segments != 0, batch, key, train))
+        **self.context(tokens, segments != 0, row_of(batch), key, train))
     return self._embed(params, tokens, ctx), ctx
 
   def encoder_output(self, params: Params, x_BSD: jax.Array, ctx: Context) -> jax.Array:
@@ -68,7 +68,7 @@ class Model(model.Model):
         self_bias=self.module('decoder/relative_bias', params).sequence(T, T, wide),
         self_mask=additive_mask(segment_mask(segments, segments, causal=True), wide),
         cross_mask=additive_mask(segment_mask(segments, batch['encoder_segment_ids']), wide),
-        encoded=encoded_BSD, **self.context(tokens, segments != 0, batch, key, train))
+        encoded=encoded_BSD, **self.context(tokens, segments != 0, row_of(batch), key, train))
     return self._embed(params, tokens, ctx), ctx
 
   def step_input(self, params: Params, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[
@@ -106,7 +106,7 @@ class Model(model.Model):
     Args:
       params: as from `init` or `prepare`.
       batch: encoder_input_tokens, encoder_segment_ids [B, S], decoder_input_tokens, decoder_segment_ids [B, T]; and each of
-        `row_features` [B].
+        config.row_features [B] that the batch has.
       key: of dropout and of random draws by routers; None: nothing is dropped or drawn.
       train: whether tokens are routed and balanced as in training.
 
@@ -142,19 +142,14 @@ class Model(model.Model):
 
     return stacks.each(of_layer, params['decoder']['layers'])
 
-  def start(self, params: Params, batch: Batch, max_len: int) -> tuple[Cache, jax.Array]:
-    """Encodes the batch and makes the cache of up to max_len decoder tokens.
-
-    Returns:
-      The cache, leaves [L, B, ...], and the tokens [B, 0] that the decoder must consume first: none here.
-    """
+  def start(self, params: Params, batch: Batch, max_len: int) -> Cache:
+    """Encodes the batch and makes the cache of up to max_len decoder tokens; its leaves are [L, B, ...] or [1, B, ...]."""
     encoded = self.encode(params, batch)
     B, S, _ = encoded.shape
     segments = batch.get('encoder_segment_ids')
     valid = jnp.ones((B, S), bool) if segments is None else segments != 0
-    cache = {'layers': self.cross_cache(params, encoded, max_len), 'encoder_valid': valid[None],
-             'row': {name: batch[name][None] for name in self.row_features if name in batch}}
-    return cache, jnp.zeros((B, 0), jnp.int32)
+    return {'layers': self.cross_cache(params, encoded, max_len), 'encoder_valid': valid[None],
+            'row': {name: values_B[None] for name, values_B in row_of(batch).items()}}
 
   def step(self, params: Params, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Cache]:
     """Consumes tokens at the given positions of each row and returns the logits [B, T, V] after each of them."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_cpm.config import ConfigError, ModelConfig
+from t5x_cpm.config.row_features import ROW_FEATURES
 from t5x_cpm.models import component, dispatch, layer, routers, stacks
 from t5x_cpm.models.component import Component, Params
 from t5x_cpm.models.context import Context
@@ -23,6 +24,11 @@ from t5x_cpm.models.leaf import Leaf
 
 # experts(layer, its weights, u, routing, context) -> y: how the feed-forward part of a layer is computed.
 Experts = Callable[[Layer, Params, jax.Array, Any, Context], jax.Array]
+
+
+def row_of(batch: dict[str, Any]) -> dict[str, jax.Array]:
+  """What the rows of a batch carry beside tokens, by name: int32 [B]."""
+  return {name: batch[name] for name in ROW_FEATURES if name in batch}
 
 
 def resident(one: Layer, weights: Params, u_BTD: jax.Array, routing: Any, ctx: Context) -> jax.Array:
@@ -69,7 +75,6 @@ class Model:
     stacks: names of its stacks.
     components: its modules by path, in the order in which their parameters are drawn.
     layers: its layers by stack, in order.
-    row_features: names of what the rows of its batches carry beside tokens.
   """
 
   def __init__(self, config: ModelConfig, stacks: Sequence[str], components: Sequence[Component], experts: Experts):
@@ -78,7 +83,6 @@ class Model:
     self.config, self.stacks, self._experts = config, tuple(stacks), experts
     self.components = {one.path: one for one in components}
     self.layers = {stack: layer.table(config, stack, self.components) for stack in stacks}
-    self.row_features = routers.row_features(config.moe)
 
   # Parameters.
 
@@ -216,7 +220,7 @@ class Model:
               train: bool = False) -> dict[str, Any]:
     """The fields of Context that do not depend on the stack."""
     rate, experts = self.config.dropout_rate, self.config.moe.expert_dropout
-    return {'ids': ids_BT, 'valid': valid_BT, 'row': {name: row[name] for name in self.row_features if name in row}, 'key': key,
+    return {'ids': ids_BT, 'valid': valid_BT, 'row': row, 'key': key,
             'train': train, 'dropout_rate': rate, 'expert_dropout_rate': rate if experts < 0 else experts}
 
 

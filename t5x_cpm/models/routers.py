@@ -169,6 +169,8 @@ def hashed(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext)
 def domain(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext) -> Choice:
   """DEMix: one expert for each domain, by the label of the row; weight 1."""
   del config, weights
+  if 'domain' not in ctx.row:
+    raise ConfigError("MoEConfig.router = 'domain' needs the domain of every row: the feature `domain` [B] in the batch.")
   return Choice(ctx.row['domain'][..., None], _ones(u_GTD))
 
 
@@ -229,7 +231,7 @@ ROUTERS: dict[str, Router] = {
     'hash': Router(hashed),
     'base': Router(base, functools.partial(Centroids, trained=True), overflows=False),
     'random_projection': Router(random_projection, functools.partial(Centroids, trained=False), overflows=False),
-    'domain': Router(domain, row=('domain',)),
+    'domain': Router(domain),
     'loss_free': Router(loss_free, BiasedScores, choices=_k, balanced=False, advance=next_bias),
 }
 
@@ -273,12 +275,6 @@ def experts_of_token(config: MoEConfig, stack: str) -> float:
   return router.choices(config) if router.passes is None else router.passes(config)
 
 
-def row_features(config: MoEConfig) -> tuple[str, ...]:
-  """The names of what rows carry beside tokens for the routers of a model."""
-  names = [name for stack in ('encoder', 'decoder') if config.every(stack) for name in get(config.of(stack)).row]
-  return tuple(dict.fromkeys(names))
-
-
 def route(name: str, config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext) -> Routing:
   """Where tokens go by the router of a name.
 
@@ -288,13 +284,6 @@ def route(name: str, config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: Rou
     weights: the router's module, or None for one without weights.
     u_GTD: the tokens, in groups.
     ctx: what else it sees.
-
-  Raises:
-    ConfigError: the batch has not all that the router needs of a row.
   """
   router = get(name)
-  missing = [feature for feature in router.row if feature not in ctx.row]
-  if missing:
-    raise ConfigError(f'MoEConfig.router = {name!r} needs the {missing[0]} of every row: the feature `{missing[0]}` [B] in the '
-                      'batch.')
   return finish(router, config, router.choose(config, weights, u_GTD, ctx), ctx)

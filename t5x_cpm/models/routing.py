@@ -22,7 +22,7 @@ class RouteContext:
   Attributes:
     valid_GT: False at padding, which is never routed.
     ids_GT: token ids.
-    row: what the row of each token carries, by name: int32 [G, T].
+    row: config.row_features of each token's row: int32 [G, T].
     key: for random draws; None where nothing is drawn.
     train: whether balanced routers balance, and tokens may overflow.
   """
@@ -72,7 +72,6 @@ class Router:
     overflows: whether an expert takes no more than MoEConfig.capacity_factor says in training; otherwise a fair share.
     balanced: whether the balance loss is of use to it, where it has probabilities.
     advance: (its parameters, load [layers, E], MoEConfig) -> its parameters after a step, by a rule outside the gradient.
-    row: names of what a row must carry for it, such as 'domain'.
     check: raises ConfigError for a configuration that cannot work with it.
   """
 
@@ -84,7 +83,6 @@ class Router:
   overflows: bool = True
   balanced: bool = True
   advance: Callable[[Any, jax.Array, MoEConfig], Any] | None = None
-  row: tuple[str, ...] = ()
   check: Callable[[MoEConfig], None] | None = None
 
   def capacity(self, moe: MoEConfig, tokens: int) -> int | None:

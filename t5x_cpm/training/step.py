@@ -17,7 +17,7 @@ import optax
 
 from t5x_cpm import backend
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.layers import compute_dtype
 from t5x_cpm.training import host_memory, losses, optimizer, partition, stability
@@ -72,9 +72,7 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
   shapes = {name: jax.ShapeDtypeStruct((B, S), jnp.int32) for name in ENCODER_FEATURES}
   shapes |= {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in DECODER_FEATURES}
   shapes['decoder_loss_weights'] = jax.ShapeDtypeStruct((B, T), jnp.float32)
-  if config.model.moe.by_domain:
-    shapes['domain'] = jax.ShapeDtypeStruct((B,), jnp.int32)
-  return shapes
+  return shapes | {name: jax.ShapeDtypeStruct((B,), jnp.int32) for name in row_features.names(config)}
 
 
 def means(pairs: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
