@@ -3,14 +3,12 @@
 From Python: `train`, `load`, `evaluate`, `Config` and `ConfigError`. Each is imported when it is first used.
 """
 
-from typing import Any
-
 __version__ = '0.1.0'
 
 _LAZY = {'Config': 'config', 'ConfigError': 'config', 'evaluate': 'api', 'load': 'api', 'train': 'api'}  # name -> module
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name):  # untyped: checkers take what it gives as it comes
   if name not in _LAZY:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   import importlib

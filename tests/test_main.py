@@ -152,6 +152,8 @@ def test_tasks(call):
     (['train', '--model_dir=x', '--import=no_such_module'], '--import=no_such_module: there is no module no_such_module'),
     (['train', '--model_dir=x', '--gin_file=gin/runs/pretrian.gin'], 'Did you mean gin/runs/pretrain.gin'),
     (['train', '--model_dir=x', '--gin.TrainConfig.stps=3'], 'Did you mean steps'),
+    (['train', '--model_dir=x', '--gin_file=gin/models/cpm2_moe_tiny.gin', '--gin.MoEConfig.router=swich'],
+     r'Did you mean switch.*\(set in --gin\.MoEConfig\.router=swich\)'),
     (['train', '--model_dir=x', '--gin.STPES=3'], 'macro STPES is defined but never used'),
     (['train', '--model_dir=x', *TINY, '--gin.TaskConfig.name=quickstrat'], 'quickstrat.*did you mean quickstart'),
     (['train', '--model_dir=x', *TINY, '--gin.TaskConfig.name=local', '--gin.LocalTaskConfig.files=none/*.txt',

@@ -61,6 +61,14 @@ def origin(source: str, model_dir: str) -> Config:
   return Config(model=run_directory.read_run(source).config.model, task=TaskConfig(vocabulary=vocabulary_of(source)))
 
 
+def check_routers(config: Config) -> None:
+  """Raises ConfigError for a router that nobody registered, which the configuration alone cannot know."""
+  if config.model.moe.num_experts:
+    from t5x_cpm.models import routers  # imports JAX
+
+    routers.check(config.model.moe)
+
+
 def make_config(arguments: Arguments) -> Config:
   """The configuration of a command.
 
@@ -87,7 +95,7 @@ def make_config(arguments: Arguments) -> Config:
     base = origin(source, model_dir)
     overrides.append(f'TrainConfig.init_from={source!r}')
 
-  config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=base)
+  config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=base, check=check_routers)
   if base and reads_run:
     changed = [line for line in config_lib.identity_differences(base, config) if line.startswith('ModelConfig.')]
     if changed:
@@ -96,8 +104,7 @@ def make_config(arguments: Arguments) -> Config:
 
 
 def dry_run(config: Config) -> None:
-  """Prints what a run would be. Touches no accelerator, and of the data only a cache that is there already."""
-  os.environ['JAX_PLATFORMS'] = 'cpu'
+  """Prints what a run would be. Touches of the data only a cache that is there already."""
   from t5x_cpm import vocabularies
   from t5x_cpm.config import gin
   from t5x_cpm.data import reader

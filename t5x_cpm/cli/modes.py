@@ -54,7 +54,6 @@ def infer(arguments: Arguments, config: Config) -> None:
 
 def compile_step(arguments: Arguments, config: Config) -> None:
   """Compiles a step for a slice."""
-  os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu compiles; nothing runs
   from t5x_cpm import compile as compile_lib
 
   compile_lib.run(config, arguments.get('topology'), arguments.get('step') or 'train', search=arguments.get('search'),
@@ -167,7 +166,7 @@ t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain
                 Flag('step', 'STEP', 'train, encode or decode; default train'),
                 Flag('search', '', 'look for the best mesh first'),
                 Flag('output', 'FILE', '.json of the plan, with the mesh of --search as .gin beside it'), *GIN_FLAGS),
-         needs=('topology',), scope='train',
+         needs=('topology',), scope='train', on_cpu=True,  # libtpu compiles; nothing runs
          gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'OptimizerConfig', 'TrainConfig', 'InferConfig',
               'DecodeConfig')),
     Mode('cache', 'turn the text of a task into tokens, once', cache, """\
@@ -217,6 +216,8 @@ def run(arguments: Arguments) -> None:
   if not mode.gin:
     mode.function(arguments)
     return
+  if is_dry or mode.on_cpu:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported, which reads it then
   config = configure.make_config(arguments)
   if is_dry:
     configure.dry_run(config)

@@ -49,6 +49,7 @@ class Mode:
     needs: the flags without which it cannot run.
     gin: the configuration classes that it reads; () for a mode without configuration.
     scope: of the gin bindings that apply, 'train' or 'eval'; a mode of 'eval' reads a run.
+    on_cpu: whether it leaves accelerators alone.
     word: a word that follows the mode's name, as a Flag without dashes; None: there is none.
   """
 
@@ -60,6 +61,7 @@ class Mode:
   needs: tuple[str, ...] = ()
   gin: tuple[str, ...] = ()
   scope: str = ''
+  on_cpu: bool = False
   word: Flag | None = None
 
   def find(self, name: str) -> Flag | None:

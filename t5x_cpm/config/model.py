@@ -14,8 +14,8 @@ class MoEConfig:
   """
 
   num_experts: int = 0  # of a layer that has them; 0: a dense model
-  # 'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free', or one of
-  # your own module
+  # 'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free', or
+  # one of your own module
   router: str = 'switch'
   decoder_router: str = ''  # '': the same as `router`
   encoder_every: int = 1  # every so many layers have experts, the last of them first; 0: none

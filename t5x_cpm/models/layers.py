@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +17,8 @@ from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.models.products import dense
 
-# With eager sharding, creating a Param with logical names would ask for a mesh that has those names. (nnx.use_eager_sharding would
-# switch it off for the thread that imports this module alone.)
-flax.config.update('flax_always_shard_variable', False)
+# With eager sharding, creating a Param with logical names would ask for a mesh that has those names.
+nnx.use_eager_sharding(False)
 
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {  # name -> (function, gated)
     'gated_gelu': (lambda x: jax.nn.gelu(x, approximate=True), True),
