@@ -24,7 +24,9 @@ setuptools.setup(
         'gpu': [f'jax[cuda12]{JAX}'],
         'tpu': [f'jax[tpu]{JAX}'],
         'pod': ['libtpu>=0.0.42,<0.1'],  # its compiler, on any Linux machine
-        'torch': ['torch==2.13.0', 'transformers>=5.0,<6'],  # one version, so that a CPU build on this machine is taken
+        # One version of torch, so that a CPU build on this machine is taken. SwitchTransformers drops tokens over an expert's
+        # capacity, as published, from transformers 5.18 on; 5.0 to 5.17 drop none, and put a probability into the z-loss.
+        'torch': ['torch==2.13.0', 'transformers==5.24.0'],
         'dev': DEVELOP,
     },
     entry_points={'console_scripts': ['t5x_cpm = t5x_cpm.__main__:main']},

@@ -20,7 +20,8 @@ import test_step
 
 from t5x_cpm import compile as compile_lib
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.compile import chips, plan, program, search
+from t5x_cpm.chips import CHIPS
+from t5x_cpm.compile import estimate, plan, program, search, slices
 from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, MoEConfig, TrainConfig, gin
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops, step
@@ -170,7 +171,7 @@ def test_experts_that_choose_count_by_what_they_take():
     ('v5p', '3 dimensions'), ('v5e:axb', '2 dimensions'), ('v5p:0x4x4', '3 dimensions'), ('h100:2x0', '2 dimensions')])
 def test_an_unknown_topology_is_refused_with_those_known(name, words):
   with pytest.raises(ConfigError, match=words):
-    chips.parse(name)
+    slices.parse(name)
 
 
 def test_missing_libtpu_says_what_to_install(monkeypatch):
@@ -205,7 +206,7 @@ def test_what_does_not_fit_is_read_from_the_compilers_error(words):
 
 
 def test_gpus_are_fast_within_a_host_only():
-  slice_ = chips.parse('h100:2x4')
+  slice_ = slices.parse('h100:2x4')
   within, across = np.array([[0, 0], [0, 3]]), np.array([[0, 0], [1, 0]])
   assert slice_.count == 8 and slice_.rate(within) > slice_.rate(across) == slice_.chip.network_rate
   assert slice_.exchange_seconds(within) == 1 / 2 / slice_.chip.link_rate  # no hops
@@ -216,9 +217,9 @@ def test_rates_follow_the_torus():
   both = np.array([[x, y, 0] for x in range(2) for y in range(4)])
   # Three dimensions are rings in whole cubes of 4 x 4 x 4 alone, two each for itself.
   for name, links in (('v5p:4x4x8', (1, 2, 3)), ('v5p:2x4x4', (1, 1, 2)), ('v4:4x4x2', (1, 1, 2)), ('v6e:4x8', (1, 1, 2))):
-    slice_ = chips.parse(name)
+    slice_ = slices.parse(name)
     assert [slice_.rate(group) / slice_.chip.link_rate for group in (half, row, both)] == list(links), name
-  slice_ = chips.parse('v5e:8x16')
+  slice_ = slices.parse('v5e:8x16')
   assert slice_.rate(np.array([[0, y] for y in range(16)])) == 2 * slice_.chip.link_rate and slice_.rings == (False, True)
 
 
@@ -238,7 +239,7 @@ def load_of_links(size, ring):
 
 @pytest.mark.parametrize('name', ['v5p:4x4x8', 'v5p:2x4x4', 'v5e:8x16'])
 def test_an_exchange_takes_as_long_as_its_busiest_link(name):
-  slice_ = chips.parse(name)
+  slice_ = slices.parse(name)
   chip = slice_.chip
   everyone = np.array(list(itertools.product(*map(range, slice_.shape))))
   longest = max(max(load_of_links(size, ring).values()) for size, ring in zip(slice_.shape, slice_.rings))
@@ -247,12 +248,12 @@ def test_an_exchange_takes_as_long_as_its_busiest_link(name):
   mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(coords=tuple(place)) for place in everyone]))
   count = len(everyone)
   found = [program.Collective('all-to-all', 1e9 * (count - 1) / count, 3, tuple(range(count)))]
-  assert plan._by_kind(found, mesh, slice_)['all-to-all']['seconds'] == pytest.approx(3e9 * longest / chip.link_rate)
+  assert plan.collectives_by_kind(found, mesh, slice_)['all-to-all']['seconds'] == pytest.approx(3e9 * longest / chip.link_rate)
 
 
 def test_the_search_divides_everything_and_ranks():
   config = gin.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
-  slice_ = chips.parse('v5p:4x4x4')
+  slice_ = slices.parse('v5p:4x4x4')
   order = search.ranked(config, slice_, 'train')
   for one in order[:40]:
     mesh = one.config.mesh
@@ -260,10 +261,10 @@ def test_the_search_divides_everything_and_ranks():
     assert 2048 % (mesh.data * mesh.expert * one.config.train.microbatches) == 0
     assert one.bytes <= slice_.chip.hbm
   assert [one.seconds for one in order] == sorted(one.seconds for one in order)
-  for one in search.ranked(config, chips.parse('v5p:4x4x4', 4), 'train')[:40]:
+  for one in search.ranked(config, slices.parse('v5p:4x4x4', 4), 'train')[:40]:
     assert math.prod((one.config.mesh.data, one.config.mesh.model, one.config.mesh.expert)) == 256
     assert one.config.mesh.data % 4 == 0
-  half = search.ranked(config, chips.parse('v5p:2x4x4'), 'train')  # too small without the memory of the hosts
+  half = search.ranked(config, slices.parse('v5p:2x4x4'), 'train')  # too small without the memory of the hosts
   assert all(one.config.mesh.host_gib for one in half[:3])
   narrow = dataclasses.replace(config.model, num_heads=1)
   with pytest.raises(ConfigError, match='TrainConfig.batch_size'):
@@ -273,12 +274,12 @@ def test_the_search_divides_everything_and_ranks():
 def test_estimates_know_the_slice_and_the_step():
   config = gin.load([str(ROOT / 'gin/models/cpm2_moe_198b.gin')], ['TrainConfig.batch_size=2048'])
   config = dataclasses.replace(config, mesh=MeshConfig(data=2, expert=32, sharding='full'))
-  sizes = search._sizes(config)
+  sizes = estimate.sizes(config.model)
 
   def seconds(name, what='train', **rates):
-    slice_ = chips.parse(name)
+    slice_ = slices.parse(name)
     slice_ = dataclasses.replace(slice_, chip=dataclasses.replace(slice_.chip, **rates))
-    return search.estimate(config, slice_, what, sizes).seconds
+    return estimate.estimate(config, slice_, what, sizes).seconds
 
   links_alone = {'flops': math.inf, 'hbm_rate': math.inf, 'host_rate': math.inf}
   assert seconds('v5p:2x4x8', **links_alone) == pytest.approx(2 * seconds('v5p:4x4x4', **links_alone))
@@ -286,7 +287,7 @@ def test_estimates_know_the_slice_and_the_step():
   for what in ('encode', 'decode'):
     needed = flops.inference_flops(config.model, what, rows, task.encoder_length, task.decoder_length)
     got = seconds('v5p:4x4x4', what, hbm_rate=math.inf, link_rate=math.inf)
-    assert got == pytest.approx(needed / 64 / chips.CHIPS['v5p'].flops)
+    assert got == pytest.approx(needed / 64 / CHIPS['v5p'].flops)
 
 
 def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypatch, capsys):
@@ -296,9 +297,9 @@ def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypat
     return types.SimpleNamespace(fits=fits, missing_bytes=2.0**30 * (not fits), step_seconds=seconds, bound='memory')
 
   monkeypatch.setattr(plan, 'make', make)
-  monkeypatch.setattr(chips, 'devices', lambda slice_: [])
+  monkeypatch.setattr(slices, 'devices', lambda slice_: [])
   config = gin.load(['gin/runs/pretrain.gin', 'gin/models/cpm2_11b.gin'], ['TrainConfig.batch_size = 2048'])
-  best, made = search.best(config, chips.parse('v5e:2x4'), 'train')
+  best, made = search.best(config, slices.parse('v5e:2x4'), 'train')
   assert best.train.microbatches == 16 and made.fits and best.mesh.host_gib > 0
   lines = capsys.readouterr().out.splitlines()[1:]
   first = [line.partition(',')[0] for line in lines if 'estimate' in line]
@@ -356,7 +357,7 @@ def test_slices_exchange_gradients_alone(tmp_path):
   assert 'between slices' not in one['collectives']
   sent = two['collectives']['between slices']
   assert 0.9 * 2 * two['parameters'] / 4 < sent['bytes'] < 1.5 * 4 * two['parameters'] / 4  # bfloat16 and float32
-  assert sent['seconds'] == pytest.approx(sent['bytes'] / chips.CHIPS['v5p'].network_rate)
+  assert sent['seconds'] == pytest.approx(sent['bytes'] / CHIPS['v5p'].network_rate)
 
 
 @pytest.mark.slow

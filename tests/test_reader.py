@@ -358,7 +358,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
 
 
 def test_speed_and_seek(tmp_path):
-  """A tenth of the promised speed: the machine of a test may be busy. tools/benchmark_reader.py measures it."""
+  """A tenth of the promised speed: the machine of a test may be busy. tools/benchmarks/reader_speed.py measures it."""
   rng = np.random.default_rng(0)
   config = small_data.make_config(tmp_path, batch_size=32)
   lengths = np.clip(rng.poisson(50, 200_000), 1, None)

@@ -46,9 +46,9 @@ def test_the_reader_fills_it(tmp_path, language):
 def test_every_layer_and_the_cache_have_that_of_the_request(tmp_path, language, monkeypatch):
   rows = []
 
-  def experts(mlp, u_BTD, routing, ctx):
-    rows.append(ctx.row['language'].shape)
-    return encoder_decoder.feed_forward(mlp, u_BTD * ctx.row['language'][..., None], routing, ctx)
+  def experts(layer, weights, u_BTD, routing, ctx):
+    rows.append((*ctx.row['language'].shape, u_BTD.shape[1]))
+    return layer.experts(weights, u_BTD * ctx.row['language'][:, None, None], routing, ctx)
 
   monkeypatch.setattr(encoder_decoder, 'build', functools.partial(encoder_decoder.build, experts=experts))
   vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}')

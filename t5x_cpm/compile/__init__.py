@@ -1,4 +1,10 @@
-"""Compiling for a pod on any machine: does it fit, what does it send, how fast can it be."""
+"""Planning for chips that are not there: does a step fit, what do the chips send, how fast can it be at best.
+
+`run` is the mode `compile`. It compiles the very step that training or inference would run. `slices` describes the chips,
+`plan` compiles a step for them and weighs the result, which `program` reads from the compiler's text and `report` puts into
+words; `search` looks for a mesh that suits, first by the formulas of `estimate`, then by compiling. Nothing here runs a step,
+needs an accelerator, or reads data.
+"""
 
 import dataclasses
 import json
@@ -11,24 +17,27 @@ from t5x_cpm.config.fields import did_you_mean
 
 
 def run(config: Config, topology: str, step: str = 'train', *, search: bool = False, output: str = '') -> dict[str, Any]:
-  """Compiles a step for a slice and prints what that says; with `search` for the best mesh that can be found.
+  """Compiles a step for a slice and prints the plan; with `search`, for the best mesh that it finds.
 
   Args:
     config: model, mesh, task lengths and batch sizes.
-    topology: as in 'v5p:4x4x4'; of TPUs, MeshConfig.slices of them.
+    topology: the slice, as in 'v5p:4x4x4'; of TPU slices there are MeshConfig.slices.
     step: 'train', 'encode' or 'decode'.
     search: choose mesh, sharding, rematerialisation and microbatches, and write them beside `output` as a gin file.
-    output: JSON file of the plan.
+    output: JSON file to write the plan to.
+
+  Returns:
+    The plan as a dict, the same that the file holds.
 
   Raises:
-    ConfigError: unknown slice or step, missing libtpu, or a model that the mesh cannot split.
+    ConfigError: the slice or step is unknown, libtpu is missing, or the mesh cannot split the model.
   """
-  from t5x_cpm.compile import chips, plan
+  from t5x_cpm.compile import plan, report, slices
   from t5x_cpm.compile import search as search_lib
 
   if step not in plan.STEPS:
     raise ConfigError(f'--step={step}: expected one of {", ".join(plan.STEPS)}.{did_you_mean(step, plan.STEPS)}')
-  slice_ = chips.parse(topology, config.mesh.slices)
+  slice_ = slices.parse(topology, config.mesh.slices)
   path = pathlib.Path(output)
   if output:  # told now, not after minutes
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +47,7 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
     config, made = search_lib.best(config, slice_, step)
   else:
     made = plan.make(config, slice_, step)
-  plan.show(made, config, slice_)
+  print('\n'.join(report.lines(made, config, slice_)), flush=True)
   result = dataclasses.asdict(made) | {'bound': made.bound, 'step_seconds': made.step_seconds, 'mfu': made.mfu(slice_)}
   if output:
     path.write_text(json.dumps(result, indent=2) + '\n')

@@ -1,11 +1,11 @@
-"""Compiling a step for a slice, and what that says: bytes per chip, collectives, and a bound on the time of a step.
+"""Compiles a step for a slice and says what that shows: bytes of a chip, collectives, and a bound on the time of a step.
 
-The bound is a roofline: as if arithmetic, memory and interconnect overlapped perfectly, and each ran at its full rate.
+The bound is a roofline: as if arithmetic, memory, interconnect and host transfers overlapped perfectly, and each ran at its
+full rate.
 """
 
 import collections
 import dataclasses
-import math
 import pathlib
 import re
 import tempfile
@@ -17,8 +17,9 @@ import jax
 
 from t5x_cpm import backend
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.compile import chips, program
-from t5x_cpm.compile.chips import GiB, Slice
+from t5x_cpm.chips import GiB
+from t5x_cpm.compile import program, slices
+from t5x_cpm.compile.slices import Slice
 from t5x_cpm.config import Config
 from t5x_cpm.inference import programs
 from t5x_cpm.models import encoder_decoder
@@ -26,35 +27,36 @@ from t5x_cpm.training import flops
 from t5x_cpm.training import step as step_lib
 
 STEPS = ('train', 'encode', 'decode')
-# The compiler's words for what is needed and what there is, in two of its releases.
+# What the compiler says when a step does not fit, in two of its releases: how much is needed, and how much there is.
 TOO_MUCH = r'(?:Used |memory required.*?\()([\d.]+[TGMK])(?: of |\) exceeds available HBM \()([\d.]+[TGMK])'
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What compiling a step for a slice says. Bytes are of one chip, seconds of one step."""
+  """What compiling a step for a slice shows. Bytes are those of one chip, seconds those of one step."""
 
   topology: str
   step: str
   mesh: dict[str, Any]
   fits: bool
-  missing_bytes: float  # by which it does not fit
+  missing_bytes: float  # by which the step is too large; 0 if it fits
   argument_bytes: float  # parameters, optimizer state, batch, cache
   temporary_bytes: float
   host_bytes: float
-  tokens: float  # slots of a step with all that is not padding; of `decode`, one for each row
+  tokens: float  # that a step computes if no slot is padding; for `decode` one of each row
   parameters: int
   active_parameters: int
-  model_flops: float  # that the model needs; all chips
-  six_nd: float  # 6 times parameters that a token passes, times tokens, over both stacks: all but attention's own products
-  executed_flops: float  # with what is computed again
-  hbm_bytes: float
+  model_flops: float  # arithmetic that the model needs, all chips together
+  six_nd: float  # 6 ND summed over both stacks, N parameters that a token passes, D tokens: no products within attention
+  executed_flops: float  # arithmetic of the program, with what it computes again
+  hbm_bytes: float  # read from and written to the memory of a chip
   collectives: dict[str, dict[str, float]]  # kind -> times, bytes that a chip sends, seconds
-  seconds: dict[str, float]  # by term
+  seconds: dict[str, float]  # of the terms 'compute', 'memory', 'interconnect' and 'host'
   compile_seconds: float
 
   @property
   def bound(self) -> str:
+    """The term that takes longest, and so bounds the time of a step from below."""
     return max(self.seconds, key=lambda term: self.seconds[term])
 
   @property
@@ -62,7 +64,7 @@ class Plan:
     return self.seconds[self.bound]
 
   def mfu(self, slice_: Slice) -> float:
-    """The share of the slice's peak that the model's arithmetic has, at most."""
+    """Model FLOP/s utilisation at best: which share of the slice's peak the model's own arithmetic reaches."""
     return self.model_flops / (slice_.count * slice_.chip.flops * self.step_seconds)
 
 
@@ -72,20 +74,124 @@ def _inference(config: Config, mesh: Any, step: str) -> tuple[Callable[..., Any]
   return functions.encode if step == 'encode' else functions.step, functions.abstract_arguments(step)
 
 
-def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
-  """Compiles a step for a slice. Needs libtpu, no TPU; minutes for models of billions.
+def _size(text: str) -> float:
+  """Bytes of a size as the compiler writes it, such as '33.08G'."""
+  return float(text[:-1]) * {'T': 2**40, 'G': GiB, 'M': 2**20, 'K': 2**10}[text[-1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of a step, in bytes of one chip. Of a step that is too large it gives no sizes: they are 0."""
+
+  missing: float  # by which the step is too large; 0 if the compiler accepts it
+  arguments: float = 0.0
+  temporaries: float = 0.0
+  host: float = 0.0  # of the arguments, what lies in the memory of the host
+  text: program.Program | None = None
+
+
+def _compile(traced: Any) -> Compiled:
+  """Compiles a traced step. The program comes from the compiler's dump, which is there even if the step is too large."""
+  with tempfile.TemporaryDirectory(prefix='t5x_cpm-') as folder:
+    try:
+      with backend.quiet():
+        memory = traced.lower().compile(compiler_options={'xla_dump_to': folder}).memory_analysis()
+      missing = 0.0
+    except jax.errors.JaxRuntimeError as error:
+      used = re.search(TOO_MUCH, str(error))
+      if used is None:
+        raise
+      memory, missing = None, _size(used[1]) - _size(used[2])
+    texts = sorted(pathlib.Path(folder).glob('*after_optimizations.txt'), key=lambda path: path.stat().st_size)
+    read = program.Program(texts[-1].read_text()) if texts else None
+  if memory is None:
+    return Compiled(missing, text=read)
+  return Compiled(missing, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+                  float(memory.host_argument_size_in_bytes), read)
+
+
+def _token_slots(config: Config, step: str) -> tuple[int, int]:
+  """How many slots of encoder rows and of decoder rows a step computes for the whole batch."""
+  S, T = config.task.encoder_length, config.task.decoder_length
+  if step == 'train':
+    return config.train.batch_size * S, config.train.batch_size * T
+  return (config.infer.batch_size * S, 0) if step == 'encode' else (0, config.infer.batch_size)
+
+
+def _needed(config: Config, step: str) -> float:
+  """Floating-point operations that the model needs for a step, all chips together."""
+  S, T = config.task.encoder_length, config.task.decoder_length
+  if step == 'train':
+    return flops.model_flops(config.model, *_token_slots(config, step), S, T)
+  return flops.inference_flops(config.model, step, config.infer.batch_size, S, T)
+
+
+def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
+  """How many parameters a token of the encoder passes, and a token of the decoder: the N of 6 ND."""
+  passed = {'encoder': 0.0, 'decoder': 0.0}
+  for leaf in jax.tree.leaves(model.leaves()):
+    if leaf.axes[:1] == ('vocab',) and not model.config.tie_embeddings:
+      continue  # the embedding is looked up; only where it is the head as well it is multiplied
+    passed[leaf.stack or 'decoder'] += model.share(leaf) * leaf.size  # the head belongs to no stack, and decoder tokens pass it
+  return passed['encoder'], passed['decoder']
+
+
+def _seconds_of(one: program.Collective, coordinates: Any, slice_: Slice) -> float:
+  """Seconds of all runs of one collective of the program, over the links that its group spans.
 
   Args:
-    config: model, mesh, lengths and batch sizes; of inference InferConfig.batch_size.
+    one: the collective.
+    coordinates: of every device of the mesh [n, dimensions].
+    slice_: that the devices are of.
+  """
+  sent = one.times * one.sent
+  if one.kind == 'between slices':
+    return sent / slice_.chip.network_rate
+  group = coordinates[list(one.group)]
+  if one.kind == 'collective-permute':  # to a neighbour, over one link
+    return sent / min(slice_.chip.link_rate, slice_.rate(group))
+  if one.kind.endswith('all-to-all') and len(one.group) > 1:  # passed on from chip to chip
+    held = sent * len(one.group) / (len(one.group) - 1)  # what is sent leaves out the part that stays
+    return held * slice_.exchange_seconds(group)
+  return sent / slice_.rate(group)
+
+
+def collectives_by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[str, dict[str, float]]:
+  """How often collectives of each kind run, and the bytes and seconds that each chip sends for them.
+
+  Args:
+    found: the collectives of a program.
+    mesh: that it was compiled for; groups index its devices.
+    slice_: that the devices are of.
+  """
+  coordinates = slice_.coordinates(mesh.devices.ravel())
+  neighbours: dict[tuple[int, ...], float] = collections.defaultdict(float)
+  kinds: dict[str, dict[str, float]] = collections.defaultdict(lambda: {'times': 0, 'bytes': 0.0, 'seconds': 0.0})
+  for one in found:
+    total, seconds = kinds[one.kind], _seconds_of(one, coordinates, slice_)
+    total['times'] += one.times
+    total['bytes'] += one.times * one.sent
+    total['seconds'] += seconds
+    if one.kind == 'collective-permute':  # different neighbours are reached over different links, at the same time
+      neighbours[one.group] += seconds
+      total['seconds'] = max(neighbours.values())
+  return dict(kinds)
+
+
+def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
+  """Compiles a step for a slice. Needs libtpu and no TPU; takes minutes for models of billions.
+
+  Args:
+    config: model, mesh, lengths and batch sizes; InferConfig.batch_size for inference.
     slice_: to compile for.
-    step: 'train', or the 'decode' step of one token a row, or 'encode'.
+    step: 'train', or 'encode', or 'decode' for one token of each row.
 
   Raises:
-    ConfigError: libtpu is missing, the slice unknown, or the model and batch cannot be split over the mesh.
+    ConfigError: libtpu is missing, the slice is unknown, or the mesh cannot split the model and the batch.
   """
-  started = time.monotonic()
-  with backend.compiling_for(slice_.chip.platform):
-    mesh = mesh_lib.make_mesh(config.mesh, chips.devices(slice_))
+  started, chip = time.monotonic(), slice_.chip
+  with backend.compiling_for(chip.platform):
+    mesh = mesh_lib.make_mesh(config.mesh, slices.devices(slice_))
     if step == 'train':
       built = step_lib.build(config, mesh)
       fn: Any = built.fn
@@ -94,129 +200,19 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
       fn, arguments = _inference(config, mesh, step)
     traced = fn.trace(*arguments)
     executed = program.arithmetic(traced.jaxpr.jaxpr)
-    with tempfile.TemporaryDirectory(prefix='t5x_cpm-') as folder:
-      try:
-        with backend.quiet():
-          memory = traced.lower().compile(compiler_options={'xla_dump_to': folder}).memory_analysis()
-        missing = 0.0
-      except jax.errors.JaxRuntimeError as error:
-        used = re.search(TOO_MUCH, str(error))
-        if used is None:
-          raise
-        memory, missing = None, _size(used[1]) - _size(used[2])
-      texts = sorted(pathlib.Path(folder).glob('*after_optimizations.txt'), key=lambda path: path.stat().st_size)
-      compiled = program.Program(texts[-1].read_text()) if texts else None
-  arguments_bytes, temporary = (memory.argument_size_in_bytes, memory.temp_size_in_bytes) if memory else (0.0, 0.0)
-  host = float(memory.host_argument_size_in_bytes) if memory else 0.0
-  S, T = config.task.encoder_length, config.task.decoder_length
-  model = encoder_decoder.build(config.model)
-  if step == 'train':
-    counts = config.train.batch_size * S, config.train.batch_size * T
-  else:
-    counts = (config.infer.batch_size * S, 0) if step == 'encode' else (0, config.infer.batch_size)
-  tokens = float(sum(counts))
-  needed = (flops.model_flops(config.model, *counts, S, T) if step == 'train' else
-            flops.inference_flops(config.model, step, config.infer.batch_size, S, T))
-  collectives = _by_kind(compiled.collectives(slice_.slices), mesh, slice_) if compiled else {}
-  hbm = compiled.hbm_bytes() if compiled else 0.0
-  seconds = {
-      'compute': executed / (slice_.count * slice_.chip.flops), 'memory': hbm / slice_.chip.hbm_rate,
-      'interconnect': sum(kind['seconds'] for kind in collectives.values()), 'host': host / slice_.chip.host_rate}
-  left = slice_.chip.hbm - arguments_bytes - temporary
+    compiled = _compile(traced)
+  read = compiled.text
+  collectives = collectives_by_kind(read.collectives(slice_.slices), mesh, slice_) if read else {}
+  hbm = read.hbm_bytes() if read else 0.0
+  left = chip.hbm - compiled.arguments - compiled.temporaries
+  model, slots = encoder_decoder.build(config.model), _token_slots(config, step)
   return Plan(
       topology=slice_.title, step=step, mesh=dict(mesh.shape) | {'sharding': config.mesh.sharding},
-      fits=not missing and left >= 0, missing_bytes=missing or max(-left, 0.0), argument_bytes=arguments_bytes,
-      temporary_bytes=temporary, host_bytes=host,
-      tokens=tokens, parameters=model.num_parameters(), active_parameters=model.num_active_parameters(), model_flops=needed,
-      six_nd=6.0 * sum(N * n for N, n in zip(_passed(model), counts, strict=True)),
-      executed_flops=executed, hbm_bytes=hbm, collectives=collectives, seconds=seconds,
+      fits=not compiled.missing and left >= 0, missing_bytes=compiled.missing or max(-left, 0.0),
+      argument_bytes=compiled.arguments, temporary_bytes=compiled.temporaries, host_bytes=compiled.host,
+      tokens=float(sum(slots)), parameters=model.num_parameters(), active_parameters=model.num_active_parameters(),
+      model_flops=_needed(config, step), six_nd=6.0 * sum(N * n for N, n in zip(_passed(model), slots, strict=True)),
+      executed_flops=executed, hbm_bytes=hbm, collectives=collectives,
+      seconds={'compute': executed / (slice_.count * chip.flops), 'memory': hbm / chip.hbm_rate,
+               'interconnect': sum(kind['seconds'] for kind in collectives.values()), 'host': compiled.host / chip.host_rate},
       compile_seconds=time.monotonic() - started)
-
-
-def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
-  """Parameters that a token of the encoder passes, and one of the decoder."""
-  passed, moe = [0.0, 0.0], model.config.moe
-  for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract()[0]):
-    names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
-    share = 1.0
-    if names[0] == 'token_embedder' and not model.config.tie_embeddings:
-      continue  # looked up, not multiplied
-    if names[0] == 'experts' and names[1] in encoder_decoder.STACKS and moe.every(names[1]):
-      share = moe.experts_of_token(moe.of(names[1])) / moe.num_experts
-    passed['encoder' not in '/'.join(names[:2])] += share * math.prod(leaf.shape)
-  return passed[0], passed[1]
-
-
-def _size(text: str) -> float:
-  return float(text[:-1]) * {'T': 2**40, 'G': GiB, 'M': 2**20, 'K': 2**10}[text[-1]]
-
-
-def _by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[str, dict[str, float]]:
-  coordinates = slice_.coordinates(mesh.devices.ravel())
-  neighbours: dict[tuple[int, ...], float] = collections.defaultdict(float)
-  kinds: dict[str, dict[str, float]] = collections.defaultdict(lambda: {'times': 0, 'bytes': 0.0, 'seconds': 0.0})
-  for one in found:
-    total = kinds[one.kind]
-    total['times'] += one.times
-    total['bytes'] += one.times * one.sent
-    if one.kind == 'between slices':
-      total['seconds'] += one.times * one.sent / slice_.chip.network_rate
-    elif one.kind == 'collective-permute':  # to a neighbour, over one link; those to another neighbour take another link
-      neighbours[one.group] += one.times * one.sent / min(slice_.chip.link_rate, slice_.rate(coordinates[list(one.group)]))
-      total['seconds'] = max(neighbours.values())
-    elif one.kind.endswith('all-to-all') and len(one.group) > 1:  # from chip to chip, through those between them
-      held = one.sent * len(one.group) / (len(one.group) - 1)
-      total['seconds'] += one.times * held * slice_.exchange_seconds(coordinates[list(one.group)])
-    else:
-      total['seconds'] += one.times * one.sent / slice_.rate(coordinates[list(one.group)])
-  return dict(kinds)
-
-
-def advice(plan: Plan, config: Config) -> list[str]:
-  """What to change, most effective first, when a step does not fit or is bound by other than compute."""
-  lines = []
-  if not plan.fits:
-    if plan.step == 'train':
-      if config.mesh.sharding != 'full':
-        lines.append("MeshConfig.sharding = 'full' splits parameters and optimizer state over all chips of `data` and `expert`")
-      if config.model.remat != 'full':
-        lines.append("ModelConfig.remat = 'full' keeps the inputs of layers only")
-      lines.append(f'TrainConfig.microbatches = {2 * config.train.microbatches} halves the activations')
-      if config.mesh.host_gib == 0:
-        lines.append(f"MeshConfig.host_gib = {math.ceil(plan.missing_bytes / GiB)} keeps so much of the optimizer's state in "
-                     "the memory of the hosts; beyond that, twice as much for weights")
-    else:
-      lines.append('a larger MeshConfig.model splits the parameters, a smaller InferConfig.batch_size the cache')
-    lines.append('a larger slice')
-  elif plan.step == 'train' and plan.bound == 'interconnect':
-    if config.train.microbatches > 1:
-      lines.append(f'TrainConfig.microbatches = {config.train.microbatches // 2}: parameters are gathered once for each')
-    lines.append('a larger TrainConfig.batch_size, or another mesh: --search')
-  elif plan.step == 'train' and plan.bound == 'memory':
-    lines.append('fewer microbatches, or a larger TrainConfig.batch_size')
-  return lines
-
-
-def show(plan: Plan, config: Config, slice_: Slice) -> None:
-  """Prints a plan."""
-  used = plan.argument_bytes + plan.temporary_bytes
-  sizes = ' x '.join(f'{axis} {size}' for axis, size in plan.mesh.items() if axis != 'sharding')
-  print(f'{plan.topology}  {slice_.count} chips as {sizes}, sharding {plan.mesh["sharding"]!r}; compiled in '
-        f'{plan.compile_seconds:.0f} s')
-  if plan.fits:
-    print(f'memory of a chip  {plan.argument_bytes / GiB:.2f} GiB arguments + {plan.temporary_bytes / GiB:.2f} temporaries, '
-          f'{(slice_.chip.hbm - used) / GiB:.2f} of {slice_.chip.hbm / GiB:.2f} left'
-          + (f'; {plan.host_bytes / GiB:.2f} GiB in host memory' if plan.host_bytes else ''))
-  else:
-    print(f'memory of a chip  DOES NOT FIT: {plan.missing_bytes / GiB:.2f} GiB too much for {slice_.chip.hbm / GiB:.2f}')
-  print(f'arithmetic        {plan.model_flops:.3g} FLOPs for {plan.tokens:,.0f} tokens, {plan.executed_flops:.3g} with what is '
-        'computed again' + (f'; 6ND is {plan.six_nd:.3g}' if plan.step == 'train' else ''))
-  for kind, total in sorted(plan.collectives.items(), key=lambda item: -item[1]['seconds']):
-    print(f'  {kind:<18}{total["times"]:>9,.0f} times, {total["bytes"] / 1e9:>9.3f} GB sent by each chip, '
-          f'{total["seconds"] * 1e3:>9.2f} ms')
-  print('time of a step    at least ' + ', '.join(
-      f'{term} {seconds * 1e3:.2f} ms' for term, seconds in plan.seconds.items() if seconds) + f': bound by {plan.bound}')
-  rate = plan.tokens / plan.step_seconds
-  print(f'at most           {plan.mfu(slice_):.1%} MFU, {rate:,.0f} tokens/s, {rate * 86400 / 1e9:,.2f} billion tokens a day')
-  for line in advice(plan, config):
-    print(f'  try: {line}')

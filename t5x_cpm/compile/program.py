@@ -1,6 +1,7 @@
-"""What a compiled program does, read from the compiler's text: bytes that each chip sends to others, and moves in its memory.
+"""What a compiled program does: bytes that each chip sends to others, and bytes that it reads and writes in its own memory.
 
-The compiler's own cost analysis counts the body of a loop once; here it counts as often as it runs.
+Both are read from the compiler's text (XLA's HLO), because its own cost analysis counts the body of a loop once, and here it
+counts as often as it runs.
 """
 
 import collections
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+# Of one element of an array.
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
          's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
-# What moves nothing by itself: names, and operations whose bodies are counted.
+# Instructions that move nothing themselves: names for values, and calls of bodies that are counted.
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
         'partition-id', 'replica-id', 'async-start', 'async-update', 'async-done', 'opt-barrier', 'optimization-barrier'}
-SLICES = {'dynamic-slice', 'slice', 'gather'}
+READ_A_PART = {'dynamic-slice', 'slice', 'gather'}  # of their first operand
 # replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
 MESH_GROUPS = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
@@ -26,21 +28,25 @@ SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+  """One line of a program: `name = type opcode(arguments), attributes`."""
+
   name: str
   type: str
   opcode: str
-  arguments: str  # within its brackets: operands, or the number of a parameter, or a constant
+  arguments: str  # operands, the number of a parameter, or the value of a constant
   operands: tuple[str, ...]
   attributes: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of the program.
+  """One collective of a program.
 
   Attributes:
-    sent: bytes that each chip sends, each time.
-    group: the devices of one group, as indices into the mesh.
+    kind: XLA's name of it, or 'between slices'.
+    sent: bytes that each chip sends each time it runs.
+    times: how often it runs in a step.
+    group: the devices of one of its groups, as indices into the mesh.
   """
 
   kind: str
@@ -50,7 +56,7 @@ class Collective:
 
 
 def _balanced(text: str, start: int) -> int:
-  """The index behind the bracket that closes the one at `start`."""
+  """The index after the bracket that closes the one at `start`."""
   depth = 0
   for index in range(start, len(text)):
     depth += (text[index] == '(') - (text[index] == ')')
@@ -60,6 +66,7 @@ def _balanced(text: str, start: int) -> int:
 
 
 def _instruction(line: str) -> Instruction | None:
+  """The instruction of a line, or None for a line that has none."""
   match = re.match(r'\s*(?:ROOT )?%?([\w.-]+) = ', line)
   if not match:
     return None
@@ -73,7 +80,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _bytes(shape: str, *, hbm_only: bool = False) -> float:
-  """Of an array or a tuple of arrays. Memory space 1 is the chip's scratchpad, 5 the host."""
+  """Bytes of an array or a tuple of arrays, `hbm_only` without those in other memories: 1 is the scratchpad, 5 the host."""
   total = 0.0
   for dtype, sizes, layout in SHAPE.findall(shape):
     if dtype in BYTES and not (hbm_only and re.search(r'S\([1-9]\)', layout)):
@@ -82,7 +89,7 @@ def _bytes(shape: str, *, hbm_only: bool = False) -> float:
 
 
 def _group(attributes: str) -> tuple[int, ...]:
-  """The first group of a collective, in any of the forms that XLA writes groups in."""
+  """The first group of a collective, whichever of XLA's notations it is written in."""
   if match := re.search(MESH_GROUPS, attributes):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
     ids = np.arange(math.prod(sizes.values()))
@@ -104,7 +111,7 @@ def _group(attributes: str) -> tuple[int, ...]:
 
 
 def _sent(kind: str, given: float, size: int) -> float:
-  """Bytes that each of `size` chips sends for a collective over `given` bytes on each, by the best ring algorithms."""
+  """Bytes that each of `size` chips sends for a collective by the best ring algorithm, if each gives `given` bytes."""
   if kind == 'collective-permute':
     return given
   share = (size - 1) / size
@@ -112,7 +119,7 @@ def _sent(kind: str, given: float, size: int) -> float:
 
 
 class Program:
-  """A program as the compiler wrote it after all optimisations (XLA's HLO text)."""
+  """A program as the compiler wrote it after all optimisations."""
 
   def __init__(self, text: str):
     self.bodies: dict[str, list[Instruction]] = {}
@@ -127,11 +134,12 @@ class Program:
     self.types = {name: {i.name: i.type for i in body} for name, body in self.bodies.items()}
 
   def _trips(self, condition: str) -> int:
-    """How often a loop runs: its counter starts at 0 and is compared with a constant."""
+    """How often a loop runs, whose counter starts at 0 and is compared with a constant."""
     constants = [i.arguments for i in self.bodies[condition] if i.opcode == 'constant']
     return max((int(constant) for constant in constants if constant.isdigit()), default=1)
 
   def _walk(self, name: str, times: int, fused: bool) -> Iterator[tuple[str, Instruction, int, bool]]:
+    """Every instruction of a body and of those it calls: name of the body, instruction, how often, whether in a fusion."""
     for i in self.bodies.get(name, ()):
       yield name, i, times, fused
       if i.opcode == 'while':
@@ -150,10 +158,13 @@ class Program:
           yield from self._walk(branch, times, fused)
 
   def collectives(self, slices: int = 1) -> list[Collective]:
-    """All collectives with the number of times that they run.
+    """All collectives of the program, each with how often it runs.
 
-    What goes from slice to slice the compiler hands to the hosts, a chip its part of what its slice has summed up: here it is
-    of kind 'between slices', without a group.
+    What goes from slice to slice leaves through the hosts: the program sends each chip's part of what its slice has summed up.
+    It has the kind 'between slices', and no group.
+
+    Args:
+      slices: how many TPU slices the program is for.
     """
     result = []
     for name, i, times, _ in self._walk(self.entry, 1, False):
@@ -170,7 +181,7 @@ class Program:
     return result
 
   def hbm_bytes(self) -> float:
-    """Bytes that a chip reads from its memory and writes to it; of an array that is only sliced, the slice."""
+    """Bytes that a chip reads from its memory and writes to it; where only a part of an array is read, that part."""
     total = 0.0
     for name, i, times, fused in self._walk(self.entry, 1, False):
       if not fused and i.opcode not in FREE and not i.opcode.endswith('-done'):
@@ -178,8 +189,9 @@ class Program:
     return total
 
   def _moved(self, name: str, i: Instruction) -> float:
+    """Bytes that one instruction of the body `name` reads and writes."""
     types = self.types[name]
-    if i.opcode in SLICES:
+    if i.opcode in READ_A_PART:
       return 2 * _bytes(i.type, hbm_only=True)
     if i.opcode == 'dynamic-update-slice':
       return 2 * _bytes(types.get(i.operands[1], ''), hbm_only=True)
@@ -197,22 +209,22 @@ class Program:
       parameter = parameters.get(number)
       uses = users[parameter.name] if parameter else []
       first = bool(size and uses) and all(use.operands[0] == parameter.name for use in uses)  # type: ignore[union-attr]
-      if first and all(use.opcode in SLICES for use in uses):
+      if first and all(use.opcode in READ_A_PART for use in uses):
         size = min(size, sum(_bytes(use.type) for use in uses))
       elif first and all(use.opcode == 'dynamic-update-slice' for use in uses):
         written_into.update(uses)
         size = 0.0
       read += size
     inside = {inner.name: inner.type for inner in body}
-    if written_into:  # in place: what is written is the updates
+    if written_into:  # the result shares its memory, so that only the updates are written
       return read + sum(_bytes(inside.get(use.operands[1], '')) for use in written_into)
     return read + _bytes(i.type, hbm_only=True)
 
 
 def arithmetic(jaxpr: Any) -> float:
-  """Floating-point operations of all products that a traced program does, loops as often as they run; all devices together.
+  """Floating-point operations of all products of a traced program, on all devices together; loops count as often as they run.
 
-  Of a product of runs of rows with a matrix each, all rows count, also those that have come to no expert.
+  A ragged product, of runs of rows with a matrix each, counts with all of its rows, even those that belong to no expert.
   """
   total = 0.0
   for equation in jaxpr.eqns:

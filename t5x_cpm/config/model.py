@@ -48,28 +48,6 @@ class MoEConfig:
     """Every so many layers of a stack have experts; 0: none."""
     return (self.encoder_every if stack == 'encoder' else self.decoder_every) if self.num_experts else 0
 
-  def choices(self, router: str) -> int:
-    """How many experts a token has, for capacities; of 'expert_choice' 1, which its capacity multiplies."""
-    return {'top_k': self.top_k, 'loss_free': self.top_k, 'prototypes': self.top_k, 'top_2': 2}.get(router, 1)
-
-  def experts_of_token(self, router: str) -> float:
-    """How many experts a token passes, on average over tokens: of 'expert_choice', what the experts take."""
-    return min(self.capacity_factor, self.num_experts) if router == 'expert_choice' else self.choices(router)
-
-  def capacity(self, router: str, tokens: int) -> int:
-    """Tokens that an expert takes of a group of `tokens` in training.
-
-    Raises:
-      ConfigError: less than one.
-    """
-    fair = tokens / self.num_experts * (self.choices(router) if self.capacity_counts == 'assignments' else 1)
-    capacity = round(self.capacity_factor * fair)
-    if capacity < 1:
-      raise ConfigError(
-          f'MoEConfig.capacity_factor = {self.capacity_factor}: an expert takes {self.capacity_factor * fair:.2f} tokens of a '
-          f'group of {tokens} with {self.num_experts} experts, less than one. Set a larger MoEConfig.group_size.')
-    return min(capacity, tokens)
-
   def validate(self) -> None:
     in_range(self, 'top_k', 1)
     for field in ('num_experts', 'encoder_every', 'decoder_every', 'capacity_factor', 'second_threshold', 'balance_loss',

@@ -4,8 +4,6 @@ A module states shape, axes and initial value of its weights in its constructor.
 parameters, their description (`leaves`), and the module that computes with given ones.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,54 +26,40 @@ class Ruled(nnx.Variable):
 UPDATES: dict[type[nnx.Variable], str] = {nnx.Param: 'gradient', Fixed: 'fixed', Ruled: 'rule'}  # as Leaf.update says it
 
 
-def _state(tree: Any) -> Params:
-  return nnx.to_pure_dict(tree)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Component:
-  """A module of a model, or a stack of modules of one kind.
+  """A module of a model, or a stack of modules of one kind. Holds no array.
 
   Attributes:
     path: where its parameters lie in those of the model, such as 'encoder/layers'; '' is the top.
-    make: a module with fresh parameters, from random numbers; of a stack one of its modules.
     stacked: names and sizes of the leading axes of its parameters, outermost first, such as (('layers', 12), ('expert', 8)).
     stack: 'encoder' or 'decoder'; '' for what belongs to neither.
     cast: whether inference may keep its parameters in the type of computation.
+    leaves: the description of every parameter, a tree like that of `init`.
   """
 
-  path: str
-  make: Callable[[nnx.Rngs], nnx.Module]
-  stacked: tuple[tuple[str, int], ...] = ()
-  stack: str = ''
-  cast: bool = True
+  def __init__(self, path: str, make: Callable[[nnx.Rngs], nnx.Module], stacked: tuple[tuple[str, int], ...] = (),
+               stack: str = '', cast: bool = True):
+    """make: a module with fresh parameters, from random numbers; of a stack one of its modules."""
+    self.path, self.stacked, self.stack, self.cast = path, stacked, stack, cast
+    self._make_whole = make
+    for name, size in reversed(stacked):
+      self._make_whole = _stack_of(self._make_whole, name, size)
+    # Both here, because within a mesh nnx takes the names of axes for those of the mesh.
+    self._graph = nnx.split(_abstract(make))[0]
+    self.leaves = self._describe(nnx.split(_abstract(self._make_whole))[1])
 
-  def _whole(self, rngs: nnx.Rngs) -> nnx.Module:
-    make = self.make
-    for name, size in reversed(self.stacked):
-      make = _stack_of(make, name, size)
-    return make(rngs)
-
-  def init(self, rngs: nnx.Rngs) -> Params:
-    """Fresh parameters, stacks included."""
-    return _state(nnx.split(self._whole(rngs))[1])
-
-  @functools.cached_property
-  def leaves(self) -> Params:
-    """The description of every parameter: a tree like that of `init`; takes no memory."""
-    abstract = nnx.split(nnx.eval_shape(lambda: self._whole(nnx.Rngs(params=0))))[1]
-
-    def describe(path: Any, variable: nnx.Variable) -> Leaf:
+  def _describe(self, state: Any) -> Params:
+    def leaf(path: Any, variable: nnx.Variable) -> Leaf:
       value, names = variable.get_value(), [str(key.key) for key in path]
       return Leaf('/'.join([self.path, *names] if self.path else names), value.shape, value.dtype,
                   variable.get_metadata('out_sharding'), self.stack, UPDATES[type(variable)],
                   variable.get_metadata('decays', True))
 
-    return _state(jax.tree_util.tree_map_with_path(describe, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(leaf, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
-  @functools.cached_property
-  def _graph(self) -> Any:
-    return nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(params=0))))[0]
+  def init(self, rngs: nnx.Rngs) -> Params:
+    """Fresh parameters, stacks included."""
+    return nnx.to_pure_dict(nnx.split(self._make_whole(rngs))[1])
 
   def __call__(self, params: Params) -> Any:
     """The module with given parameters, of a stack one slice of them (or slices along axes that its methods know of)."""
@@ -88,6 +72,10 @@ class Component:
     for name in self.path.split('/'):
       params = params[name]
     return params
+
+
+def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+  return nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
 
 
 def _stack_of(make: Callable[[nnx.Rngs], Any], name: str, size: int) -> Callable[[nnx.Rngs], Any]:

@@ -6,14 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t5x_cpm import chips
 from t5x_cpm.config import ModelConfig
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets. The first entry that device_kind contains counts.
-PEAK_FLOPS = {
-    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
-    'A10G': 70e12, 'V100': 125e12, 'TPU v6': 918e12, 'TPU v5p': 459e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12,
-    'TPU v5': 459e12, 'TPU v4': 275e12, 'TPU v3': 123e12, 'TPU v2': 46e12,
-}
+from t5x_cpm.models import routers
 
 
 def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: float, S: int, T: int) -> float:
@@ -66,7 +61,7 @@ def _of_a_token(config: ModelConfig, S: int, T: int) -> tuple[float, float, floa
     layers, every = config.num_layers(stack), config.moe.every(stack)
     if not every:
       return layers * mlp
-    networks = config.moe.experts_of_token(config.moe.of(stack)) + config.moe.shared_experts
+    networks = routers.experts_of_token(config.moe, stack) + config.moe.shared_experts
     routed = layers // every
     return (layers - routed) * mlp + routed * (networks * mlp + 2 * D * config.moe.num_experts)
 
@@ -103,4 +98,5 @@ def peak_flops(device: Any, configured: float = 0.0) -> float | None:
   if device.platform == 'cpu':
     # XLA:CPU runs all products on one pool of threads: fake devices share it.
     return measure_gemm_flops() / max(jax.local_device_count(), 1)
-  return next((value for kind, value in PEAK_FLOPS.items() if kind.lower() in device.device_kind.lower()), None)
+  chip = chips.of_device_kind(device.device_kind)
+  return chip.flops if chip else None

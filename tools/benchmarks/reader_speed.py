@@ -1,10 +1,10 @@
-"""Speed of the reader from a warm cache on one core, and the time to reach any step.
+"""How fast the reader makes batches from a warm cache on one core, and how soon it reaches any step.
 
-    python tools/benchmark_reader.py [--documents=100000000]
+    python tools/benchmarks/reader_speed.py [--documents=100000000]
 
-Slots are those of the batch, encoder and decoder together, padding included; the ratio is to the 1 M slots/s that the
-project promises. The large cache is simulated: its lengths are real, its tokens a sparse file of zeros. Every figure is
-taken in a process that was just started.
+Slots are those of the batch, encoder and decoder together, padding included; the ratio is to the 1 M slots/s that the project
+promises. Documents are random tokens of random lengths; the large cache has real lengths, and its tokens are a sparse file of
+zeros. Every figure is one run of three seconds, in a process that was just started.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def make_config(folder: str, objective: str, batch_size: int, mean_span: float) 
 
 
 def fill(config: Config, lengths: np.ndarray, real: bool) -> None:
-  """Writes a cache; tokens are drawn, or a hole in the file."""
+  """Writes a cache of documents of these lengths; their tokens are drawn at random, or are a hole in the file."""
   path, total = caches.directory(config), int(lengths.sum())
   vocabulary = vocabularies.load(config.task.vocabulary)
   path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def fill(config: Config, lengths: np.ndarray, real: bool) -> None:
 
 
 def measure(arguments) -> None:
-  """One line of figures for the cache in a folder; runs in a process of its own."""
+  """Prints one line of figures for the cache in a folder. Runs in a process of its own."""
   config = make_config(arguments.folder, arguments.objective, arguments.batch_size, arguments.mean_span)
   begin = time.perf_counter()
   read = reader.open_reader(caches.build(config), config, 'train')

@@ -1,8 +1,15 @@
-"""Two processes that take turns at the same work, and the table of their times: what tools/benchmark.py is made of."""
+"""Two processes that take turns at the same work, and the table of their times; no program of its own.
+
+`against_pytorch.py` says what the work is. Each figure is the median of runs that alternate between the two sides, so that what
+else the machine does hits both; the table names everything that a figure depends on.
+"""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import pathlib
+import platform
 import statistics
 import subprocess
 import sys
@@ -16,6 +23,10 @@ from t5x_cpm import backend
 
 GEMM = 2048  # size of the square product whose rate is the yardstick
 STREAM = 2**28  # bytes that are summed to learn how fast memory is read
+PACKAGES = ('jax', 'jaxlib', 'torch', 'transformers')
+# Instructions that products of matrices use, as /proc/cpuinfo names them (x86, then Arm).
+INSTRUCTIONS = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_tile', 'amx_bf16',
+                'asimd', 'sve', 'sve2', 'bf16', 'svebf16')
 
 Run = Callable[[], Any]  # does the work once and waits for it
 
@@ -27,21 +38,34 @@ class Case:
   Attributes:
     title: for the table.
     target: ratio to reach.
-    ours, theirs: prepare, and return what is timed.
+    ours: prepares our side and returns what is timed.
+    theirs: likewise for the peer, and says which attention implementation it has chosen ('': it is no transformers model).
     work: tokens of one run.
     flops: of the products of many rows in one run.
     bytes: of float32 weights and keys that one run reads again for every token.
-    products: the matrix products of ours alone.
+    products: prepares the matrix products of our side alone.
   """
 
   title: str
   target: float
   ours: Callable[[], Run]
-  theirs: Callable[[], Run]
+  theirs: Callable[[], tuple[Run, str]]
   work: int
   flops: float
   bytes: float = 0.0
   products: Callable[[], Run] | None = None
+
+
+def machine(threads: int, repeats: int) -> dict[str, Any]:
+  """What all figures of a table depend on."""
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+  about = {name.strip(): value.strip() for name, _, value in (line.partition(':') for line in lines)}
+  flags = (about.get('flags') or about.get('Features') or '').split()
+  return {
+      'versions': {name: importlib.metadata.version(name) for name in PACKAGES}, 'python': platform.python_version(),
+      'processor': about.get('model name') or platform.processor() or platform.machine(),
+      'instructions': [name for name in INSTRUCTIONS if name in flags], 'threads': threads, 'repeats': repeats}
 
 
 def our_gemm() -> Run:
@@ -77,10 +101,14 @@ def their_stream() -> Run:
 
 
 def work(case: Case, side: str, threads: int) -> None:
-  """A worker: does what each line of its input names, and answers with wall and CPU seconds."""
+  """A worker: says what is known of its side, then does what each line of its input names and answers with its seconds.
+
+  Answers are lines of JSON: first a dict, then pairs of wall and CPU seconds.
+  """
   answers = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)  # what libraries print does not go between the answers
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+  about = {}
   if side == 'ours':
     backend.keep_memory()
     runs = {'run': case.ours(), 'gemm': our_gemm(), 'stream': our_stream()}
@@ -92,10 +120,12 @@ def work(case: Case, side: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    runs = {'run': case.theirs(), 'gemm': their_gemm(), 'stream': their_stream()}
+    run, attention = case.theirs()
+    about = {'attention': attention, 'torch instructions': torch.backends.cpu.get_cpu_capability()}
+    runs = {'run': run, 'gemm': their_gemm(), 'stream': their_stream()}
   for run in 5 * (*runs.values(),):  # compiles, fills caches, and lets the heap grow to what it needs
     run()
-  print('ready', file=answers, flush=True)
+  print(json.dumps(about), file=answers, flush=True)
   for line in sys.stdin:
     cpu, wall = time.process_time(), time.perf_counter()
     runs[line.strip()]()
@@ -112,20 +142,20 @@ class Worker:
     self.process = subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
     self.seconds: dict[str, list[tuple[float, float]]] = {'run': [], 'gemm': [], 'stream': [], 'products': []}
-    self._answer()
+    self.about: dict[str, str] = self._answer()
 
-  def _answer(self) -> str:
+  def _answer(self) -> Any:
     assert self.process.stdout is not None
     line = self.process.stdout.readline()
     if not line:
       raise SystemExit(f'error: the process of {self.side} ended with status {self.process.wait()}.')
-    return line
+    return json.loads(line)
 
   def ask(self, what: str) -> None:
     assert self.process.stdin is not None
     self.process.stdin.write(what + '\n')
     self.process.stdin.flush()
-    wall, cpu = json.loads(self._answer())
+    wall, cpu = self._answer()
     self.seconds[what].append((wall, cpu))
 
   def median(self, what: str, cpu: bool = False) -> float:
@@ -138,7 +168,18 @@ class Worker:
 
 
 def compare(script: str, command: str, index: int, case: Case, repeats: int, threads: int) -> dict[str, Any]:
-  """Times one case; returns the figures of its row."""
+  """Times one case, `repeats` runs of each side in turn.
+
+  Args:
+    script: file that starts a worker when it is given --worker.
+    command, index: the case, for the workers.
+    case: the same case.
+    repeats: runs of each side.
+    threads: of each side.
+
+  Returns:
+    The figures of its row of the table.
+  """
   ours = Worker('ours', script, command, index, threads)
   theirs = Worker('theirs', script, command, index, threads)
   for _ in range(repeats):
@@ -153,7 +194,8 @@ def compare(script: str, command: str, index: int, case: Case, repeats: int, thr
   gemm = 2.0 * GEMM**3 / min(ours.median('gemm'), theirs.median('gemm'))
   stream = STREAM / min(ours.median('stream'), theirs.median('stream'))
   return {
-      'case': case.title, 'ours': mine, 'peer': their, 'ratio': their / mine, 'target': case.target,
+      'case': case.title, 'attention': theirs.about['attention'], 'torch instructions': theirs.about['torch instructions'],
+      'ours': mine, 'peer': their, 'ratio': their / mine, 'target': case.target,
       'ours cpu': ours.median('run', cpu=True), 'peer cpu': theirs.median('run', cpu=True),
       'cpu ratio': theirs.median('run', cpu=True) / ours.median('run', cpu=True),
       'tokens/s': case.work / mine, 'gemm GFLOP/s': gemm / 1e9, 'stream GB/s': stream / 1e9,
@@ -163,12 +205,18 @@ def compare(script: str, command: str, index: int, case: Case, repeats: int, thr
       'peer share': None if case.bytes else case.flops / their / gemm}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-  head = f'{"":46} {"ours s":>8} {"peer s":>9} {"ratio":>6} {"target":>6} {"limit":>6} {"products":>8}'
+def show(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+  """Prints the table: first what all of its figures depend on (`machine`), then a line for each case."""
+  versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
+  print(f'{versions}, Python {about["python"]}; medians of {about["repeats"]} interleaved runs')
+  torch_uses = {row['torch instructions'] for row in rows}
+  print(f'{about["processor"]}, {about["threads"]} threads, instructions {" ".join(about["instructions"]) or "unknown"}; '
+        f'PyTorch uses {", ".join(sorted(torch_uses))}')
+  head = f'{"":46} {"attention":>9} {"ours s":>8} {"peer s":>9} {"ratio":>6} {"target":>6} {"limit":>6} {"products":>8}'
   print(head, f'{"CPU s":>14} {"ratio":>6} {"tokens/s":>9}')
   for row in rows:
     cpu = f'{row["ours cpu"]:.2f} / {row["peer cpu"]:.2f}'
-    seconds = f'{row["case"]:46} {row["ours"]:8.3f} {row["peer"]:9.3f}'
+    seconds = f'{row["case"]:46} {row["attention"] or "ours":>9} {row["ours"]:8.3f} {row["peer"]:9.3f}'
     products = f'{row["products"]:8.2f}' if row['products'] else ' ' * 8
     print(seconds, f'{row["ratio"]:6.2f} {row["target"]:6.1f} {row["limit"]:6.2f} {products} {cpu:>14} {row["cpu ratio"]:6.2f} '
           f'{row["tokens/s"]:9.0f}')

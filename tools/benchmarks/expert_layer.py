@@ -1,4 +1,7 @@
-"""One layer of experts, part by part and by the number of experts: what `tools/benchmark.py moe` prints at its end."""
+"""One dropless layer of experts: the time of its parts, and how it grows with the number of experts; no program of its own.
+
+`against_pytorch.py moe` prints it at its end. There is no peer here; figures are medians of runs that take turns.
+"""
 
 import dataclasses
 import os
@@ -18,7 +21,7 @@ Program = Callable[[], Any]
 
 
 def _alternating(programs: dict[Any, Program], repeats: int) -> dict[Any, float]:
-  """Median seconds of each; they take turns, so that what else the machine does hits all."""
+  """Median seconds of each program. They take turns, so that what else the machine does hits all of them."""
   seconds: dict[Any, list[float]] = {name: [] for name in programs}
   for turn in range(repeats + 1):
     for name, program in programs.items():
@@ -30,14 +33,14 @@ def _alternating(programs: dict[Any, Program], repeats: int) -> dict[Any, float]
 
 
 class Layer(NamedTuple):
-  """The parts of a dropless layer, functions of its weights and tokens [G, T, D], and random ones of these.
+  """The parts of a dropless layer, as functions of its weights and of tokens [G, T, D].
 
   Attributes:
-    route: where tokens go.
+    route: says where tokens go.
     dispatch: takes that too, and gives the output.
-    products: what of it is products, with tokens in the order they have.
-    even: the products as if every expert had as many tokens, one batched product a matrix.
-    arguments: weights and tokens.
+    products: the matrix products alone, on tokens in the order that they have.
+    even: the products as if every expert had equally many tokens, one batched product for each matrix.
+    arguments: random weights and tokens.
   """
 
   route: Callable[..., Any]
@@ -53,8 +56,10 @@ def _layer(model: ModelConfig, experts: int, tokens: int) -> Layer:
   import numpy as np
   from flax import nnx
 
-  from t5x_cpm.models import grouped, moe, routing
+  from t5x_cpm.models import dispatch as dispatch_lib
+  from t5x_cpm.models import grouped, routers
   from t5x_cpm.models.layers import MLP
+  from t5x_cpm.models.routing import RouteContext, Routing
 
   config = MoEConfig(num_experts=experts, dispatch='dropless')
   model = dataclasses.replace(model, moe=config)
@@ -65,19 +70,19 @@ def _layer(model: ModelConfig, experts: int, tokens: int) -> Layer:
     return MLP(model, model.num_encoder_layers, rngs)
 
   def both() -> Any:
-    return make(nnx.Rngs(params=0)), routing.Router(model, 'switch', nnx.Rngs(params=1))
+    return make(nnx.Rngs(params=0)), routers.Scores(model, nnx.Rngs(params=1))
 
   graph = nnx.graphdef(nnx.eval_shape(both))
   u_GTD = jnp.asarray(np.random.default_rng(0).standard_normal((tokens // GROUP, GROUP, model.d_model), np.float32))
-  context = routing.RouteContext(jnp.ones(u_GTD.shape[:2], bool), jnp.zeros(u_GTD.shape[:2], jnp.int32), key=jax.random.key(0))
+  context = RouteContext(jnp.ones(u_GTD.shape[:2], bool), jnp.zeros(u_GTD.shape[:2], jnp.int32), train=True)
 
-  def route(state: Any, u_GTD: jax.Array) -> routing.Routing:
-    return routing.switch(config, nnx.merge(graph, state)[1], u_GTD, context)
+  def route(state: Any, u_GTD: jax.Array) -> Routing:
+    return routers.route('switch', config, nnx.merge(graph, state)[1], u_GTD, context)
 
-  def dispatch(state: Any, u_GTD: jax.Array, where: routing.Routing) -> jax.Array:
-    return moe.dispatch(nnx.merge(graph, state)[0], u_GTD, where, 0.0, None)
+  def dispatch(state: Any, u_GTD: jax.Array, where: Routing) -> jax.Array:
+    return dispatch_lib.dispatch(nnx.merge(graph, state)[0], u_GTD, where, 0.0, None)
 
-  def products(state: Any, u_GTD: jax.Array, where: routing.Routing) -> jax.Array:
+  def products(state: Any, u_GTD: jax.Array, where: Routing) -> jax.Array:
     counts_E = jnp.bincount(where.expert_GTK.reshape(-1), length=experts)
     return nnx.merge(graph, state)[0](
         u_GTD.reshape(-1, model.d_model), product=lambda x, kernel: grouped.grouped_dot(x, kernel, counts_E))
@@ -97,7 +102,7 @@ def _ready(program: Callable, *arguments: Any) -> Program:
 
 
 def _with_gradients(fn: Callable) -> Callable:
-  """fn and the gradients of its sum by its first two arguments."""
+  """The sum of all that fn returns, and its gradients by the first two arguments."""
   import jax
   import jax.numpy as jnp
 
@@ -108,10 +113,10 @@ def _with_gradients(fn: Callable) -> Callable:
 
 
 def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
-  """Seconds of a layer, forward and backward, and of its parts, each as a program of its own."""
+  """Seconds of a layer, forward and backward, and of each of its parts as a program of its own."""
   import jax
 
-  from t5x_cpm.models import moe
+  from t5x_cpm.models import dispatch as dispatch_lib
 
   experts, tokens = SHARES_OF
   route, dispatch, products, _, arguments = _layer(model, experts, tokens)
@@ -122,7 +127,7 @@ def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
     return dispatch(state, u_GTD, where), where.losses
 
   def there_and_back(_: Any, u_GTD: jax.Array) -> Any:
-    return moe.dispatch(lambda x, drop, product: x, u_GTD, where, 0.0, None)  # type: ignore[arg-type]
+    return dispatch_lib.dispatch(lambda x, drop, product: x, u_GTD, where, 0.0, None)  # type: ignore[arg-type]
 
   def chosen(state: Any, u_GTD: jax.Array) -> Any:
     where = route(state, u_GTD)
@@ -131,7 +136,7 @@ def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
   seconds = _alternating({
       'layer': _ready(_with_gradients(layer), *arguments),
       'router': _ready(_with_gradients(chosen), *arguments),
-      'sort': _ready(lambda expert_A: moe.sort_by_expert(expert_A, experts), where.expert_GTK.reshape(-1)),
+      'sort': _ready(lambda expert_A: dispatch_lib.sort_by_expert(expert_A, experts), where.expert_GTK.reshape(-1)),
       'gather': _ready(_with_gradients(there_and_back), *arguments),
       'products': _ready(_with_gradients(products), *arguments, where)}, repeats)
   seconds['gather'] -= seconds['sort']
@@ -139,7 +144,7 @@ def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
 
 
 def by_count(model: ModelConfig, repeats: int) -> dict[int, tuple[float, ...]]:
-  """Seconds of TOKENS tokens for each number of experts: forward, with gradients, and of `even` with gradients."""
+  """For each number of experts, seconds of TOKENS tokens: forward, with gradients, and `even` with gradients."""
   programs: dict[Any, Program] = {}
   for experts in COUNTS:
     route, dispatch, _, even, arguments = _layer(model, experts, TOKENS)

@@ -1,18 +1,20 @@
-"""Speed against transformers' T5 in PyTorch on this CPU: same shape, threads and float32, in one run.
+"""Speed against transformers' T5 in PyTorch on this CPU: same shape, same threads, float32 on both sides.
 
     pip install -e .[torch]
-    python tools/benchmark.py                    # all
-    python tools/benchmark.py train [--repeats=9] [--threads=2] [--json=FILE]
-    python tools/benchmark.py decode
-    python tools/benchmark.py moe                # loss and gradients with experts: against a dense twin, SwitchTransformers,
-                                                 # and one layer by its parts and by the number of experts
+    python tools/benchmarks/against_pytorch.py                    # all
+    python tools/benchmarks/against_pytorch.py train [--repeats=9] [--threads=2] [--json=FILE]
+    python tools/benchmarks/against_pytorch.py decode
+    python tools/benchmarks/against_pytorch.py moe                # loss and gradients with experts: against a dense twin and
+                                                                  # SwitchTransformers; one layer by its parts
 
 Each side runs in a process of its own, as its users run it, and the two take turns, so that what else the machine does hits
 both. Figures are medians of wall time; a ratio above 1 means that this project is faster. Seconds of CPU are printed beside
-them: on a busy machine their ratio is the steadier one. Two columns say how far a ratio could go: *limit*, were all products
-done at the rate of one large product and all weights read at the full rate of the memory; *products*, were all but XLA's own
-products of this very work free. Weights are random; PyTorch uses its fused AdamW and transformers its default attention, which
-are the faster choices of each.
+them: on a busy machine their ratio is the steadier one. The table names the versions of both sides, the attention that
+transformers chose, and the instructions of the processor, because a ratio holds for these alone. *target* is the ratio that
+the project aims at. Two columns say how far a ratio could go: *limit*, if all products ran at the rate of one large product and
+all weights were read at the full rate of the memory; *products*, if all but XLA's own products of this very work were free.
+Weights are random. PyTorch uses its fused AdamW and transformers its default attention, the faster choices of each;
+torch.compile is not used.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from typing import Any
 
 import expert_layer
 import numpy as np
-import products
+import products_alone
 import side_by_side
 from side_by_side import Case, Run
 
@@ -82,7 +84,7 @@ def our_training() -> Run:
 
 def products_of_training() -> Run:
   step, state, batch = training()
-  return products.alone(step.fn, state, {}, batch)
+  return products_alone.alone(step.fn, state, {}, batch)
 
 
 def gradients(model_config: ModelConfig) -> tuple[Any, ...]:
@@ -98,7 +100,7 @@ def gradients(model_config: ModelConfig) -> tuple[Any, ...]:
   trained, rest = partition.split(jax.jit(model.init)(jax.random.key(0)), model.labels())
 
   def loss(trained: Any, rest: Any, batch: Any) -> Any:
-    logits, auxiliary, _, _ = model.apply(partition.join(trained, rest), batch, key=key)
+    logits, auxiliary, _, _ = model.apply(partition.join(trained, rest), batch, key=key, train=True)
     total, _ = losses.cross_entropy(logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'])
     return total / (ROWS * T) + sum(auxiliary.values())
 
@@ -113,7 +115,7 @@ def our_gradients(model_config: ModelConfig) -> Run:
 
 
 def products_of_gradients(model_config: ModelConfig) -> Run:
-  return products.alone(*gradients(model_config))
+  return products_alone.alone(*gradients(model_config))
 
 
 def decoding(rows: int) -> tuple[Any, Any, Any]:
@@ -157,7 +159,7 @@ def products_of_decoding(rows: int) -> Run:
   start = functools.partial(model.start, max_len=NEW_TOKENS)
   cache = jax.eval_shape(start, params, batch)
   token = jnp.zeros((rows, 1), jnp.int32)
-  begin, step = products.alone(start, params, batch), products.alone(model.step, params, cache, token, token)
+  begin, step = products_alone.alone(start, params, batch), products_alone.alone(model.step, params, cache, token, token)
 
   def run() -> Any:
     begin()
@@ -184,7 +186,12 @@ def their_model() -> Any:
   return model
 
 
-def their_training() -> Run:
+def attention_of(model: Any) -> str:
+  """Which attention implementation a model of transformers uses, as it names it."""
+  return str(model.config._attn_implementation)
+
+
+def their_training() -> tuple[Run, str]:
   import torch
 
   model = their_model().train()
@@ -200,10 +207,10 @@ def their_training() -> Run:
     optimizer.step()
     return loss.item()
 
-  return run
+  return run, attention_of(model)
 
 
-def their_experts() -> Run:
+def their_experts() -> tuple[Run, str]:
   """Loss and gradients of SwitchTransformers with experts in every other layer (it has no setting for all of them)."""
   import torch
   import transformers
@@ -224,10 +231,10 @@ def their_experts() -> Run:
     loss.backward()
     return loss.item()
 
-  return run
+  return run, attention_of(model)
 
 
-def their_decoding(rows: int) -> Run:
+def their_decoding(rows: int) -> tuple[Run, str]:
   import torch
 
   model = their_model().eval()
@@ -239,18 +246,18 @@ def their_decoding(rows: int) -> Run:
     assert out.shape == (rows, NEW_TOKENS + 1), out.shape
     return out
 
-  return run
+  return run, attention_of(model)
 
 
 def decoding_bytes(rows: int) -> float:
-  """What the tokens of one run read: the decoder's weights, the head, and the keys and values that are there."""
+  """Bytes that the tokens of one run read: the decoder's weights, the head, and the keys and values that are there."""
   D, HK, L = MODEL.d_model, MODEL.num_heads * MODEL.head_dim, MODEL.num_decoder_layers
   weights = L * (6 * D * HK + 3 * D * MODEL.d_ff) + D * MODEL.vocab_size
   return 4.0 * NEW_TOKENS * (weights + L * rows * 2 * HK * (S + NEW_TOKENS / 2))
 
 
 def cases() -> dict[str, list[Case]]:
-  """What each subcommand compares."""
+  """What each command compares."""
   from t5x_cpm.training import flops
 
   def of(model: ModelConfig) -> float:
@@ -261,10 +268,10 @@ def cases() -> dict[str, list[Case]]:
     return dataclasses.replace(MODEL, moe=moe, **({'mlp_activation': 'relu', 'tie_embeddings': True} if every == 2 else {}))
 
   def twin(name: str, **options: Any) -> Case:
-    """Against the dense model of equal active parameters, which stands where PyTorch does."""
+    """Compares with our dense model of equal active parameters, which stands where PyTorch does in other cases."""
     model = with_experts(**options)
     return Case(f'{EXPERTS} experts, {name} (dense twin)', 1 / 1.35, functools.partial(our_gradients, model),
-                functools.partial(our_gradients, MODEL), ROWS * (S + T), of(model))
+                lambda: (our_gradients(MODEL), ''), ROWS * (S + T), of(model))
 
   needed, switch = of(MODEL), with_experts(every=2, group_size=256)
   return {
@@ -287,8 +294,8 @@ def cases() -> dict[str, list[Case]]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('command', nargs='?', default='all', choices=['all', *cases()])
-  parser.add_argument('--repeats', type=int, default=9)
-  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
+  parser.add_argument('--repeats', type=int, default=9, help='runs of each side')
+  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)), help='of each side')
   parser.add_argument('--json', help='file to write the figures to as well')
   parser.add_argument('--worker', choices=['ours', 'theirs'], help=argparse.SUPPRESS)
   parser.add_argument('--index', type=int, default=0, help=argparse.SUPPRESS)
@@ -302,8 +309,8 @@ def main() -> None:
       if given.command in ('all', command):
         print(f'{case.title} ...', file=sys.stderr, flush=True)
         rows.append(side_by_side.compare(__file__, command, index, case, given.repeats, given.threads))
-  side_by_side.show(rows)
-  figures: dict[str, Any] = {'threads': given.threads, 'rows': rows}
+  figures: dict[str, Any] = {'machine': side_by_side.machine(given.threads, given.repeats), 'rows': rows}
+  side_by_side.show(figures['machine'], rows)
   if given.command in ('all', 'moe'):
     figures['layer'] = expert_layer.report(MODEL, given.repeats, given.threads)
   if given.json:

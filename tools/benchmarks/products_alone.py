@@ -1,4 +1,7 @@
-"""The matrix products of a traced program and nothing else of it: what XLA needs at least, were all the rest free."""
+"""The matrix products of a traced program without the rest of it: the time that XLA needs at least; no program of its own.
+
+`against_pytorch.py` prints it as the column *products*.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +12,12 @@ from side_by_side import Run
 
 
 def _products(jaxpr: Any, place: dict[Any, object]) -> Iterator[tuple[Any, object, object]]:
-  """Each product with what stands for its operands; `place` holds that of the variables known from outside."""
+  """Each product, with one object for each of its operands: the same object wherever the same value is used.
+
+  Args:
+    jaxpr: the program, or a part of it.
+    place: the objects of variables that are known from outside; those found are added.
+  """
 
   def of(variable: Any) -> object:
     return place.setdefault(variable, object()) if isinstance(variable, jax.extend.core.Var) else object()
@@ -28,7 +36,7 @@ def _products(jaxpr: Any, place: dict[Any, object]) -> Iterator[tuple[Any, objec
 
 
 def alone(fn: Callable[..., Any], *args: Any) -> Run:
-  """Does the products of fn(*args) on random numbers, in the order of the program; a value that two of them share is shared."""
+  """Prepares the products of fn(*args) on random numbers, in the order of the program; operands that are shared stay shared."""
   found = list(_products(jax.make_jaxpr(fn)(*args).jaxpr, {}))
   shapes = {key: variable.aval for equation, *keys in found for key, variable in zip(keys, equation.invars, strict=True)}
   rng = np.random.default_rng(0)

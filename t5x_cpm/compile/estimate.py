@@ -1,0 +1,260 @@
+"""Memory and time of a step from sizes alone: rough, and good enough to say what is worth compiling.
+
+The compiler has the last word. An estimate only has to rank meshes about as the compiler would, so its constants are counts of
+arrays and of passes over them, and some of these are round numbers.
+"""
+
+import collections
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.chips import GiB
+from t5x_cpm.compile.slices import Slice
+from t5x_cpm.config import Config, MeshConfig, ModelConfig
+from t5x_cpm.models import encoder_decoder
+from t5x_cpm.training import flops
+
+ROOM = 0.9  # of a chip's memory is planned with, because the estimates are rough
+
+# Bytes of one number.
+WEIGHT = 4  # a parameter and its gradient are float32 in training
+COMPUTE = 2  # activations, and the weights that products read, are bfloat16
+MOMENTS = 8  # AdamW keeps two float32 moments for each parameter
+
+# Memory of a training step.
+SUMMED_GRADIENTS = 2  # with microbatches, the sum so far and the gradients of the one at work
+KEPT_HEADS = 4  # arrays as wide as all heads that a layer keeps for its backward pass: query, key, value, their weighted sum
+KEPT_HIDDEN = 2  # arrays as wide as d_ff that it keeps: the two products of a gated feed-forward network
+KEPT_MODEL = 2  # arrays as wide as d_model that it keeps: the outputs of attention and of the feed-forward network
+WIDE = 3 * 4  # bytes for each attention score and each logit: float32, its exponential, its gradient
+WORKING = 5 * COMPUTE  # bytes for each number as wide as d_model or d_ff in the layer that is at work: five arrays
+GATHERED = 2 * COMPUTE  # bytes for each parameter of the layer at work, if it is gathered for that: itself and its gradient
+
+# Arithmetic of a training step, in terms of what the model needs.
+AGAIN_FULL = 4 / 3  # remat 'full' repeats the forward pass, which is a third of a step
+AGAIN_DOTS = 1.05  # 'dots' repeats all but the products with weights; what counts of that is attention's own products
+
+# Passes through the layers in which their activations travel: forward and backward, and forward again with remat 'full'.
+PASSES, PASSES_AGAIN = 2, 3
+ENCODER_SUMS, DECODER_SUMS = 2, 3  # sublayers of a layer, whose outputs are sums over the axis `model`
+RING = 2  # bytes that a chip sends for each byte that a ring sums up: once to add, once to hand round
+THERE_AND_BACK = 2  # a routed token goes to its expert and its result comes back; likewise what the hosts keep
+
+# Bytes that a chip sends for each parameter in a step.
+SENT_FULL = 3 * COMPUTE  # sharding 'full', for each microbatch: gathered forward and backward, then its gradient scattered
+SENT_NONE = RING * WEIGHT  # 'none': gradients are summed
+SENT_OPTIMIZER = RING * WEIGHT + WEIGHT  # 'optimizer': the same, and new weights are gathered
+
+# Bytes that a chip reads and writes in its memory.
+WEIGHT_READS = 3 * COMPUTE  # for each parameter and microbatch: by the forward pass, and by both products of the backward pass
+GRADIENT_ADDED = 2 * WEIGHT  # for each gradient and microbatch: read and written
+ACTIVATION_PASSES = 30 * COMPUTE  # for each number of d_model, token and layer: some 30 reads and writes of both passes
+UPDATE = 7 * WEIGHT  # for each parameter: weight and two moments read and written, gradient read
+
+# Inference.
+KEY_AND_VALUE = 2 * COMPUTE  # bytes in the cache for each slot, layer and head dimension
+INFERENCE_WORKING = 4 * COMPUTE  # bytes for each number as wide as d_model or d_ff: four arrays
+
+# How well arithmetic, memory and interconnect overlap: the longest term counts, and this share of the others.
+EXPOSED = 0.1
+
+Sizes = dict[tuple[str | None, ...], int]  # logical axis names -> how many parameters have them
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What a step is expected to take."""
+
+  config: Config
+  bytes: float  # of one chip
+  seconds: float  # of one step
+
+
+def sizes(model: ModelConfig) -> Sizes:
+  """How many parameters there are for each tuple of logical axis names."""
+  count: Sizes = collections.Counter()
+  for leaf in jax.tree.leaves(encoder_decoder.build(model).leaves()):
+    count[leaf.axes] += leaf.size
+  return count
+
+
+class Held(NamedTuple):
+  """How many parameters one chip has a part in."""
+
+  local: float  # to compute with: split over `model` and `expert` alone
+  weights: float  # stored, as MeshConfig.sharding splits parameters
+  moments: float  # stored, as it splits the optimizer's state
+
+
+def _split(sizes: Sizes, mesh: MeshConfig, rules: mesh_lib.Rules) -> float:
+  """How many parameters a chip has when they are split by these rules."""
+  size_of = {'data': mesh.data, 'model': mesh.model, 'expert': mesh.expert}
+  total = 0.0
+  for names, count in sizes.items():
+    axes = [axis for part in mesh_lib.spec(names, rules) for axis in ((part,) if isinstance(part, str) else part or ())]
+    total += count / math.prod(size_of[axis] for axis in axes)
+  return total
+
+
+def _held(sizes: Sizes, mesh: MeshConfig) -> Held:
+  param_rules, optimizer_rules = mesh_lib.STATE_RULES[mesh.sharding]
+  return Held(*(_split(sizes, mesh, rules) for rules in (mesh_lib.RULES, param_rules, optimizer_rules)))
+
+
+# The links of a slice, for groups of which only the size is known. `Slice` has the same for chips whose places are known.
+
+
+def _spanned(slice_: Slice, size: int) -> int:
+  """How many dimensions of the torus a group of `size` chips is thought to span."""
+  chips = slice_.count // slice_.slices
+  return max(1, round(len(slice_.shape) * math.log(size) / math.log(chips))) if size > 1 and chips > 1 else 1
+
+
+def _rate(slice_: Slice, size: int) -> float:
+  """Bytes a second that a chip can send within a group of `size` chips."""
+  if slice_.chip.platform == 'cuda':
+    return slice_.chip.link_rate if size <= slice_.shape[1] else slice_.chip.network_rate
+  return _spanned(slice_, size) * slice_.chip.link_rate * (2 if all(slice_.rings) else 1)
+
+
+def _exchange_seconds(slice_: Slice, size: int) -> float:
+  """Seconds of an all-to-all for each byte that a chip holds, as in Slice, for a group as long in every dimension."""
+  if slice_.chip.platform == 'cuda' or size == 1:
+    return (size - 1) / size / _rate(slice_, size)
+  spanned = _spanned(slice_, size)
+  return size ** (1 / spanned) / 4 * spanned / _rate(slice_, size)
+
+
+# What both training and inference have.
+
+
+def _layers(model: ModelConfig) -> tuple[int, int]:
+  return model.num_encoder_layers, model.num_decoder_layers
+
+
+def _tokens_in_layers(model: ModelConfig, tokens: tuple[float, float]) -> float:
+  """Tokens of encoder and decoder, each counted once for every layer that it passes."""
+  return sum(count * layers for count, layers in zip(tokens, _layers(model)))
+
+
+def _travel_seconds(config: Config, slice_: Slice, tokens: tuple[float, float]) -> float:
+  """Seconds in which activations of one pass travel: they are summed over `model`, and routed tokens sent over `expert`.
+
+  Args:
+    config: complete.
+    slice_: to run on.
+    tokens: of a chip, in the encoder and in the decoder.
+  """
+  mesh, model = config.mesh, config.model
+  encoder_layers, decoder_layers = _layers(model)
+  summed = ENCODER_SUMS * tokens[0] * encoder_layers + DECODER_SUMS * tokens[1] * decoder_layers
+  routed = sum(count * layers // model.moe.every(stack) * THERE_AND_BACK if model.moe.every(stack) else 0
+               for count, layers, stack in zip(tokens, _layers(model), ('encoder', 'decoder')))
+  sums = RING * (mesh.model - 1) / mesh.model * summed / _rate(slice_, mesh.model)
+  return COMPUTE * model.d_model * (sums + routed * _exchange_seconds(slice_, mesh.expert))
+
+
+def _together(*seconds: float) -> float:
+  """Seconds of terms that overlap, though never perfectly."""
+  return (1 - EXPOSED) * max(seconds) + EXPOSED * sum(seconds)
+
+
+# Training.
+
+
+def _rows_at_a_time(config: Config) -> float:
+  """Rows that a chip computes at a time: its part of one microbatch."""
+  return config.train.batch_size / config.train.microbatches / (config.mesh.data * config.mesh.expert)
+
+
+def _training_bytes(config: Config, held: Held) -> float:
+  """Bytes that a training step needs on one chip."""
+  mesh, model, rows = config.mesh, config.model, _rows_at_a_time(config)
+  S, T, V = config.task.encoder_length, config.task.decoder_length, model.vocab_size
+  D, F, H, HK = model.d_model, model.d_ff, model.num_heads, model.num_heads * model.head_dim
+  tokens = rows * S, rows * T
+
+  state = WEIGHT * held.weights + MOMENTS * held.moments
+  gradients = WEIGHT * held.weights * (SUMMED_GRADIENTS if config.train.microbatches > 1 else 1)
+  kept = COMPUTE * D * _tokens_in_layers(model, tokens)  # the inputs of layers
+  if model.remat != 'full':
+    outputs = (KEPT_HEADS * HK + KEPT_HIDDEN * F) / mesh.model + KEPT_MODEL * D
+    kept += COMPUTE * outputs * _tokens_in_layers(model, tokens)
+  working = WIDE * rows * (H * S * S + T * V) / mesh.model + WORKING * max(tokens) * (D + F / mesh.model)
+  gathered = GATHERED * held.local / max(sum(_layers(model)), 1) if mesh.sharding == 'full' else 0.0
+  return state + gradients + kept + working + gathered
+
+
+def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
+  """Seconds of a training step that keeps nothing in the memory of the hosts."""
+  mesh, model, chip, count = config.mesh, config.model, slice_.chip, config.train.microbatches
+  B, S, T, rows = config.train.batch_size, config.task.encoder_length, config.task.decoder_length, _rows_at_a_time(config)
+  tokens, full = (rows * S, rows * T), model.remat == 'full'
+  arithmetic = flops.model_flops(model, B * S, B * T, S, T) * (AGAIN_FULL if full else AGAIN_DOTS)
+
+  replicas = mesh.data * mesh.expert
+  sent_each = {'none': SENT_NONE, 'optimizer': SENT_OPTIMIZER, 'full': count * SENT_FULL}[mesh.sharding]
+  sent = sent_each * held.local / _rate(slice_, replicas)
+  sent += count * (PASSES_AGAIN if full else PASSES) * _travel_seconds(config, slice_, tokens)
+  # Between slices go gradients that each slice has summed up, of which every chip sends its part.
+  between = (count * SENT_FULL if mesh.sharding == 'full' else SENT_NONE) * held.local / (replicas // slice_.slices)
+  sent += (slice_.slices - 1) / slice_.slices * between / chip.network_rate
+
+  activations = ACTIVATION_PASSES * _tokens_in_layers(model, tokens) * model.d_model
+  moved = count * (WEIGHT_READS * held.local + GRADIENT_ADDED * held.weights + activations)
+  moved += UPDATE * held.moments
+  return _together(arithmetic / slice_.count / chip.flops, sent, moved / chip.hbm_rate)
+
+
+def _training(config: Config, slice_: Slice, held: Held) -> Estimate:
+  """A training step; what does not fit goes to the memory of the hosts, where that is possible and enough."""
+  needed, seconds = _training_bytes(config, held), _training_seconds(config, slice_, held)
+  room, moments = ROOM * slice_.chip.hbm, MOMENTS * held.moments
+  missing = needed - room
+  # Moments go first, whole. A weight that goes leaves a bfloat16 copy of half its size behind, so twice as much must go.
+  away = missing + max(missing - moments, 0)
+  if missing <= 0 or away >= moments + WEIGHT * held.weights or config.optimizer.name != 'adamw':
+    return Estimate(config, needed, seconds)
+  gib = math.ceil(away / GiB)
+  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, host_gib=float(gib)))
+  return Estimate(config, room, seconds + THERE_AND_BACK * gib * GiB / slice_.chip.host_rate)
+
+
+# Inference.
+
+
+def _inference(config: Config, slice_: Slice, step: str, held: Held) -> Estimate:
+  """The step 'encode', of whole rows, or 'decode', of one token for each row."""
+  mesh, model, chip = config.mesh, config.model, slice_.chip
+  B, S, T = config.infer.batch_size, config.task.encoder_length, config.task.decoder_length
+  rows = B / (mesh.data * mesh.expert)
+  tokens, cache = (rows * S, 0.0), 0.0
+  if step == 'decode':
+    tokens = 0.0, rows
+    slots = rows * model.num_decoder_layers * (S + T)
+    cache = KEY_AND_VALUE * slots * model.num_heads * model.head_dim / mesh.model
+  read = COMPUTE * held.local + cache
+  arithmetic = flops.inference_flops(model, step, B, S, T)
+  seconds = _together(
+      arithmetic / slice_.count / chip.flops, read / chip.hbm_rate, _travel_seconds(config, slice_, tokens))
+  return Estimate(config, read + INFERENCE_WORKING * sum(tokens) * (model.d_model + model.d_ff), seconds)
+
+
+def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes) -> Estimate:
+  """Memory and time of a step, from sizes alone.
+
+  Args:
+    config: complete.
+    slice_: to run on.
+    step: 'train', 'encode' or 'decode'.
+    sizes: of the model's parameters, from `sizes`.
+
+  Returns:
+    The estimate; its configuration has MeshConfig.host_gib set where a training step fits by that alone.
+  """
+  held = _held(sizes, config.mesh)
+  return _training(config, slice_, held) if step == 'train' else _inference(config, slice_, step, held)
