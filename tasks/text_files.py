@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from t5x_cpm.config import LocalTaskConfig
 from t5x_cpm.data.cache import DataError
@@ -157,16 +158,12 @@ def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def json_texts(line: str, fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
-  """The texts in some fields of a JSON object.
+  """The texts in some fields of a JSON object. Arguments and errors as of `json_object` and `texts_of`."""
+  return texts_of(json_object(line, fields), fields, hint)
 
-  Args:
-    line: the object.
-    fields: names of the fields.
-    hint: which field of the configuration names them.
 
-  Raises:
-    MalformedError: it is not a JSON object, a field is missing or not a text, or UTF-8 cannot write a text.
-  """
+def json_object(line: str, fields: tuple[str, ...]) -> dict[str, Any]:
+  """A JSON object, of which `fields` are wanted. Raises MalformedError where the line is none."""
   try:
     value = json.loads(line)
   except json.JSONDecodeError as error:
@@ -177,6 +174,20 @@ def json_texts(line: str, fields: tuple[str, ...], hint: str) -> tuple[str, ...]
     raise MalformedError('malformed JSON (a number of too many digits)') from None
   if not isinstance(value, dict):
     raise MalformedError(f'expected a JSON object with {" and ".join(map(repr, fields))}, got {line[:40]!r}')
+  return value
+
+
+def texts_of(value: dict[str, Any], fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
+  """The texts in some fields of a JSON object.
+
+  Args:
+    value: the object.
+    fields: names of the fields.
+    hint: which field of the configuration names them.
+
+  Raises:
+    MalformedError: a field that is missing or no text, or a text that UTF-8 cannot write.
+  """
   for field in fields:
     if not isinstance(value.get(field), str):
       given = f'{field!r} is not a text' if field in value else f'no field {field!r} among {sorted(value)[:8]}'

@@ -23,6 +23,7 @@ ORDER = (
     r't5x_cpm',
     r't5x_cpm\.config\.(fields|model)',
     r't5x_cpm\.config\.(run|row_features)',
+    r't5x_cpm\.config\.(describe|typed)',
     r't5x_cpm\.config\.gin',
     r't5x_cpm\.config',
     r't5x_cpm\.(files|progress)',
@@ -37,6 +38,10 @@ ORDER = (
     r't5x_cpm\.training(\.\w+)?',
     r't5x_cpm\.inference(\.\w+)?',
     r't5x_cpm\.compile(\.\w+)?',
+    r't5x_cpm\.api',
+    r't5x_cpm\.cli\.(parse|errors)',
+    r't5x_cpm\.cli\.configure',
+    r't5x_cpm\.cli(\.modes)?',
     r't5x_cpm\.__main__',
 )
 TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'}
@@ -161,7 +166,7 @@ def test_every_dependency_is_declared():
       if not names & declared:
         undeclared.append(f'{file} imports {top}, of {" or ".join(names)}')
   assert not undeclared, 'not in requirements.txt:\n' + '\n'.join(undeclared)
-  tools = {'mypy', 'pytest-xdist', 'ruff', 'wheel', 'setuptools'}  # run, not imported
+  tools = {'ipykernel', 'mypy', 'pytest-xdist', 'ruff', 'wheel', 'setuptools'}  # run, not imported
   # Needed by seqio, by tensorflow-datasets (which does not say so), to look at what was written, for the numbers of its model.
   indirect = {'importlib-resources', 'tensorflow-text', 'tensorflow-datasets', 'tensorboard', 'jieba'}
   assert declared - used <= tools | indirect, f'nothing imports {declared - used - tools - indirect}'

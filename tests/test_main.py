@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import small_data
 
+import t5x_cpm
 from t5x_cpm import __main__, vocabularies
-from t5x_cpm.config import Config, gin
+from t5x_cpm import config as config_lib
+from t5x_cpm.cli import configure, modes, parse
+from t5x_cpm.config import Config, describe, gin
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ('--gin_file=gin/models/cpm2_tiny.gin', '--gin_file=gin/runs/quickstart.gin')
@@ -34,21 +37,88 @@ def call(tmp_path, monkeypatch, capsys):
   return run
 
 
-def test_help_lists_modes_tasks_models_and_runs_without_jax():
-  code = ('import sys; from t5x_cpm.__main__ import main; main(["--help"]); '
-          'sys.exit(str({"jax", "tensorflow", "numpy", "seqio"} & set(sys.modules)) if "jax" in sys.modules else 0)')
-  started = time.monotonic()
-  result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
-  assert time.monotonic() - started < 3
-  assert result.returncode == 0, result.stderr
-  names = ['train', 'eval', 'infer', 'cache', 'tasks', 'quickstart', 'local', '--dry_run', '--init_from',
-           *(file for folder in ('models', 'runs', 'mesh') for file in gin.shipped_files(folder))]
-  for name in names:
-    assert re.search(rf'^  {re.escape(name)}\b', result.stdout, re.MULTILINE), name
+def test_help_is_short_and_quick_and_needs_no_jax():
+  code = ('import sys; from t5x_cpm.__main__ import main; main(sys.argv[1:]); '
+          'heavy = {"jax", "tensorflow", "numpy", "seqio"} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)')
+  for argv in (['--help'], ['train', '--help']):
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True, cwd=ROOT)
+    assert time.monotonic() - started < 3
+    assert result.returncode == 0, result.stderr
+  names = re.findall(r'^  ([a-z]+) ', subprocess.run(
+      [sys.executable, '-m', 't5x_cpm'], capture_output=True, text=True, cwd=ROOT, check=True).stdout, re.MULTILINE)
+  assert names == list(modes.MODES)
 
 
-def test_help_of_a_mode_and_without_arguments(call):
-  assert call('train', '--help')[1] == call()[1] == call('-h')[1] == call('--help')[1]
+def test_help_fits_a_screen(call):
+  code, out, _ = call('--help')
+  assert code == 0 and out == call()[1] == call('-h')[1]
+  assert out.count('\n') < 40
+  for argv in (['--help'], ['files'], ['tasks'], *([name, '--help'] for name in modes.MODES)):
+    out = call(*argv)[1]
+    assert out and max(map(len, out.splitlines())) <= 100, argv
+
+
+@pytest.mark.parametrize('name', modes.MODES)
+def test_help_of_a_mode_has_its_flags_gin_classes_and_an_example(call, name):
+  mode = modes.MODES[name]
+  code, out, error = call(name, '--help')
+  assert (code, error) == (0, '')
+  assert call('--help', name)[1] == call(name, '-h')[1] == out
+  assert set(re.findall(r'^  --(\w+)', out, re.MULTILINE)) == {flag.name for flag in mode.flags} | {'help'}
+  for line in mode.example.splitlines():
+    assert f'  {line}\n' in out
+  assert all(mode.find(name) or name == mode.word.name for name in mode.needs)
+  for cls in mode.gin:
+    assert hasattr(config_lib, cls) and cls in out
+  assert ('--gin_file' in out) == bool(mode.gin)
+
+
+def test_version(call):
+  assert call('--version') == (0, f't5x_cpm {t5x_cpm.__version__}\n', '')
+
+
+def test_files_lists_what_ships(call):
+  out = call('files')[1]
+  for folder in ('models', 'runs', 'mesh'):
+    for name in gin.shipped_files(folder):
+      assert re.search(rf'^  {name} +\w', out, re.MULTILINE), name
+
+
+def test_fields_lists_and_explains_every_field(call):
+  code, out, error = call('fields')
+  assert (code, error) == (0, '')
+  assert max(map(len, out.splitlines())) <= 100
+  found = dict(re.findall(r'^(\w+)\n(.*?)(?=^\w|\Z)', out, re.MULTILINE | re.DOTALL))
+  assert set(found) == {line.partition('.')[0] for line in gin.dump(Config()).splitlines() if line}
+  for binding in filter(None, gin.dump(Config()).splitlines()):
+    cls, field, default = re.fullmatch(r'(\w+)\.(\w+) = (.*)', binding).groups()
+    entry = re.search(rf'^  {field}: (.+) = {re.escape(default)}( \(may change on resume\))?\n((?:      .+\n)*)', found[cls],
+                      re.MULTILINE)
+    assert entry, binding
+    explained = len(entry[3].strip()) > 5 or f'`{field}`' in getattr(config_lib, cls).__doc__
+    assert explained, f'{cls}.{field} needs a comment beside it, or a word in the docstring of its class'
+  assert call('fields', 'MoEConfig')[1].strip() == f'MoEConfig\n{found["MoEConfig"]}'.strip()
+
+
+def test_fields_reads_comments_beside_and_above():
+  by_name = {field.name: field for field in describe.fields(config_lib.MoEConfig)}
+  assert by_name['router'].comment.startswith("'switch', 'top_k'")  # above
+  assert by_name['top_k'].comment.startswith('experts of a token') and by_name['top_k'].default == 2  # beside
+  assert describe.fields(config_lib.TrainConfig)[0] == describe.Field(
+      'steps', 'int', 1000, True, 'of the run in all, those before a resume included')
+  assert 'moe' not in {field.name for field in describe.fields(config_lib.ModelConfig)}
+  assert {name for name in by_name if by_name[name].free} == set()
+
+
+def test_flags_stand_anywhere_with_or_without_equals():
+  for argv in (['train', '--model_dir=x', '--gin_file=a', '--gin.A.b={1: 2}', '--gin_file', 'b', '--dry_run'],
+               ['--model_dir', 'x', '--gin_file', 'a', 'train', '--dry_run', '--gin.A.b={1: 2}', '--gin_file=b',
+                '--model_dir=x']):
+    arguments = parse.parse(argv, modes.MODES)
+    assert arguments.mode.name == 'train' and arguments.overrides == ['A.b={1: 2}']
+    assert (arguments.get('model_dir'), arguments.get('gin_file'), arguments.get('dry_run')) == ('x', ['a', 'b'], True)
+    assert arguments.get('step') == arguments.get('init_from') == ''
 
 
 def test_tasks(call):
@@ -59,7 +129,10 @@ def test_tasks(call):
 
 @pytest.mark.parametrize('argv, message', [
     (['trian'], 'unknown mode .trian.*Did you mean train'),
-    (['--dry_run'], 'no mode: expected one of train, eval, infer, compile, cache, tasks'),
+    (['--dry_run'], 'no mode: expected one of train, eval, infer, compile, cache, convert'),
+    (['tasks', '--step=3'], '--step is a flag of eval, infer, compile and convert, not of tasks'),
+    (['fields', 'TrianConfig'], 'unknown class TrianConfig: expected one of .*MoEConfig.*Did you mean TrainConfig'),
+    (['files', '--gin.TrainConfig.steps=3'], 'files reads no gin configuration'),
     (['train', '--model_dri=x'], 'unknown flag --model_dri. Did you mean --model_dir'),
     (['train', '--TrainConfig.steps=3'], r'Did you mean --gin\.TrainConfig\.steps=3'),
     (['train', '--model_dir'], '--model_dir needs a value: --model_dir=DIR'),
@@ -79,6 +152,8 @@ def test_tasks(call):
     (['train', '--model_dir=x', '--import=no_such_module'], '--import=no_such_module: there is no module no_such_module'),
     (['train', '--model_dir=x', '--gin_file=gin/runs/pretrian.gin'], 'Did you mean gin/runs/pretrain.gin'),
     (['train', '--model_dir=x', '--gin.TrainConfig.stps=3'], 'Did you mean steps'),
+    (['train', '--model_dir=x', '--gin_file=gin/models/cpm2_moe_tiny.gin', '--gin.MoEConfig.router=swich'],
+     r'Did you mean switch.*\(set in --gin\.MoEConfig\.router=swich\)'),
     (['train', '--model_dir=x', '--gin.STPES=3'], 'macro STPES is defined but never used'),
     (['train', '--model_dir=x', *TINY, '--gin.TaskConfig.name=quickstrat'], 'quickstrat.*did you mean quickstart'),
     (['train', '--model_dir=x', *TINY, '--gin.TaskConfig.name=local', '--gin.LocalTaskConfig.files=none/*.txt',
@@ -105,7 +180,7 @@ def test_an_error_of_the_program_keeps_its_traceback(call, monkeypatch):
   def fail(*arguments):
     raise ValueError('a bug')
 
-  monkeypatch.setattr(__main__, 'make_config', fail)
+  monkeypatch.setattr(configure, 'make_config', fail)
   with pytest.raises(ValueError, match='a bug'):
     call('cache')
 
@@ -117,7 +192,7 @@ def test_errors_that_need_no_traceback(call, monkeypatch, error, code):
   def fail(*arguments):
     raise error
 
-  monkeypatch.setattr(__main__, 'make_config', fail)
+  monkeypatch.setattr(configure, 'make_config', fail)
   found, _, text = call('cache')
   assert found == code
   assert text == (f'error: {error}\n' if code != 130 else '')

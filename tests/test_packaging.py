@@ -63,7 +63,7 @@ def test_wheel_trains_from_another_folder(tmp_path):
 
   program = tmp_path / 'venv' / 'bin' / 't5x_cpm'
   variables = {'JAX_PLATFORMS': 'cpu', 'T5X_CPM_CACHE': str(tmp_path / 'cache')}
-  assert 'cpm2_tiny' in run([program, '--help'], elsewhere)
+  assert 'cpm2_tiny' in run([program, 'files'], elsewhere)
   run([program, 'train', '--gin_file=gin/runs/quickstart.gin', '--gin_file=gin/models/cpm2_tiny.gin', '--model_dir=run',
        '--gin.TrainConfig.steps=3', '--gin.MetricsConfig.every=1', '--gin.TrainConfig.eval_batches=1'], elsewhere, **variables)
   records = [json.loads(line) for line in (elsewhere / 'run' / 'metrics.jsonl').read_text().splitlines()]

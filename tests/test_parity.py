@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from t5x_cpm import vocabularies
-from t5x_cpm.checkpoints import arrays, run_directory
+from t5x_cpm.__main__ import main
+from t5x_cpm.checkpoints import arrays, convert, huggingface, run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.config import Config, ConfigError, ModelConfig, TaskConfig
 from t5x_cpm.inference import decode
@@ -33,7 +34,7 @@ def tool(name: str) -> Any:
   return module
 
 
-convert_hf, golden_t5 = tool('convert_hf'), tool('golden_t5')
+golden_t5 = tool('golden_t5')
 
 
 class Reference:
@@ -42,10 +43,10 @@ class Reference:
   def __init__(self, file: dict[str, np.ndarray]):
     self.file = file
     print(file['versions'])
-    config = convert_hf.read_config(json.loads(str(file['config'])))
-    self.config, weights = convert_hf.head_to_ours(config, self.part('weight/'))
+    config = huggingface.read_config(json.loads(str(file['config'])))
+    self.config, weights = huggingface.head_to_ours(config, self.part('weight/'))
     self.model = encoder_decoder.build(self.config)
-    self.params = jax.tree.map(jnp.asarray, convert_hf.to_params(self.config, weights))
+    self.params = jax.tree.map(jnp.asarray, huggingface.to_params(self.config, weights))
     labels = file['labels']
     self.weights = jnp.asarray(labels >= 0, jnp.float32)
     self.targets = jnp.maximum(labels, 0)
@@ -97,7 +98,7 @@ def check_figures(reference: Reference) -> None:
   assert want[valid].std() >= 1
   assert_equal('logits', np.asarray(logits)[valid], want[valid])
   assert_equal('loss', loss, reference.file['loss'])
-  own = dict(convert_hf.from_params(reference.config, gradients))
+  own = dict(huggingface.from_params(reference.config, gradients))
   theirs = reference.part('gradient/')
   assert set(own) == set(theirs)
   for name, value in theirs.items():
@@ -157,29 +158,29 @@ def test_switch_transformers(switch):
 
 
 def test_switch_transformers_there_and_back(switch, tmp_path):
-  there = dict(convert_hf.from_params(switch.config, switch.params))
+  there = dict(huggingface.from_params(switch.config, switch.params))
   assert set(there) == set(switch.part('weight/'))
-  jax.tree.map(np.testing.assert_array_equal, convert_hf.to_params(switch.config, there), switch.params)
-  assert convert_hf.read_config(convert_hf.write_config(switch.config)) == switch.config
+  jax.tree.map(np.testing.assert_array_equal, huggingface.to_params(switch.config, there), switch.params)
+  assert huggingface.read_config(huggingface.write_config(switch.config)) == switch.config
   routed = dataclasses.replace(switch.config, moe=dataclasses.replace(switch.config.moe, router='top_k'))
   with pytest.raises(ConfigError, match="router = 'top_k'.*SwitchTransformers"):
-    convert_hf.write_config(routed)
-  for wrong in (lambda: convert_hf.write_config(dataclasses.replace(switch.config, tie_embeddings=False)),
-                lambda: convert_hf.read_experts({'tie_word_embeddings': False})):
+    huggingface.write_config(routed)
+  for wrong in (lambda: huggingface.write_config(dataclasses.replace(switch.config, tie_embeddings=False)),
+                lambda: huggingface.read_experts({'tie_word_embeddings': False})):
     with pytest.raises(ConfigError, match='an embedding table each'):
       wrong()
   with pytest.raises(ConfigError, match='num_sparse_encoder_layers = 3 does not divide num_layers = 4'):
-    convert_hf.read_experts({'num_layers': 4})
+    huggingface.read_experts({'num_layers': 4})
 
 
 def test_weights_and_configuration_there_and_back(golden):
-  there = dict(convert_hf.from_params(golden.config, golden.params))
+  there = dict(huggingface.from_params(golden.config, golden.params))
   assert {name: value.shape for name, value in there.items()} == {
       name: value.shape for name, value in golden.part('weight/').items()}
-  back = convert_hf.to_params(golden.config, there)
+  back = huggingface.to_params(golden.config, there)
   jax.tree.map(np.testing.assert_array_equal, back, golden.params)
   for config in (golden.config, dataclasses.replace(golden.config, mlp_activation='gelu', tie_embeddings=True)):
-    assert convert_hf.read_config(convert_hf.write_config(config)) == config
+    assert huggingface.read_config(huggingface.write_config(config)) == config
 
 
 def test_tensors_that_do_not_fit_are_named(golden):
@@ -187,14 +188,14 @@ def test_tensors_that_do_not_fit_are_named(golden):
   weights['encoder.block.1.layer.0.SelfAttention.k.weight'] = np.zeros((3, 2), np.float32)
   weights['decoder.block.9.layer.0.layer_norm.weight'] = weights.pop('decoder.final_layer_norm.weight')
   with pytest.raises(ConfigError) as error:
-    convert_hf.to_params(golden.config, weights)
+    huggingface.to_params(golden.config, weights)
   for part in ('block.1.layer.0.SelfAttention.k.weight: [3, 2], expected [24, 32]', 'decoder.final_layer_norm.weight: missing',
                'decoder.block.9.layer.0.layer_norm.weight: not of'):
     assert part in str(error.value)
   described = json.loads(str(golden.file['config']))
   for wrong in (described | {'model_type': 'bart'}, described | {'feed_forward_proj': 'gelu'}):
     with pytest.raises(ConfigError, match=r'config\.json: (model_type|feed_forward_proj) = '):
-      convert_hf.read_config(wrong)
+      huggingface.read_config(wrong)
 
 
 @pytest.mark.parametrize('tied', [True, False])
@@ -205,8 +206,8 @@ def test_every_kind_of_head_gives_their_logits(golden, tied, scaled):
   if tied:
     del weights['lm_head.weight']
   head = weights['shared.weight' if tied else 'lm_head.weight']
-  config, given = convert_hf.head_to_ours(dataclasses.replace(golden.config, tie_embeddings=scaled), weights)
-  params = convert_hf.to_params(config, given)
+  config, given = huggingface.head_to_ours(dataclasses.replace(golden.config, tie_embeddings=scaled), weights)
+  params = huggingface.to_params(config, given)
   x = np.random.default_rng(5).standard_normal((1, 2, config.d_model)).astype(np.float32)
   got = encoder_decoder.build(config)._logits(params, jnp.asarray(x))
   want = x * (config.d_model**-0.5 if scaled else 1) @ head.T
@@ -229,23 +230,45 @@ def test_export_and_import_keep_a_model(tmp_path, capsys):
   with Manager(tmp_path / 'run', config, info={'vocabulary': words.fingerprint}) as manager:
     words.save(tmp_path / 'run' / 'vocabulary')
     manager.save(3, {'step': jnp.int32(3), 'params': params})
-  assert convert_hf.main(['export', f'--model_dir={tmp_path / "run"}', f'--hf={tmp_path / "hf"}']) == 0
+  assert main(['convert', 'export', f'--model_dir={tmp_path / "run"}', f'--hf={tmp_path / "hf"}']) == 0
   described = json.loads((tmp_path / 'hf' / 'config.json').read_text())
   assert (described['decoder_start_token_id'], described['eos_token_id'], described['pad_token_id']) == (1, 7, 5)
-  assert convert_hf.main(['import', f'--hf={tmp_path / "hf"}', f'--model_dir={tmp_path / "back"}']) == 0
+  assert main(['convert', 'import', f'--hf={tmp_path / "hf"}', f'--model_dir={tmp_path / "back"}']) == 0
   jax.tree.map(np.testing.assert_array_equal, arrays.load_params(tmp_path / 'back'), params)
   assert run_directory.read_run(tmp_path / 'back').info['vocabulary'] == words.fingerprint
-  assert convert_hf.main(['export', f'--model_dir={tmp_path / "run"}', f'--hf={tmp_path / "hf"}']) == 2
+  assert main(['convert', 'export', f'--model_dir={tmp_path / "run"}', f'--hf={tmp_path / "hf"}']) == 2
   assert 'is not empty' in capsys.readouterr().err
 
 
 def test_large_models_are_written_in_parts(tmp_path, golden):
-  convert_hf.write_tensors(tmp_path, convert_hf.from_params(golden.config, golden.params), limit=20_000)
+  convert.write_tensors(tmp_path, huggingface.from_params(golden.config, golden.params), limit=20_000)
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
   files = sorted(file.name for file in tmp_path.glob('*.safetensors'))
   assert len(files) > 3 and sorted(set(index['weight_map'].values())) == files and not list(tmp_path.glob('part-*'))
-  for name, value in convert_hf.read_tensors(tmp_path).items():
+  for name, value in convert.read_tensors(tmp_path).items():
     np.testing.assert_array_equal(value, golden.part('weight/')[name])
+
+
+def test_folders_that_cannot_be_read_are_refused(tmp_path, golden, capsys):
+  words = small_vocabulary(tmp_path)
+  flags = ['convert', 'import', f'--hf={tmp_path}', f'--model_dir={tmp_path / "new"}', f'--vocabulary={words}']
+
+  def told() -> str:
+    assert main(flags) == 2
+    return capsys.readouterr().err
+
+  assert 'there is no config.json in it' in told()
+  for text, message in (('{', 'config.json: malformed JSON'), ('[]', 'config.json: expected a JSON object')):
+    (tmp_path / 'config.json').write_text(text)
+    assert message in told()
+  (tmp_path / 'config.json').write_text(str(golden.file['config']))
+  assert 'has no model*.safetensors' in told()
+  (tmp_path / 'model.safetensors').write_bytes(b'x' * 20)
+  assert 'model.safetensors is damaged' in told()
+  assert main([*flags, '--step=3']) == 2 and main(['convert', 'exprot', *flags[2:]]) == 2
+  error = capsys.readouterr().err
+  assert '--step is not a flag of convert import' in error and 'Did you mean export?' in error
+  assert not (tmp_path / 'new').exists()
 
 
 @pytest.mark.slow
@@ -289,9 +312,9 @@ def read_by_transformers(folder: pathlib.Path, reference: Reference, kind: str) 
   """Their model of the files that we write, after its loss has been compared."""
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  (folder / 'config.json').write_text(json.dumps(convert_hf.write_config(reference.config) | {
+  (folder / 'config.json').write_text(json.dumps(huggingface.write_config(reference.config) | {
       'pad_token_id': 0, 'eos_token_id': 1, 'decoder_start_token_id': 0}))
-  convert_hf.write_tensors(folder, convert_hf.from_params(reference.config, reference.params))
+  convert.write_tensors(folder, huggingface.from_params(reference.config, reference.params))
   model = getattr(transformers, f'{kind}ForConditionalGeneration').from_pretrained(folder).eval()
   with torch.no_grad():
     out = model(**{name: torch.from_numpy(reference.file[name]).long() for name in ('input_ids', 'attention_mask', 'labels')})
@@ -309,8 +332,8 @@ def test_transformers_reads_what_is_exported(tmp_path, golden, switch):
   import torch
   torch.save(model.state_dict(), tmp_path / 't5' / 'pytorch_model.bin')
   (tmp_path / 't5' / 'model.safetensors').unlink()
-  config, weights = convert_hf.head_to_ours(golden.config, convert_hf.read_tensors(tmp_path / 't5'))
-  jax.tree.map(np.testing.assert_array_equal, convert_hf.to_params(config, weights), golden.params)
+  config, weights = huggingface.head_to_ours(golden.config, convert.read_tensors(tmp_path / 't5'))
+  jax.tree.map(np.testing.assert_array_equal, huggingface.to_params(config, weights), golden.params)
 
 
 def test_golden_files_are_small():

@@ -83,7 +83,7 @@ def main() -> None:
 
   print('1. A vocabulary from the shipped corpus and some generated stories. The result is the file that ships.')
   write_stories(output / 'stories.txt')
-  run('tools/train_vocabulary.py', *VOCABULARY, f'--input={output}/stories.txt', f'--output={output}/vocab.txt')
+  run('-m', 't5x_cpm', 'vocabulary', *VOCABULARY, f'--input={output}/stories.txt', f'--output={output}/vocab.txt')
   if (output / 'vocab.txt').read_bytes() != (CORPUS / 'vocab.txt').read_bytes():
     print('Another version of SentencePiece made another vocabulary; the shipped one is used.')
 

@@ -15,13 +15,13 @@ import pathlib
 import re
 import sys
 import tokenize
-import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from t5x_cpm.config.fields import ConfigError, did_you_mean
 from t5x_cpm.config.run import Config
+from t5x_cpm.config.typed import check_type, mismatch
 
 try:
   from gin import config_parser
@@ -216,44 +216,15 @@ def _check_names(binding: _Binding) -> None:
     raise ConfigError(f'{binding.where}: {binding.cls} has no field {binding.field}.{hint} Its fields: {", ".join(fields)}.')
 
 
-def _check_type(value: Any, kind: Any) -> Any:
-  """The value as an instance of an annotation (an int becomes a float where one is wanted). Raises TypeError."""
-  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-  if kind is Any:
-    return value
-  if origin in (typing.Union, types.UnionType):
-    for member in arguments:
-      try:
-        return _check_type(value, member)
-      except TypeError:
-        continue
-  elif origin is dict and isinstance(value, dict):
-    return {_check_type(k, arguments[0]): _check_type(v, arguments[1]) for k, v in value.items()}
-  elif origin is list and isinstance(value, list):
-    return [_check_type(item, arguments[0]) for item in value]
-  elif origin is tuple and isinstance(value, (list, tuple)):
-    if arguments[1:] == (Ellipsis,):
-      arguments = arguments[:1] * len(value)
-    if len(arguments) == len(value):
-      return tuple(_check_type(item, member) for item, member in zip(value, arguments))
-  elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-    return value
-  raise TypeError
-
-
 def _typed(binding: _Binding, value: Any, text: str | None) -> Any:
   """The value of a binding, checked against its field. A flag's text stands in where a string is wanted."""
   kind = _TYPES[binding.cls][binding.field]
   for candidate in (value,) if text is None or isinstance(value, dict) else (value, text):
     try:
-      return _check_type(candidate, kind)
+      return check_type(candidate, kind)
     except TypeError:
       continue
-  expected = 'True or False' if kind is bool else kind.__name__ if type(kind) is type else str(kind)
-  given = type(value).__name__
-  raise ConfigError(f'{binding.where}: {binding.cls}.{binding.field} = {value!r} is of type {given}; expected {expected}.')
+  raise ConfigError(f'{binding.where}: {mismatch(f"{binding.cls}.{binding.field}", value, kind)}')
 
 
 class _Macros:

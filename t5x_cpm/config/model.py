@@ -14,23 +14,24 @@ class MoEConfig:
   """
 
   num_experts: int = 0  # of a layer that has them; 0: a dense model
-  router: str = 'switch'  # 'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection',
-  # 'domain', 'loss_free', or one of your own module
+  # 'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free', or
+  # one of your own module
+  router: str = 'switch'
   decoder_router: str = ''  # '': the same as `router`
   encoder_every: int = 1  # every so many layers have experts, the last of them first; 0: none
-  decoder_every: int = 1
+  decoder_every: int = 1  # the same in the decoder
   top_k: int = 2  # experts of a token by 'top_k' and 'loss_free'; prototypes of 'prototypes'
   renormalise: bool = False  # 'top_k', 'loss_free': the weights of a token's experts sum to 1
   second_policy: str = 'random'  # 'top_2' keeps the second: 'all', 'none', 'threshold', 'random' (threshold outside training)
-  second_threshold: float = 0.2
+  second_threshold: float = 0.2  # the weight of a second expert from which it is always kept
   capacity_factor: float = 1.25  # tokens that an expert takes of a group in training: this times its fair share
   capacity_counts: str = 'tokens'  # a fair share: tokens / experts ('tokens'), or times the experts of a token ('assignments')
   batch_prioritised: bool = False  # the most confident tokens of a group are placed first; only in an encoder
   group_size: int = 512
   dispatch: str = 'einsum'  # 'einsum' (within a capacity) or 'dropless' (without one; only 'expert_choice' reads it)
   jitter: float = 0.0  # in training the router's input is multiplied by U(1 - jitter, 1 + jitter)
-  balance_loss: float = 0.01  # weights of the auxiliary losses
-  router_z_loss: float = 0.0
+  balance_loss: float = 0.01  # weight of the auxiliary loss of an uneven load
+  router_z_loss: float = 0.0  # weight of the squared log-normaliser of the router's logits
   expert_dropout: float = -1.0  # of the experts' hidden activations; -1: ModelConfig.dropout_rate
   shared_experts: int = 0  # every token also passes a dense network so many times as wide as an expert
   bias_rate: float = 0.001  # 'loss_free': step of its bias
@@ -77,23 +78,23 @@ class ModelConfig:
   attention scores and logits, one relative position table per stack and no bias vector anywhere.
   """
 
-  vocab_size: int = 26_240
-  d_model: int = 128
-  d_ff: int = 320
-  num_heads: int = 4
-  head_dim: int = 32
-  num_encoder_layers: int = 2
-  num_decoder_layers: int = 2
+  vocab_size: int = 26_240  # rows of the embedding table: pieces of the vocabulary, and at most 127 more as padding
+  d_model: int = 128  # width of what passes from layer to layer
+  d_ff: int = 320  # hidden width of a feed-forward network
+  num_heads: int = 4  # attention heads of a layer
+  head_dim: int = 32  # width of a head's queries, keys and values
+  num_encoder_layers: int = 2  # layers of the encoder
+  num_decoder_layers: int = 2  # layers of the decoder
   mlp_activation: str = 'gated_gelu'  # 'gated_gelu', 'gated_silu', 'relu' or 'gelu'
   tie_embeddings: bool = False  # True: the head is the embedding table and the decoder output is divided by sqrt(d_model)
-  num_buckets: int = 32
-  max_distance: int = 128
-  norm_epsilon: float = 1e-6
-  dropout_rate: float = 0.0
+  num_buckets: int = 32  # of relative positions; the encoder uses one half for each direction
+  max_distance: int = 128  # in tokens: all that are further apart share a bucket
+  norm_epsilon: float = 1e-6  # RMSNorm adds it to the mean square
+  dropout_rate: float = 0.0  # of activations, in training
   initializer: str = 'cpm2'  # 'cpm2': normal with init_std, output projections with init_std / sqrt(2 L); 't5': by fan-in
   init_std: float = 0.001  # read by the 'cpm2' initializer only
   dtype: str = free('auto')  # of the computation: 'auto' is bfloat16 on accelerators and float32 on CPU
-  param_dtype: str = 'float32'
+  param_dtype: str = 'float32'  # of the parameters: 'float32', 'bfloat16' or 'float64'
   remat: str = free('none')  # what the backward pass recomputes: 'none', 'dots' (all but matrix products) or 'full'
   layer_loop: str = free('auto')  # 'scan', 'unroll', or 'auto': unrolled on CPU, where it is faster, scanned elsewhere
   moe: MoEConfig = MoEConfig()

@@ -51,10 +51,10 @@ class TaskConfig:
   name: str = 'quickstart'  # `t5x_cpm tasks` lists them
   vocabulary: str = ''  # 'cpm2:FILE', 'cpm1:FILE', 'sentencepiece:FILE'; '' is the task's own
   objective: str = 'isolated'  # 'isolated', 'cpm2', 't5', or 'pairs' for tasks that have inputs and targets of their own
-  encoder_length: int = 512
-  decoder_length: int = 128
-  noise_density: float = 0.15
-  mean_span_length: float = 3.0
+  encoder_length: int = 512  # tokens of a row for the encoder
+  decoder_length: int = 128  # tokens of a row for the decoder
+  noise_density: float = 0.15  # fraction of the tokens that span corruption masks
+  mean_span_length: float = 3.0  # tokens of a masked span, on average
   cache_dir: str = free('')  # '' is $T5X_CPM_CACHE, or ~/.cache/t5x_cpm
   cache_processes: int = free(0)  # 0: one per core
 
@@ -71,18 +71,18 @@ class TaskConfig:
 class LocalTaskConfig:
   """The task named 'local': the user's own text files, from gin alone.
 
-  `files` is a glob, or a dict of name -> glob for a mixture (rates by the same names). Files end in .txt (one document a
-  line, or separated by blank lines), .jsonl (one JSON object a line), or either with .gz.
+  `files` is a glob, or a dict of name -> glob for a mixture, whose parts come as often as `rates` says by the same names. Files
+  end in .txt (one document a line, or separated by blank lines), .jsonl (one JSON object a line), or either with .gz.
   """
 
   files: str | dict[str, str] = ''
   rates: dict[str, float] = dataclasses.field(default_factory=dict)
   validation_files: str | dict[str, str] = ''  # '': a fraction of the documents of `files`
-  validation_fraction: float = 0.01
+  validation_fraction: float = 0.01  # of the documents, where `validation_files` is empty
   text_document: str = 'line'  # in .txt: 'line', 'paragraph' (blank line between documents) or 'file'
   text_field: str = 'text'  # in .jsonl, for the pre-training objectives
   inputs_field: str = 'inputs'  # in .jsonl, for objective 'pairs'
-  targets_field: str = 'targets'
+  targets_field: str = 'targets'  # in .jsonl, for objective 'pairs'
   skip_malformed: bool = False  # True: a malformed line is counted and left out; False: it is an error
 
   def validate(self) -> None:
@@ -116,18 +116,18 @@ class OptimizerConfig:
   """Optimizer, learning-rate schedule and regularisation of the update."""
 
   name: str = 'adamw'  # 'adamw', 'adafactor' or 'sgd'
-  learning_rate: float = 0.001
+  learning_rate: float = 0.001  # the peak; of 'noam' and 'inverse_square_root' the peak times sqrt(warmup_steps)
   schedule: str = 'noam'  # 'noam', 'inverse_square_root', 'cosine', 'linear' or 'constant'
-  warmup_steps: int = 100
+  warmup_steps: int = 100  # steps in which the rate rises; of 'inverse_square_root', in which it is flat
   decay_steps: int = 0  # of 'cosine' and 'linear', counted from step 0; 0 is TrainConfig.steps
   final_scale: float = 0.0  # 'cosine' and 'linear' end at learning_rate * final_scale
-  beta1: float = 0.9
-  beta2: float = 0.999
-  epsilon: float = 1e-8
+  beta1: float = 0.9  # of 'adamw': decay of the mean of gradients
+  beta2: float = 0.999  # of 'adamw': decay of the mean of their squares
+  epsilon: float = 1e-8  # of 'adamw': added to the root of that mean
   weight_decay: float = 0.01  # decoupled; never on norms and relative position tables
   momentum: float = 0.0  # of 'sgd'
-  adafactor_decay_exponent: float = 0.8
-  adafactor_clip_threshold: float = 1.0
+  adafactor_decay_exponent: float = 0.8  # after t updates the mean of squares decays by 1 - t ** -exponent
+  adafactor_clip_threshold: float = 1.0  # greatest RMS of an update; 0 is off
   adafactor_parameter_scale: bool = True  # multiply the update by the RMS of the parameter, as T5 does
   clip_norm: float = 1.0  # of the global gradient; 0 is off
   z_loss: float = 0.0  # weight of log(Z)^2, T5 uses 1e-4
@@ -150,10 +150,10 @@ class OptimizerConfig:
 class TrainConfig:
   """Length of a run, batch and seed."""
 
-  steps: int = free(1000)
+  steps: int = free(1000)  # of the run in all, those before a resume included
   batch_size: int = 32  # rows (packed sequences) per step, over all devices
   microbatches: int = free(1)  # gradient accumulation: how many parts a batch is computed in
-  seed: int = 0
+  seed: int = 0  # of the parameters, of dropout, and of the order and the masks of the data
   eval_every: int = free(0)  # steps between evaluations inside the loop; 0 is only at the end
   eval_batches: int = free(0)  # at most so many batches of the validation split; 0 is all of it
   init_from: str = ''  # a model_dir whose parameters this run starts from
@@ -176,10 +176,10 @@ class TrainConfig:
 class CheckpointConfig:
   """When checkpoints are written and which are kept."""
 
-  every: int = free(1000)  # steps; also at the end and on SIGTERM / SIGINT
+  every: int = free(1000)  # steps from one to the next; also at the end and on SIGTERM / SIGINT
   keep: int = free(3)  # newest checkpoints that stay; 0 is all
   keep_best: int = free(0)  # in addition, the best so many by `best_metric`
-  best_metric: str = free('eval/loss')
+  best_metric: str = free('eval/loss')  # one of the evaluation, as eval/NAME
   best_mode: str = free('min')  # 'min' or 'max'
 
   def validate(self) -> None:
@@ -207,11 +207,11 @@ class ProcessesConfig:
 class MetricsConfig:
   """What a run reports. metrics.jsonl is always written."""
 
-  every: int = free(10)  # steps
-  tensorboard: bool = free(True)
+  every: int = free(10)  # steps from one line of metrics to the next
+  tensorboard: bool = free(True)  # write event files for TensorBoard
   wandb_project: str = free('')  # '' is off; needs the wandb package
   profile_start: int = free(-1)  # first step of a profiler window; -1 is none
-  profile_steps: int = free(5)
+  profile_steps: int = free(5)  # length of that window
   peak_flops: float = free(0.0)  # of one device, for MFU; 0 is looked up, and measured on CPU
 
   def validate(self) -> None:
@@ -226,12 +226,12 @@ class DecodeConfig:
   """How tokens are chosen in `infer` and `eval`."""
 
   rule: str = free('greedy')  # 'greedy', 'sample' or 'beam'
-  max_new_tokens: int = free(128)
-  temperature: float = free(1.0)
-  top_k: int = free(0)  # 0 is off
-  top_p: float = free(1.0)
-  seed: int = free(0)
-  beam_size: int = free(4)
+  max_new_tokens: int = free(128)  # longest answer, in tokens
+  temperature: float = free(1.0)  # of 'sample': logits are divided by it
+  top_k: int = free(0)  # of 'sample': only so many most probable tokens are drawn; 0 is off
+  top_p: float = free(1.0)  # of 'sample': only the most probable tokens that together reach it are drawn; 1 is off
+  seed: int = free(0)  # of 'sample': what its draws are a function of, with the number of the input
+  beam_size: int = free(4)  # of 'beam': how many hypotheses are kept
   length_penalty: float = free(1.0)  # hypotheses are ranked by sum of log-probabilities / length ** length_penalty
   early_stopping: bool = free(False)  # beam: stop as soon as beam_size hypotheses are finished
 
@@ -249,11 +249,11 @@ class DecodeConfig:
 class InferConfig:
   """File in, file out."""
 
-  batch_size: int = free(8)
+  batch_size: int = free(8)  # inputs that are answered together
   input_length: int = free(512)  # longest input in tokens; a longer one is refused unless `truncate`
-  truncate: bool = free(False)
+  truncate: bool = free(False)  # cut an input that is too long at its end
   text_field: str = free('text')  # of .jsonl input
-  skip_malformed: bool = free(False)
+  skip_malformed: bool = free(False)  # leave a bad line unanswered instead of refusing the file
   domain: int = free(0)  # of inputs and of other tasks, for a model with router 'domain': the number of a task in its mixture
 
   def validate(self) -> None:
@@ -266,9 +266,9 @@ class InferConfig:
 class EvalConfig:
   """Evaluation of checkpoints on tasks."""
 
-  split: str = free('validation')
+  split: str = free('validation')  # of the tasks that is read
   checkpoints: str = free('last')  # 'last', 'all', or a step
-  batch_size: int = free(32)
+  batch_size: int = free(32)  # rows, or inputs, that are evaluated together
   max_examples: int = free(0)  # of a task of text: rows, each of several packed pieces; 0 is all
 
   def validate(self) -> None:

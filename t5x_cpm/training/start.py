@@ -1,4 +1,4 @@
-"""What a run starts from: a vocabulary that fits, fresh parameters or those of another run; what a later start is told."""
+"""What a run starts from: fresh parameters or those of another run; what a later start is told."""
 
 from collections.abc import Callable
 
@@ -9,18 +9,6 @@ from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.training import host_memory, optimizer
 from t5x_cpm.training.step import Frozen, State, Step
-
-# A model may have this many rows more than its vocabulary has pieces, so that a table can be padded to divide a mesh.
-VOCABULARY_PADDING = 128
-
-
-def check_vocabulary(config: Config, vocabulary: vocabularies.Vocabulary) -> None:
-  """Raises ConfigError where model and vocabulary cannot belong together."""
-  rows, pieces = config.model.vocab_size, vocabulary.size
-  if not 0 <= rows - pieces < VOCABULARY_PADDING:
-    raise ConfigError(
-        f'ModelConfig.vocab_size = {rows}, but the vocabulary {vocabulary.spec} has {pieces} pieces: set '
-        f'ModelConfig.vocab_size = {pieces} (up to {VOCABULARY_PADDING - 1} more are allowed as padding).')
 
 
 def fresh(config: Config, step: Step, frozen: Frozen, vocabulary: vocabularies.Vocabulary) -> State:

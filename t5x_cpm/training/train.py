@@ -5,7 +5,7 @@ import functools
 import time
 from typing import Any
 
-from t5x_cpm import backend, files
+from t5x_cpm import backend, files, vocabularies
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
@@ -18,7 +18,6 @@ from t5x_cpm.training import batches, host_memory, metrics, optimizer, plots, st
 from t5x_cpm.training import step as step_lib
 from t5x_cpm.training.interrupts import Interrupted
 from t5x_cpm.training.profile import Profile
-from t5x_cpm.training.start import check_vocabulary
 
 
 def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str, float]:
@@ -51,7 +50,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
   reader = reader_lib.open_reader(caches.build(config), config, 'train')
-  check_vocabulary(config, reader.vocabulary)
+  vocabularies.check_size(config.model, reader.vocabulary)
   held_out = validation.open_reader(config, step, say)
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
 

@@ -11,12 +11,12 @@ A vocabulary is named by a spec, KIND:FILE or KIND:FILE?option=value:
 
 CPM-2's published files come in two forms, told apart by their pieces. The Chinese one (no '##') folds full-width characters to
 half-width and keeps every space as a token. The bilingual one writes what continues a word that is not Chinese as '##piece',
-folds nothing, and leaves out a space between two tokens that are not Chinese. `tools/train_vocabulary.py` makes a third: the
+folds nothing, and leaves out a space between two tokens that are not Chinese. `train` makes a third: the
 bilingual one with the 256 bytes as pieces, in which nothing is lost (see `Lossless`).
 
 Ids are those of the released code (CPM-2: tokenization_enc_dec.py of CPM-2-Finetune for Chinese, its _encn variant for the
 bilingual form), also where they lose something: a word of more than 200 characters is one `<unk>`, and in the bilingual form
-so is a character inside a word for which there is no '##' piece, such as the % of '5%'. `tools/tokenize_report.py` counts
+so is a character inside a word for which there is no '##' piece, such as the % of '5%'. `report` counts
 what a vocabulary loses. Left out on purpose: the bilingual encoder repeats the token of a text of one token.
 """
 
@@ -24,12 +24,15 @@ import difflib
 import json
 from typing import Any
 
-from t5x_cpm.config import ConfigError
+from t5x_cpm.config import ConfigError, ModelConfig
 from t5x_cpm.vocabularies.base import BLANK, Vocabulary, read
 from t5x_cpm.vocabularies.cpm2 import Cpm2, Lossless
 from t5x_cpm.vocabularies.sentencepiece import Cpm1, SentencePiece
 
-__all__ = ['BLANK', 'Vocabulary', 'load', 'load_saved']
+__all__ = ['BLANK', 'Vocabulary', 'check_size', 'load', 'load_saved']
+
+# A model may have this many rows more than its vocabulary has pieces, so that a table can be padded to divide a mesh.
+PADDING = 128
 
 _KINDS: dict[str, type[Vocabulary]] = {cls.kind: cls for cls in (Cpm2, Cpm1, SentencePiece)}
 
@@ -65,3 +68,12 @@ def load_saved(directory: Any) -> Vocabulary:
     raise ConfigError(f'{directory} holds no vocabulary (no vocabulary.json).')
   saved = json.loads(path.read_text())
   return _make(saved['kind'], str(epath.Path(directory) / saved['file']), saved['options'])
+
+
+def check_size(model: ModelConfig, vocabulary: Vocabulary) -> None:
+  """Raises ConfigError where a model and a vocabulary cannot belong together."""
+  rows, pieces = model.vocab_size, vocabulary.size
+  if not 0 <= rows - pieces < PADDING:
+    raise ConfigError(
+        f'ModelConfig.vocab_size = {rows}, but the vocabulary {vocabulary.spec} has {pieces} pieces: set '
+        f'ModelConfig.vocab_size = {pieces} (up to {PADDING - 1} more are allowed as padding).')

@@ -1,56 +1,31 @@
-"""Trains a CPM-2 style vocabulary from text files.
+"""Training a vocabulary in the manner of CPM-2 from text files.
 
-The recipe of CPM-2 (Zhang et al. 2021, section 2.2): text is cut into words, SentencePiece learns a unigram model of the words,
-and pieces that differ only in standing at the start of a word are merged. What continues a word that is not Chinese is written
-'##piece', as in CPM-2's bilingual vocabulary. Order of ids: special tokens, pieces by frequency, bytes (with --byte_fallback),
-sentinels.
+The recipe (Zhang et al. 2021, section 2.2): text is cut into words, SentencePiece learns a unigram model of the words, and
+pieces that differ only in standing at the start of a word are merged. What continues a word that is not Chinese is written
+'##piece', as in CPM-2's bilingual vocabulary. Order of ids: special tokens, pieces by frequency, bytes if wanted, sentinels.
 
 The result is used as TaskConfig.vocabulary = 'cpm2:FILE'. The same text gives the same file.
 """
 
-import argparse
 import collections
-import glob
-import gzip
 import io
-import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import sentencepiece
-
-from t5x_cpm.vocabularies import word_cut
+from t5x_cpm.config import ConfigError
+from t5x_cpm.vocabularies import texts, word_cut
 from t5x_cpm.vocabularies.base import LINE_FEED, SPACE
 
 SPECIALS = ('<unk>', '<s>', '</s>', LINE_FEED, '<sep>', '<pad>', '<mask>', '<go>', '<eod>', '\u2581', ',', SPACE)
 LATIN = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'
 
 
-def read_texts(patterns: list[str], field: str) -> Iterator[str]:
-  """The lines of all files, or the text fields of .jsonl; .gz is read through."""
-  for pattern in patterns:
-    paths = sorted(glob.glob(pattern, recursive=True))
-    if not paths:
-      raise SystemExit(f'error: --input={pattern} matches no file.')
-    for path in paths:
-      opened = gzip.open(path, 'rt', encoding='utf-8') if path.endswith('.gz') else open(path, encoding='utf-8')  # noqa: SIM115
-      with opened as lines:
-        for number, line in enumerate(lines, 1):
-          if not path.removesuffix('.gz').endswith('.jsonl'):
-            yield line
-            continue
-          try:
-            yield json.loads(line)[field]
-          except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f'error: {path}:{number}: expected a JSON object with the field {field!r} ({error}).') from None
-
-
-def count_words(texts: Iterator[str]) -> collections.Counter[str]:
+def count_words(documents: Iterator[str]) -> collections.Counter[str]:
   """How often each word occurs; spaces, line ends and control characters are not words."""
   counts: collections.Counter[str] = collections.Counter()
-  for text in texts:
+  for text in documents:
     counts.update(word_cut.lcut(text))
   for word in [word for word in counts if word.isspace() or not word.isprintable() or '\u2581' in word]:
     del counts[word]
@@ -61,17 +36,20 @@ def unigram_pieces(counts: collections.Counter[str], size: int) -> collections.C
   """How often each piece of a SentencePiece unigram model is used in the words.
 
   A piece is counted as it will be written: 'piece' where it is Chinese or starts a word, otherwise '##piece'. SentencePiece is
-  given bare words: with its mark of word starts it learns most pieces twice, and often the mark alone.
+  given bare words: with its mark of word starts it learns most pieces twice, and often the mark alone. It wants at least all
+  single characters, of which `assemble` may take a part.
   """
-  model = io.BytesIO()
+  import sentencepiece
+
+  model, characters = io.BytesIO(), len(set().union(*counts))
   with tempfile.NamedTemporaryFile('w', suffix='.tsv', encoding='utf-8') as file:
     for word, count in sorted(counts.items()):
       file.write(f'{word}\t{count}\n')
     file.flush()
     sentencepiece.SentencePieceTrainer.train(
-        input=file.name, input_format='tsv', model_writer=model, model_type='unigram', vocab_size=size, hard_vocab_limit=False,
-        character_coverage=1.0, normalization_rule_name='identity', add_dummy_prefix=False, split_by_number=False,
-        split_by_unicode_script=False, shuffle_input_sentence=False, num_threads=1, minloglevel=2)
+        input=file.name, input_format='tsv', model_writer=model, model_type='unigram', vocab_size=max(size, characters + 3),
+        hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name='identity', add_dummy_prefix=False,
+        split_by_number=False, split_by_unicode_script=False, shuffle_input_sentence=False, num_threads=1, minloglevel=2)
   trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
   segmented = dict(zip(counts, trained.encode(list(counts), out_type=str)))
   used = _usage(segmented, counts)
@@ -99,6 +77,9 @@ def assemble(pieces: collections.Counter[str], counts: collections.Counter[str],
 
   Every character of the text has a piece (the most frequent ones where there is no room for all), and so has every letter and
   digit that continues a word.
+
+  Raises:
+    ConfigError: the text has too many different characters for `size`, or too few pieces.
   """
   tail = [f'<0x{value:02X}>' for value in range(256)] if byte_fallback else []
   tail += [f'<s_{number}>' for number in range(sentinels)]
@@ -116,35 +97,40 @@ def assemble(pieces: collections.Counter[str], counts: collections.Counter[str],
     if len(chosen) >= room:
       break
     chosen.setdefault(piece)
-  if len(needed) > room or len(chosen) < room:
-    low, high = len(SPECIALS) + len(tail) + len(needed), len(SPECIALS) + len(tail) + len(chosen)
-    raise SystemExit(f'error: --size={size}: this text gives a vocabulary of {low} to {high} pieces.')
+  fixed = len(SPECIALS) + len(tail)
+  if len(needed) > room or not chosen:
+    least = fixed + (1 if byte_fallback else len(needed))
+    raise ConfigError(f'--size={size}: a vocabulary of this text has at least {least} pieces.')
+  if len(chosen) < room:
+    raise ConfigError(f'--size={size}: a vocabulary of this text has at most {fixed + len(chosen)} pieces.')
   return [*SPECIALS, *sorted(chosen, key=lambda piece: (-pieces[piece], piece)), *tail]
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--input', action='append', required=True, help='glob of .txt, .tsv or .jsonl, also .gz; repeatable')
-  parser.add_argument('--field', default='text', help='of .jsonl (default: text)')
-  parser.add_argument('--size', type=int, default=8000, help='pieces in all, special tokens included (default: 8000)')
-  parser.add_argument('--sentinels', type=int, default=100, help='marks of masked spans (default: 100)')
-  parser.add_argument('--byte_fallback', action='store_true', help='add the 256 bytes: every text can be written without loss')
-  parser.add_argument('--output', type=pathlib.Path, required=True, help='vocab.txt to write')
-  args = parser.parse_args()
-  if args.sentinels < 1:
-    parser.error('--sentinels must be at least 1')
-  counts = count_words(read_texts(args.input, args.field))
+def run(patterns: Sequence[str], output: str, *, field: str = 'text', size: int = 8000, sentinels: int = 100,
+        byte_fallback: bool = False) -> None:
+  """Trains a vocabulary and writes it.
+
+  Args:
+    patterns: globs of files, as `texts.read` takes them.
+    output: the file to write, one piece a line.
+    field: of .jsonl.
+    size: pieces in all, special tokens included.
+    sentinels: how many marks of masked spans it has, at its end.
+    byte_fallback: add the 256 bytes, with which every text can be written without loss.
+
+  Raises:
+    ConfigError: no text, or a text that does not give so many pieces.
+  """
+  if sentinels < 1:
+    raise ConfigError(f'--sentinels={sentinels}: expected at least 1.')
+  counts = count_words(texts.read(patterns, field))
   if not counts:
-    raise SystemExit('error: there is no word in the input.')
+    raise ConfigError('there is no word in the input.')
   print(f'{sum(counts.values()):,} words, {len(counts):,} different', file=sys.stderr)
-  lines = assemble(
-      unigram_pieces(counts, args.size), counts, size=args.size, sentinels=args.sentinels, byte_fallback=args.byte_fallback)
-  args.output.parent.mkdir(parents=True, exist_ok=True)
-  temporary = args.output.with_name(args.output.name + '.tmp')
+  lines = assemble(unigram_pieces(counts, size), counts, size=size, sentinels=sentinels, byte_fallback=byte_fallback)
+  path = pathlib.Path(output)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + '.tmp')
   temporary.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-  temporary.replace(args.output)
-  print(f'wrote {args.output}: {len(lines):,} pieces, {args.sentinels} of them sentinels', file=sys.stderr)
-
-
-if __name__ == '__main__':
-  main()
+  temporary.replace(path)
+  print(f'wrote {path}: {len(lines):,} pieces, {sentinels} of them sentinels', file=sys.stderr)

@@ -1,32 +1,18 @@
-"""Models between this project and transformers: T5 1.1, mT5, T5, CPM-2 written as T5, and SwitchTransformers.
+"""The format of transformers: T5 1.1, mT5, T5, CPM-2 written as T5, and SwitchTransformers.
 
-    python tools/convert_hf.py import --hf=DIR --vocabulary=sentencepiece:DIR/spiece.model --model_dir=OUT
-    python tools/convert_hf.py export --model_dir=DIR [--step=N] --hf=OUT
-
-`import` reads config.json and the .safetensors files of a folder (or pytorch_model*.bin, which needs torch and is read without
-unpickling code) and writes a model_dir with a checkpoint of step 0: answer with `infer --model_dir=OUT`, train on with
-`--init_from=OUT`. `export` writes what `T5ForConditionalGeneration.from_pretrained` reads, and the vocabulary beside it.
-
-Parameters are converted in memory, in float32 unless the configuration of the run says otherwise. Kernels here are
-[in, out] and stacked over layers, there [out, in] and one a layer; query, key and value are never scaled on either side.
+Which config.json a ModelConfig is, and which of its tensors a parameter. Kernels here are [in, out] and stacked over layers,
+there [out, in] and one a layer; query, key and value are never scaled on either side. Files are read and written by `convert`.
 """
 
-import argparse
 import dataclasses
-import json
-import pathlib
 import re
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_cpm.checkpoints.manager import Manager
-from t5x_cpm.config import Config, ConfigError, ModelConfig, MoEConfig, TaskConfig
+from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig
 
-SHARD_BYTES = 4 * 2**30
 SWITCH = 'switch_transformers'
 UNTIED = 'without it SwitchTransformers gives encoder and decoder an embedding table each, and here they share one.'
 # ModelConfig field -> key of config.json. Where transformers has a default, files may leave the key out.
@@ -122,7 +108,7 @@ def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
 
 def read_experts(theirs: Mapping[str, Any]) -> MoEConfig:
   """The MoEConfig of a SwitchTransformers config.json. Its capacity, in tokens, is not carried over."""
-  every = {}
+  every: dict[str, Any] = {}
   for stack, layers, sparse in (('encoder', 'num_layers', 'num_sparse_encoder_layers'),
                                 ('decoder', 'num_decoder_layers', 'num_sparse_decoder_layers')):
     number, of = theirs.get(sparse, 3), theirs.get(layers, 12)
@@ -243,132 +229,3 @@ def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Iterator[tupl
       value = value[key]
     for name, part in tensor.each(np.asarray(value)):
       yield name, np.ascontiguousarray(part.T if tensor.transposed else part)
-
-
-def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of a folder: .safetensors if there are any, otherwise .bin files of torch.
-
-  Raises:
-    ConfigError: there is neither; or only the latter and torch is not installed.
-  """
-  import safetensors.numpy
-
-  result: dict[str, np.ndarray] = {}
-  safe, binary = sorted(folder.glob('model*.safetensors')), sorted(folder.glob('pytorch_model*.bin'))
-  for file in safe:
-    result |= safetensors.numpy.load_file(file)
-  if safe:
-    return result
-  if not binary:
-    raise ConfigError(f'{folder} has no model*.safetensors and no pytorch_model*.bin.')
-  try:
-    import torch
-  except ImportError:
-    raise ConfigError(f'{binary[0]} needs torch to be read: pip install t5x_cpm[torch], or save it as .safetensors.') from None
-  for file in binary:
-    for name, value in torch.load(file, map_location='cpu', weights_only=True, mmap=True).items():
-      result[name] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-  return result
-
-
-def write_tensors(folder: pathlib.Path, pairs: Iterator[tuple[str, np.ndarray]], limit: int = SHARD_BYTES) -> None:
-  """Writes .safetensors files of at most `limit` bytes (or one tensor) and their index."""
-  import safetensors.numpy
-
-  shards: list[dict[str, int]] = []
-  part: dict[str, np.ndarray] = {}
-
-  def flush() -> None:
-    safetensors.numpy.save_file(part, folder / f'part-{len(shards):05}', metadata={'format': 'pt'})
-    shards.append({name: value.nbytes for name, value in part.items()})
-    part.clear()
-
-  for name, value in pairs:
-    if part and sum(other.nbytes for other in part.values()) + value.nbytes > limit:
-      flush()
-    part[name] = value
-  flush()
-  if len(shards) == 1:
-    (folder / 'part-00000').replace(folder / 'model.safetensors')
-    return
-  places: dict[str, str] = {}
-  for index, shard in enumerate(shards):
-    file = f'model-{index + 1:05}-of-{len(shards):05}.safetensors'
-    (folder / f'part-{index:05}').replace(folder / file)
-    places |= dict.fromkeys(shard, file)
-  total = sum(sum(shard.values()) for shard in shards)
-  index_json = {'metadata': {'total_size': total}, 'weight_map': places}
-  (folder / 'model.safetensors.index.json').write_text(json.dumps(index_json, indent=2) + '\n')
-
-
-def import_hf(hf: pathlib.Path, vocabulary_spec: str, objective: str, model_dir: str) -> None:
-  """Writes a model_dir from a folder of transformers."""
-  import jax
-  import jax.numpy as jnp
-
-  from t5x_cpm import vocabularies
-  from t5x_cpm.models import encoder_decoder
-  from t5x_cpm.training import train
-
-  if not (hf / 'config.json').is_file():
-    raise ConfigError(f'--hf={hf}: there is no config.json in it.')
-  vocabulary = vocabularies.load(vocabulary_spec) if vocabulary_spec else vocabularies.load_saved(hf / 'vocabulary')
-  model, given = head_to_ours(read_config(json.loads((hf / 'config.json').read_text())), read_tensors(hf))
-  objective = objective or ('t5' if vocabulary.kind == 'sentencepiece' else 'isolated')
-  config = Config(model=model, task=TaskConfig(name='imported', vocabulary=vocabulary.spec, objective=objective))
-  config.validate()
-  train.check_vocabulary(config, vocabulary)
-  params = to_params(model, given)
-  with Manager(model_dir, config, info={'vocabulary': vocabulary.fingerprint}) as manager:
-    if manager.latest_step() is not None:
-      raise ConfigError(f'--model_dir={model_dir} has a checkpoint already: give a new directory.')
-    vocabulary.save(pathlib.Path(model_dir) / 'vocabulary')
-    axes = jax.tree.map(lambda leaf: leaf.axes, encoder_decoder.build(model).leaves())
-    manager.save(0, {'step': jnp.int32(0), 'params': params}, axes={'step': (), 'params': axes})
-
-
-def export_hf(model_dir: str, step: int | None, hf: pathlib.Path) -> None:
-  """Writes a folder of transformers from a checkpoint."""
-  from t5x_cpm import vocabularies
-  from t5x_cpm.checkpoints import arrays, run_directory
-
-  run = run_directory.read_run(model_dir, step)
-  saved = pathlib.Path(model_dir) / 'vocabulary'
-  vocabulary = vocabularies.load_saved(saved)
-  if hf.exists() and any(hf.iterdir()):
-    raise ConfigError(f'--hf={hf} is not empty: give a new directory.')
-  hf.mkdir(parents=True, exist_ok=True)
-  tokens = {'pad_token_id': vocabulary.pad_id, 'eos_token_id': vocabulary.eos_id, 'decoder_start_token_id': vocabulary.bos_id}
-  (hf / 'config.json').write_text(json.dumps(write_config(run.config.model) | tokens, indent=2) + '\n')
-  write_tensors(hf, from_params(run.config.model, arrays.load_params(model_dir, step=run.step)))
-  shutil.copytree(saved, hf / 'vocabulary')
-  if vocabulary.kind == 'sentencepiece':  # where transformers' tokenizer looks for it
-    shutil.copyfile(saved / pathlib.Path(vocabulary.files[0]).name, hf / 'spiece.model')
-
-
-def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-  modes = parser.add_subparsers(dest='mode', required=True)
-  reads = modes.add_parser('import', help='from transformers')
-  reads.add_argument('--hf', required=True, type=pathlib.Path, help='folder with config.json and weights')
-  reads.add_argument('--vocabulary', default='', help="such as sentencepiece:FILE; default: what `export` left in the folder")
-  reads.add_argument('--objective', default='', help="how it was trained; default 't5', for CPM vocabularies 'isolated'")
-  reads.add_argument('--model_dir', required=True, help='new folder')
-  writes = modes.add_parser('export', help='to transformers')
-  writes.add_argument('--model_dir', required=True)
-  writes.add_argument('--step', type=int, default=None, help='default: the last checkpoint')
-  writes.add_argument('--hf', required=True, type=pathlib.Path, help='new folder')
-  given = vars(parser.parse_args(argv))
-  run: Callable[..., None] = import_hf if given.pop('mode') == 'import' else export_hf
-  if 'vocabulary' in given:
-    given['vocabulary_spec'] = given.pop('vocabulary')
-  try:
-    run(**given)
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  return 0
-
-
-if __name__ == '__main__':
-  sys.exit(main())

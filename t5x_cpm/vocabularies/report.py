@@ -1,19 +1,14 @@
-"""How well a vocabulary fits some text: unknown tokens, length, speed, and what does not come back from encode and decode.
+"""How well a vocabulary fits some text: unknown tokens, length, speed, and what does not come back from encode and decode."""
 
-python tools/tokenize_report.py --vocabulary=cpm2:vocab.txt --input='data/*.txt'
-"""
-
-import argparse
 import collections
 import difflib
 import time
 import unicodedata
 import warnings
-
-from train_vocabulary import read_texts
+from collections.abc import Sequence
 
 from t5x_cpm import vocabularies
-from t5x_cpm.config import ConfigError
+from t5x_cpm.vocabularies import texts as texts_lib
 
 EXAMPLES = 3
 SAMPLE = 2_000_000  # bytes that are cut by jieba
@@ -56,30 +51,24 @@ def jieba_speed(texts: list[str]) -> float:
   return sum(len(text.encode('utf-8', 'replace')) for text in sample) / (time.perf_counter() - start)
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--vocabulary', required=True, help='KIND:FILE, as in TaskConfig.vocabulary')
-  parser.add_argument('--input', action='append', required=True, help='glob of .txt, .tsv or .jsonl, also .gz; repeatable')
-  parser.add_argument('--field', default='text', help='of .jsonl (default: text)')
-  parser.add_argument('--differences', type=int, default=2000, help='texts to compare in detail (default: 2000)')
-  args = parser.parse_args()
-  try:
-    vocab = vocabularies.load(args.vocabulary)
-  except ConfigError as error:
-    raise SystemExit(f'error: {error}') from None
-  texts = [text.rstrip('\n') for text in read_texts(args.input, args.field)]
-  vocab.encode('一二 a b')  # loads the dictionaries
+def measure(vocabulary: vocabularies.Vocabulary, texts: list[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+  """Encodes texts and decodes them again.
+
+  Returns:
+    Rows of a table, names and values; and the texts that changed, each with what came back.
+  """
+  vocabulary.encode('一二 a b')  # loads the dictionaries
   start = time.perf_counter()
-  encoded = vocab.encode_batch(texts)
+  encoded = vocabulary.encode_batch(texts)
   seconds = max(time.perf_counter() - start, 1e-9)
-  back = [vocab.decode(ids) for ids in encoded]
+  back = [vocabulary.decode(ids) for ids in encoded]
 
   characters, tokens = sum(map(len, texts)), sum(map(len, encoded))
   size = sum(len(text.encode('utf-8', 'replace')) for text in texts)
-  unknown = sum(ids.count(vocab.unk_id) for ids in encoded)
+  unknown = sum(ids.count(vocabulary.unk_id) for ids in encoded)
   changed = [(text, other) for text, other in zip(texts, back) if text != other]
   rows = [
-      ('vocabulary', f'{vocab.spec}, {vocab.size:,} pieces, {len(vocab.sentinels)} sentinels'),
+      ('vocabulary', f'{vocabulary.spec}, {vocabulary.size:,} pieces, {len(vocabulary.sentinels)} sentinels'),
       ('text', f'{len(texts):,} lines or documents, {characters:,} characters, {size / 1e6:.2f} MB'),
       ('tokens', f'{tokens:,}'),
       ('pieces per character', f'{tokens / max(characters, 1):.3f}'),
@@ -87,13 +76,30 @@ def main() -> None:
       ('speed', f'{size / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s, one process'),
       ('not restored exactly', f'{len(changed):,} of {len(texts):,} ({len(changed) / max(len(texts), 1):.2%})'),
   ]
-  if vocab.kind.startswith('cpm') and size:
+  if vocabulary.kind.startswith('cpm') and size:
     plain = jieba_speed(texts)
     rows.insert(-1, ('jieba, cut alone', f'{plain / 1e6:.2f} MB/s: the speed above is {size / seconds / plain:.1f} times that'))
+  return rows, changed
+
+
+def run(vocabulary: str, patterns: Sequence[str], *, field: str = 'text', compared: int = 2000) -> None:
+  """Prints how a vocabulary fits a text.
+
+  Args:
+    vocabulary: KIND:FILE, as in TaskConfig.vocabulary.
+    patterns: globs of files, as `texts.read` takes them.
+    field: of .jsonl.
+    compared: how many of the texts that changed are looked at for the reason.
+
+  Raises:
+    ConfigError: no such vocabulary, or no text.
+  """
+  vocab = vocabularies.load(vocabulary)
+  rows, changed = measure(vocab, [text.rstrip('\n') for text in texts_lib.read(patterns, field)])
   for name, value in rows:
     print(f'{name:<22}{value}')
   causes: dict[str, list[str]] = collections.defaultdict(list)
-  for text, other in changed[:args.differences]:
+  for text, other in changed[:compared]:
     for name, context in differences(text[:2000], other[:2000]):
       causes[name].append(context)
   if causes:
@@ -102,7 +108,3 @@ def main() -> None:
     print(f'{name:<40}{len(contexts):>8,}  {contexts[0]}')
     for context in contexts[1:EXAMPLES]:
       print(f'{"":<50}{context}')
-
-
-if __name__ == '__main__':
-  main()

@@ -1,92 +1,52 @@
 """`infer`: a file of inputs -> a file of answers, in order, written as they are made, continued after a kill; or a prompt.
 
-Beside OUT.jsonl lies OUT.jsonl.run.json, which says what the answers are a function of: a file of answers is continued only
-with the same input, checkpoint and decoding.
+An answer is a line. In .jsonl it is an object with `input`, `output`, `blanks`, `score`, `finished` or, for a line that is
+empty or refused, `note`, and with the other fields of a .jsonl input, which give way to these names. In .txt it is the output
+alone, with a line feed in it written as the two characters \\n (a carriage return as \\r); an empty or refused line gives an
+empty one.
+
+Beside the file OUT lies OUT.run.json, which says what the answers are a function of: a file of answers is continued only with
+the same input, checkpoint and decoding.
 """
 
-import codecs
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 from t5x_cpm import config as config_lib
 from t5x_cpm import files, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.inference import text
+from t5x_cpm.inference import lines as lines_lib
+from t5x_cpm.inference import prompt, text
+from t5x_cpm.inference.lines import Line
 from t5x_cpm.progress import Progress
-from t5x_cpm.tasks import text_files
 
 if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
 
-SUFFIXES = ('.txt', '.jsonl')
 EMPTY = 'empty line'
+STDIN = {'-': '.txt', '-.jsonl': '.jsonl'}  # values of --input, with the ending of the file that each is read as
 
 
-class Line(NamedTuple):
-  """A line of the input: its text, or what is wrong with it. An empty line has the text ''."""
-
-  number: int  # from 1
-  text: str
-  error: str = ''
+def as_json(record: dict[str, Any]) -> str:
+  """A line of .jsonl. Half of a surrogate pair, which UTF-8 cannot write, stays escaped as it came."""
+  line = json.dumps(record, ensure_ascii=False)
+  return json.dumps(record) if any('\ud800' <= character <= '\udfff' for character in line) else line
 
 
-def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
-  """The inputs of a .txt file, one a line, or of a .jsonl file, in `field` of each object."""
-  with path.open('rb') as file:
-    for number, raw in enumerate(file, 1):
-      if number == 1:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-      try:
-        line = raw.decode().strip('\r\n')
-      except UnicodeDecodeError as error:
-        yield Line(number, '', f'byte {error.start} of the line, {raw[error.start]:#04x}, is not UTF-8')
-        continue
-      if path.suffix == '.jsonl' and line.strip():
-        yield _from_json(number, line, field)
-      else:
-        yield Line(number, line if line.strip() else '')
-
-
-def _from_json(number: int, line: str, field: str) -> Line:
-  try:
-    given, = text_files.json_texts(line, (field,), 'InferConfig.text_field names the field')
-  except text_files.MalformedError as error:
-    return Line(number, '', str(error))
-  return Line(number, given if given.strip() else '')
-
-
-def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
-  """Encodes every line that is good; a line that cannot be encoded gets its error."""
-  for line in lines:
-    request = None
-    if line.text and not line.error:
-      try:
-        request = codec.request(line.text)
-      except ConfigError as error:
-        line = line._replace(error=str(error))
-    yield line, request
-
-
-def check_file(path: pathlib.Path, codec: text.Codec, config: Config) -> int:
-  """Reads the whole input once, so that a bad line is found before hours of work. Returns the number of lines.
-
-  Raises:
-    ConfigError: the first bad line, with its number, unless InferConfig.skip_malformed.
-  """
-  count = 0
-  for line, _ in checked(read_lines(path, config.infer.text_field), codec):
-    count += 1
-    if line.error and not config.infer.skip_malformed:
-      raise ConfigError(f'{path}:{line.number}: {line.error}\nInferConfig.skip_malformed = True leaves such lines unanswered.')
-  return count
+def as_text(record: dict[str, Any]) -> str:
+  """A line of .txt."""
+  return record['output'].replace('\r', '\\r').replace('\n', '\\n')
 
 
 def identity(path: pathlib.Path, run: run_directory.RunInfo, config: Config) -> dict[str, Any]:
@@ -152,8 +112,8 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
 
 
 def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | None]], first: int, total: int,
-                out: TextIO) -> dict[str, int]:
-  """Answers lines from number `first` (from 0) on, and writes one record for each, batch by batch."""
+                out: TextIO, form: Callable[[dict[str, Any]], str]) -> dict[str, int]:
+  """Answers lines from number `first` (from 0) on, and writes one record for each in its form, batch by batch."""
   counts = {'answered': 0, 'empty': 0, 'refused': 0}
   progress = Progress('infer', 'line', total, first)
   batch: list[tuple[Line, text.Request | None]] = []
@@ -173,7 +133,7 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
       else:
         record['note'] = line.error or EMPTY
         counts['refused' if line.error else 'empty'] += 1
-      out.write(json.dumps(record, ensure_ascii=False) + '\n')
+      out.write(form({**line.others, **record}) + '\n')
     out.flush()
     batch = []
     progress.show(index + 1, f'{progress.rate(index + 1 - first):.1f} lines/s', bar_detail='')
@@ -181,20 +141,22 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
   return counts
 
 
-def run_file(config: Config, model_dir: str, input_path: str, output_path: str, step: int | None) -> dict[str, int]:
-  """Answers a file. Arguments and errors as in `run`; returns how many lines were answered, empty and refused."""
-  path = pathlib.Path(input_path)
-  if path.suffix not in SUFFIXES:
-    raise ConfigError(f'--input={path}: expected a file that ends in {" or ".join(SUFFIXES)}.')
-  if not path.is_file():
-    raise ConfigError(f'--input={path}: no such file.')
+def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, output_path: str,
+             step: int | None) -> dict[str, int]:
+  """Answers a file, which errors call `name`. Arguments and errors as in `run`.
+
+  Returns:
+    How many lines were answered, empty and refused.
+  """
   # What needs no JAX comes first, so that a mistake is told at once.
   about = run_directory.read_run(model_dir, step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
   codec = text.Codec(vocabulary, config)
-  total = check_file(path, codec, config)
+  total = lines_lib.check_file(path, name, codec, config)
   output = pathlib.Path(output_path) if output_path else None
-  first = continue_or_start(output, identity(path, about, config), total, config.infer.batch_size) if output else 0
+  is_text = output is not None and output.suffix == '.txt'
+  made_from = identity(path, about, config) | ({'form': 'text'} if is_text else {})
+  first = continue_or_start(output, made_from, total, config.infer.batch_size) if output else 0
   if first:
     print(f'{output} has {first:,} of {total:,} lines: going on from there' if first < total else
           f'{output} has all {total:,} lines: nothing to do', file=sys.stderr, flush=True)
@@ -205,64 +167,32 @@ def run_file(config: Config, model_dir: str, input_path: str, output_path: str, 
 
   engine = inference.load(model_dir, step=about.step, config=config)
   started = time.monotonic()
-  lines = checked(read_lines(path, config.infer.text_field), codec)
+  lines = lines_lib.checked(lines_lib.read_lines(path, config.infer.text_field), codec)
   with open(output, 'a', encoding='utf-8') if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
-    counts = answer_file(engine, lines, first, total, out)
+    counts = answer_file(engine, lines, first, total, out, as_text if is_text else as_json)
   told = ''.join(f', {count} {what}' for what, count in counts.items() if count and what != 'answered')
   print(f'{counts["answered"]} answered{told} in {time.monotonic() - started:.1f} s' + (f': {output}' if output else ''),
         file=sys.stderr, flush=True)
   return counts
 
 
-def prompts(stdin: BinaryIO, is_terminal: bool) -> Iterator[Line]:
-  """Lines that a user types or pipes in, until the end of input (Ctrl-D)."""
-  number = 0
-  while True:
-    number += 1
-    if is_terminal:
-      try:
-        yield Line(number, input('> '))
-      except EOFError:
-        print()
-        return
-      continue
-    raw = stdin.readline()
-    if not raw:
-      return
-    try:
-      yield Line(number, raw.decode().strip('\r\n'))
-    except UnicodeDecodeError as error:
-      yield Line(number, '', f'byte {error.start} of the line is not UTF-8')
-
-
-def interact(engine: 'Engine', stdin: BinaryIO, is_terminal: bool) -> None:
-  """Answers line by line, tokens as they come. A line with blanks is printed filled when it is complete."""
-  for line in prompts(stdin, is_terminal):
-    if line.error or not line.text.strip():
-      refuse(line.number, line.error, is_terminal)
-      continue
-    has_blanks = vocabularies.BLANK in line.text
-    pieces = engine.stream(line.text)
-    try:
-      while True:
-        piece = next(pieces)
-        if is_terminal or not has_blanks:
-          print(piece, end='', flush=True)
-    except StopIteration as end:
-      if has_blanks:
-        print(('\n' if is_terminal else '') + end.value.output, flush=True)
-      else:
-        print(flush=True)
-    except ConfigError as error:
-      refuse(line.number, str(error), is_terminal)
-
-
-def refuse(number: int, error: str, is_terminal: bool) -> None:
-  """Tells what is wrong with a line ('' for an empty one); a pipe gets an empty line, so that lines out match lines in."""
-  if error:
-    print(f'error: line {number}: {error}', file=sys.stderr, flush=True)
-  if not is_terminal:
-    print(flush=True)
+@contextlib.contextmanager
+def input_file(given: str) -> Iterator[tuple[pathlib.Path, str]]:
+  """The file of an --input, and its name in errors. Standard input is copied first, so that it is checked whole like a file."""
+  if given in STDIN:
+    with tempfile.TemporaryDirectory() as folder:
+      copy = pathlib.Path(folder) / f'input{STDIN[given]}'
+      with copy.open('wb') as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+      yield copy, 'standard input'
+    return
+  path = pathlib.Path(given)
+  if path.suffix not in lines_lib.SUFFIXES:
+    raise ConfigError(f'--input={path}: expected a file that ends in {" or ".join(lines_lib.SUFFIXES)}, or '
+                      f'{" or ".join(STDIN)} for standard input.')
+  if not path.is_file():
+    raise ConfigError(f'--input={path}: no such file.')
+  yield path, str(path)
 
 
 def run(config: Config, model_dir: str, input_path: str = '', output_path: str = '', *, step: int | None = None) -> None:
@@ -271,8 +201,9 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   Args:
     config: of the run, with the decoding and lengths to use.
     model_dir: of the run.
-    input_path: .txt with one input a line, or .jsonl; '' reads standard input line by line.
-    output_path: .jsonl to write; '' prints the records.
+    input_path: .txt with one input a line, or .jsonl; '-' is standard input, read to its end as a .txt, '-.jsonl' as a
+      .jsonl; '' answers what is typed, or each line of a pipe as it comes.
+    output_path: .jsonl to write, or .txt for the answers alone; '' prints the records.
     step: of the checkpoint; default the last.
 
   Raises:
@@ -281,7 +212,8 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   config.decode.validate()
   config.infer.validate()
   if input_path:
-    run_file(config, model_dir, input_path, output_path, step)
+    with input_file(input_path) as (path, name):
+      run_file(config, model_dir, path, name, output_path, step)
     return
   if output_path:
     raise ConfigError('--output needs --input: without it answers are printed as they are made.')
@@ -293,4 +225,4 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
     blank = vocabularies.BLANK
     print(f'{model_dir} at step {engine.step}. Write a blank as {blank}; a line without one is continued. Ctrl-D ends.',
           file=sys.stderr, flush=True)
-  interact(engine, sys.stdin.buffer, is_terminal)
+  prompt.interact(engine, sys.stdin.buffer, is_terminal)

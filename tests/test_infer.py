@@ -20,7 +20,7 @@ import small_model
 from t5x_cpm import files, inference, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import ConfigError
-from t5x_cpm.inference import generate, text
+from t5x_cpm.inference import infer, prompt, text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LINES = ['一<span>丁', 'abc', '', '丂七<span>丄丅<span>', 'x<span>', '  ', 'the last']
@@ -28,7 +28,7 @@ LINES = ['一<span>丁', 'abc', '', '丂七<span>丄丅<span>', 'x<span>', '  ',
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> pathlib.Path:
-  return tmp_path_factory.mktemp('generate')
+  return tmp_path_factory.mktemp('infer')
 
 
 @pytest.fixture(scope='module')
@@ -48,14 +48,16 @@ def engine(model_dir):
 
 @pytest.fixture
 def run(model_dir, engine, tmp_path, monkeypatch):
-  """run(content, suffix, **InferConfig fields) -> records; the output file is tmp_path / out.jsonl."""
+  """run(content, suffix, output, **InferConfig fields) -> records (of .txt, lines); the output file is in tmp_path."""
   monkeypatch.setattr(inference, 'load', lambda *args, config, **kwargs: with_config(engine, config))
 
-  def call(content: bytes | str, suffix: str = '.txt', **fields) -> list[dict]:
+  def call(content: bytes | str, suffix: str = '.txt', output: str = 'out.jsonl', **fields) -> list:
     path = tmp_path / f'in{suffix}'
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    generate.run(config_of(model_dir, **fields), str(model_dir), str(path), str(tmp_path / 'out.jsonl'))
-    return [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
+    infer.run(config_of(model_dir, **fields), str(model_dir), str(path), str(tmp_path / output))
+    lines = (tmp_path / output).read_text(encoding='utf-8').split('\n')
+    assert lines.pop() == ''
+    return lines if output.endswith('.txt') else [json.loads(line) for line in lines]
 
   return call
 
@@ -187,6 +189,49 @@ def test_jsonl_input_and_byte_order_mark(run):
   assert [record['input'] for record in records] == ['一<span>丁', 'a\nb']
 
 
+def test_other_fields_of_a_line_are_passed_through(run, tmp_path):
+  given = [{'id': 7, 'text': '一<span>丁', 'tags': ['a', {'b': None}], 'score': 'theirs', 'half': '\ud83d'},
+           {'text': ' ', 'id': '空'}, {'id': 9, 'words': 'no text'}]
+  records = run('\n'.join(json.dumps(line) for line in given), '.jsonl', skip_malformed=True)
+  first, empty, refused = records
+  assert (first['id'], first['tags'], first['half']) == (7, ['a', {'b': None}], '\ud83d')
+  assert isinstance(first['score'], float) and first['input'] == '一<span>丁' and 'text' not in first  # our names win
+  assert (empty['id'], empty['note'], empty['output']) == ('空', 'empty line', '')
+  assert (refused['id'], refused['words']) == (9, 'no text') and "no field 'text'" in refused['note']
+  assert '"空"' in (tmp_path / 'out.jsonl').read_text()  # readable where UTF-8 can write it
+
+
+def test_plain_text_has_an_answer_a_line(run, engine, tmp_path, monkeypatch):
+  outputs = [record['output'] for record in run('\n'.join(LINES))]
+  assert run('\n'.join(LINES), output='out.txt') == outputs
+  assert json.loads((tmp_path / 'out.txt.run.json').read_text())['form'] == 'text'
+  whole = (tmp_path / 'out.txt').read_bytes()
+  (tmp_path / 'out.txt').write_bytes(whole[:-3])
+  assert run('\n'.join(LINES), output='out.txt') == outputs  # goes on like any output
+  answer = engine.answers(['abc'], engine.decode_config())[0]
+  monkeypatch.setattr(type(engine), 'answer_requests',
+                      lambda *args: [dataclasses.replace(answer, output='a\r\nb\u2028c\\')])
+  assert run('abc', output='other.txt') == ['a\\r\\nb\u2028c\\']
+
+
+@pytest.mark.parametrize(('given', 'content'), [
+    ('-', '一<span>丁\nabc'), ('-.jsonl', '{"text": "一<span>丁"}\n{"text": "abc"}\n')])
+def test_standard_input_is_read_as_a_file(run, model_dir, tmp_path, monkeypatch, given, content):
+  wanted = run('一<span>丁\nabc')
+
+  def from_stdin(content: str, output: str) -> None:
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(content.encode())))
+    infer.run(config_of(model_dir), str(model_dir), given, str(tmp_path / output))
+
+  from_stdin(content, 'piped.jsonl')
+  assert [json.loads(line) for line in (tmp_path / 'piped.jsonl').read_text().splitlines()] == wanted
+  with pytest.raises(ConfigError, match=r'^standard input:3: '):
+    from_stdin(content.strip() + '\n' + ('{"words": 1}' if 'jsonl' in given else 'x' * 70), 'bad.jsonl')
+  assert not (tmp_path / 'bad.jsonl').exists()
+  with pytest.raises(ConfigError, match='made from something else'):
+    from_stdin(content + 'more' if given == '-' else '{"text": "a"}', 'piped.jsonl')
+
+
 @pytest.mark.parametrize(('content', 'suffix', 'message'), [
     (b'{"text": "a"}\n{"text": "b"\n', '.jsonl', r'in\.jsonl:2: malformed JSON \(.* at column 13\)'),
     (b'{"text": "a"}\n["a"]\n', '.jsonl', r'in\.jsonl:2: expected a JSON object with .text., got'),
@@ -207,24 +252,24 @@ def test_bad_lines_are_named_or_left_unanswered(run, tmp_path, content, suffix, 
 
 
 def test_input_and_output_that_cannot_be(run, tmp_path, model_dir):
-  with pytest.raises(ConfigError, match=r'ends in \.txt or \.jsonl'):
+  with pytest.raises(ConfigError, match=r'ends in \.txt or \.jsonl, or - or -\.jsonl for standard input'):
     run('a', '.csv')
   with pytest.raises(ConfigError, match='no such file'):
-    generate.run(config_of(model_dir), str(model_dir), str(tmp_path / 'none.txt'), str(tmp_path / 'out.jsonl'))
+    infer.run(config_of(model_dir), str(model_dir), str(tmp_path / 'none.txt'), str(tmp_path / 'out.jsonl'))
   with pytest.raises(ConfigError, match='needs --input'):
-    generate.run(config_of(model_dir), str(model_dir), '', str(tmp_path / 'out.jsonl'))
+    infer.run(config_of(model_dir), str(model_dir), '', str(tmp_path / 'out.jsonl'))
   (tmp_path / 'file').write_text('')
   (tmp_path / 'in.txt').write_text('a')
   with pytest.raises(ConfigError, match='No checkpoint'):
-    generate.run(config_of(model_dir), str(tmp_path / 'nowhere'), str(tmp_path / 'in.txt'))
+    infer.run(config_of(model_dir), str(tmp_path / 'nowhere'), str(tmp_path / 'in.txt'))
   with pytest.raises(ConfigError, match='cannot be written'):
-    generate.run(config_of(model_dir), str(model_dir), str(tmp_path / 'in.txt'), str(tmp_path / 'file' / 'out.jsonl'))
+    infer.run(config_of(model_dir), str(model_dir), str(tmp_path / 'in.txt'), str(tmp_path / 'file' / 'out.jsonl'))
 
 
 def test_records_are_printed_without_an_output(model_dir, engine, tmp_path, capfd, monkeypatch):
   monkeypatch.setattr(inference, 'load', lambda *args, config, **kwargs: with_config(engine, config))
   (tmp_path / 'in.txt').write_text('abc\n\nx<span>')
-  generate.run(config_of(model_dir), str(model_dir), str(tmp_path / 'in.txt'))
+  infer.run(config_of(model_dir), str(model_dir), str(tmp_path / 'in.txt'))
   assert [json.loads(line)['input'] for line in capfd.readouterr().out.splitlines()] == ['abc', '', 'x<span>']
 
 
@@ -316,7 +361,7 @@ def test_import_is_light():
 
 def test_piped_prompt_answers_line_by_line(engine, capsys):
   lines = [b'\xe4\xb8\x80<span>a', b'', b'abc', b'\xff', b'x' * 70]
-  generate.interact(engine, io.BytesIO(b'\n'.join(lines)), False)
+  prompt.interact(engine, io.BytesIO(b'\n'.join(lines)), False)
   out, err = capsys.readouterr()
   first, third = (engine.answers([line], engine.decode_config())[0].output for line in ('一<span>a', 'abc'))
   assert out == f'{first}\n\n{third}\n\n\n'  # one line out for each line in

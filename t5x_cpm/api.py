@@ -1,0 +1,123 @@
+"""t5x_cpm from Python. `import t5x_cpm` offers these functions, and imports nothing until one of them is used.
+
+    import t5x_cpm
+    from t5x_cpm.config import gin
+
+    config = gin.load(['gin/models/cpm2_tiny.gin', 'gin/runs/quickstart.gin'], ['TrainConfig.steps=20'])
+    t5x_cpm.train(config, 'runs/example')
+    t5x_cpm.load('runs/example').generate(['今天<span>，我们去公园。'])
+    t5x_cpm.evaluate('runs/example', 'quickstart')
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from t5x_cpm.config import Config, MeshConfig
+from t5x_cpm.config.typed import check_types
+
+if TYPE_CHECKING:
+  from t5x_cpm.inference.engine import Engine
+
+Directory = str | os.PathLike[str]
+
+
+def _directory(function: str, model_dir: Any) -> str:
+  if not isinstance(model_dir, str | os.PathLike) or not os.fspath(model_dir):
+    raise TypeError(f't5x_cpm.{function}: model_dir = {model_dir!r}: expected the path of a folder, text or a path object.')
+  return str(os.fspath(model_dir))
+
+
+def _checked(function: str, config: Any) -> Config:
+  if not isinstance(config, Config):
+    given = f'the class {config.__name__}' if isinstance(config, type) else f'of type {type(config).__name__}'
+    raise TypeError(f't5x_cpm.{function}: config is {given}: expected a t5x_cpm.Config, from t5x_cpm.config.gin.load(files) or '
+                    't5x_cpm.Config(...).')
+  check_types(config)
+  return config
+
+
+def _check_step(function: str, step: Any) -> None:
+  if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
+    also = " or 'all'" if function == 'evaluate' else ''
+    raise TypeError(f't5x_cpm.{function}: step = {step!r}: expected the number of a checkpoint{also}.')
+
+
+def train(config: Config, model_dir: Directory) -> dict[str, float]:
+  """Trains in this process until TrainConfig.steps.
+
+  The same call continues a run that was stopped. In the main thread SIGINT, which the interrupt button of a notebook sends, and
+  SIGTERM save a checkpoint and return.
+
+  Args:
+    config: the run, from `t5x_cpm.config.gin.load` or built in Python.
+    model_dir: where checkpoints, metrics and the vocabulary are written.
+
+  Returns:
+    The last evaluation, metric -> value; {} where there was nothing to do.
+
+  Raises:
+    TypeError: an argument is of another type.
+    ConfigError: the configuration, data or model_dir cannot work; nothing was changed on disk.
+    FloatingPointError: a loss, gradient or parameter is not finite.
+  """
+  config, folder = _checked('train', config), _directory('train', model_dir)
+  from t5x_cpm.training import train as training
+
+  return training.run(config, folder)
+
+
+def load(model_dir: Directory, *, step: int | None = None, config: Config | None = None) -> 'Engine':
+  """Loads a trained model, which generates, scores, chooses, encodes and streams.
+
+  Args:
+    model_dir: of the run.
+    step: of the checkpoint; default the last.
+    config: its decode, infer and mesh parts are used; default those of the run, on all devices of this process.
+
+  Raises:
+    TypeError: an argument is of another type.
+    ConfigError: there is no such checkpoint, or it is damaged.
+  """
+  folder = _directory('load', model_dir)
+  _check_step('load', step)
+  if config is not None:
+    _checked('load', config)
+  from t5x_cpm import inference
+
+  return inference.load(folder, step=step, config=config)
+
+
+def evaluate(model_dir: Directory, tasks: str | Iterable[str], *, step: int | str | None = None,
+             config: Config | None = None) -> dict[int, dict[str, dict[str, float]]]:
+  """Evaluates checkpoints on tasks; writes the results to model_dir/eval and prints a table.
+
+  Args:
+    model_dir: of the run.
+    tasks: the name of a task or mixture, or several.
+    step: of the checkpoint, or 'all'; default what EvalConfig.checkpoints says, which is the last.
+    config: its eval, decode, infer, task and mesh parts are used; default those of the run, on all devices of this process.
+
+  Returns:
+    step -> task -> metric -> value.
+
+  Raises:
+    TypeError: an argument is of another type.
+    ConfigError: no such checkpoint, task, split or metric.
+  """
+  folder = _directory('evaluate', model_dir)
+  names = [tasks] if isinstance(tasks, str) else list(tasks) if isinstance(tasks, Iterable) else []
+  if not names or not all(isinstance(name, str) for name in names):
+    raise TypeError(f't5x_cpm.evaluate: tasks = {tasks!r}: expected the name of a task, or a list of names.')
+  if step != 'all':
+    _check_step('evaluate', step)
+  from t5x_cpm.checkpoints import run_directory
+
+  run = run_directory.read_run(folder, step if isinstance(step, int) else None).config
+  config = dataclasses.replace(run, mesh=MeshConfig()) if config is None else _checked('evaluate', config)
+  checkpoints = config.eval.checkpoints if step is None else str(step)
+  config = dataclasses.replace(config, model=run.model, eval=dataclasses.replace(config.eval, checkpoints=checkpoints))
+  from t5x_cpm.inference import evaluate as evaluation
+
+  return evaluation.run(config, folder, names)

@@ -1,0 +1,153 @@
+"""Models between this project and transformers: folders that its `from_pretrained` reads and `save_pretrained` writes.
+
+Parameters are converted in memory, in float32 unless the configuration of the run says otherwise.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_cpm import vocabularies
+from t5x_cpm.checkpoints import arrays, huggingface, run_directory
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.config import Config, ConfigError, TaskConfig
+from t5x_cpm.models import encoder_decoder
+
+SHARD_BYTES = 4 * 2**30
+
+
+def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tensors of a folder: .safetensors if there are any, otherwise .bin files of torch.
+
+  Raises:
+    ConfigError: there is neither, or only the latter and torch is not installed; or a file is damaged.
+  """
+  import safetensors.numpy
+
+  result: dict[str, np.ndarray] = {}
+  safe, binary = sorted(folder.glob('model*.safetensors')), sorted(folder.glob('pytorch_model*.bin'))
+  for file in safe:
+    try:
+      result |= safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+      raise ConfigError(f'{file} is damaged: {error}.') from None
+  if safe:
+    return result
+  if not binary:
+    raise ConfigError(f'{folder} has no model*.safetensors and no pytorch_model*.bin.')
+  try:
+    import torch
+  except ImportError:
+    raise ConfigError(f'{binary[0]} needs torch to be read: pip install t5x_cpm[torch], or save it as .safetensors.') from None
+  for file in binary:
+    for name, value in torch.load(file, map_location='cpu', weights_only=True, mmap=True).items():
+      result[name] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+  return result
+
+
+def _parts(pairs: Iterator[tuple[str, np.ndarray]], limit: int) -> Iterator[dict[str, np.ndarray]]:
+  """Tensors in groups of at most `limit` bytes, or one tensor."""
+  part: dict[str, np.ndarray] = {}
+  for name, value in pairs:
+    if part and sum(other.nbytes for other in part.values()) + value.nbytes > limit:
+      yield part
+      part = {}
+    part[name] = value
+  yield part
+
+
+def write_tensors(folder: pathlib.Path, pairs: Iterator[tuple[str, np.ndarray]], limit: int = SHARD_BYTES) -> None:
+  """Writes .safetensors files of at most `limit` bytes (or one tensor) and their index."""
+  import safetensors.numpy
+
+  shards: list[dict[str, int]] = []
+  for part in _parts(pairs, limit):
+    safetensors.numpy.save_file(part, folder / f'part-{len(shards):05}', metadata={'format': 'pt'})
+    shards.append({name: value.nbytes for name, value in part.items()})
+    del part  # or it would stay in memory while the next is read
+  if len(shards) == 1:
+    (folder / 'part-00000').replace(folder / 'model.safetensors')
+    return
+  places: dict[str, str] = {}
+  for index, shard in enumerate(shards):
+    file = f'model-{index + 1:05}-of-{len(shards):05}.safetensors'
+    (folder / f'part-{index:05}').replace(folder / file)
+    places |= dict.fromkeys(shard, file)
+  total = sum(sum(shard.values()) for shard in shards)
+  index_json = {'metadata': {'total_size': total}, 'weight_map': places}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index_json, indent=2) + '\n')
+
+
+def read_description(folder: pathlib.Path) -> dict[str, Any]:
+  """The config.json of a folder. Raises ConfigError where there is none, or it is no JSON object."""
+  path = folder / 'config.json'
+  if not path.is_file():
+    raise ConfigError(f'--hf={folder}: there is no config.json in it.')
+  try:
+    described = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ConfigError(f'{path}: malformed JSON ({error}).') from None
+  if not isinstance(described, dict):
+    raise ConfigError(f'{path}: expected a JSON object.')
+  return described
+
+
+def from_huggingface(hf: str, model_dir: str, *, vocabulary: str = '', objective: str = '') -> None:
+  """Writes a model_dir with a checkpoint of step 0 from a folder of transformers.
+
+  Args:
+    hf: folder with config.json and weights, .safetensors or pytorch_model*.bin.
+    model_dir: new.
+    vocabulary: such as 'sentencepiece:FILE'; '' is what `to_huggingface` left in the folder.
+    objective: how the model was trained; '' is 't5', for CPM vocabularies 'isolated'.
+
+  Raises:
+    ConfigError: the folder does not hold such a model, the vocabulary does not fit, or model_dir has a checkpoint.
+  """
+  folder = pathlib.Path(hf)
+  described = read_description(folder)
+  words = vocabularies.load(vocabulary) if vocabulary else vocabularies.load_saved(folder / 'vocabulary')
+  model, given = huggingface.head_to_ours(huggingface.read_config(described), read_tensors(folder))
+  objective = objective or ('t5' if words.kind == 'sentencepiece' else 'isolated')
+  config = Config(model=model, task=TaskConfig(name='imported', vocabulary=words.spec, objective=objective))
+  config.validate()
+  vocabularies.check_size(model, words)
+  params = huggingface.to_params(model, given)
+  with Manager(model_dir, config, info={'vocabulary': words.fingerprint}) as manager:
+    if manager.latest_step() is not None:
+      raise ConfigError(f'--model_dir={model_dir} has a checkpoint already: give a new directory.')
+    words.save(pathlib.Path(model_dir) / 'vocabulary')
+    axes = jax.tree.map(lambda leaf: leaf.axes, encoder_decoder.build(model).leaves())
+    manager.save(0, {'step': jnp.int32(0), 'params': params}, axes={'step': (), 'params': axes})
+
+
+def to_huggingface(model_dir: str, hf: str, *, step: int | None = None) -> None:
+  """Writes what `T5ForConditionalGeneration.from_pretrained` reads, and the vocabulary beside it.
+
+  Args:
+    model_dir: of the run.
+    hf: new folder.
+    step: of the checkpoint; default the last.
+
+  Raises:
+    ConfigError: no such checkpoint, a model that transformers does not have, or a folder that is not empty.
+  """
+  run, folder = run_directory.read_run(model_dir, step), pathlib.Path(hf)
+  saved = pathlib.Path(model_dir) / 'vocabulary'
+  words = vocabularies.load_saved(saved)
+  described = huggingface.write_config(run.config.model) | {
+      'pad_token_id': words.pad_id, 'eos_token_id': words.eos_id, 'decoder_start_token_id': words.bos_id}
+  if folder.exists() and any(folder.iterdir()):
+    raise ConfigError(f'--hf={hf} is not empty: give a new directory.')
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+  write_tensors(folder, huggingface.from_params(run.config.model, arrays.load_params(model_dir, step=run.step)))
+  shutil.copytree(saved, folder / 'vocabulary')
+  if words.kind == 'sentencepiece':  # where transformers' tokenizer looks for it
+    shutil.copyfile(saved / pathlib.Path(words.files[0]).name, folder / 'spiece.model')

@@ -1,0 +1,128 @@
+"""The configuration of a command: of the run that it reads, or the defaults, changed by gin files and then by flags."""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from t5x_cpm.cli.parse import Arguments
+from t5x_cpm.config import Config, ConfigError, MeshConfig, TaskConfig
+
+
+def import_modules(names: Sequence[str]) -> None:
+  """Imports the user's own modules, which register tasks."""
+  if not names:
+    return
+  from t5x_cpm import tasks
+
+  sys.path.insert(0, os.getcwd())  # a console script, unlike `python -m`, does not look there
+  for name in names:
+    try:
+      importlib.import_module(name)
+    except ModuleNotFoundError as error:
+      if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
+        raise  # the module is there and fails in an import of its own
+      raise ConfigError(f'--import={name}: there is no module {error.name} here ({os.getcwd()}) or installed.') from None
+  tasks.remember_modules(list(names))
+
+
+def checkpoint_step(arguments: Arguments) -> int | None:
+  """--step as a number. None: the last checkpoint; for `eval` also 'all'."""
+  step = arguments.get('step')
+  if not step or (step == 'all' and arguments.mode.name == 'eval'):
+    return None
+  if not step.isdigit():
+    or_all = ' or all' if arguments.mode.name == 'eval' else ''
+    raise ConfigError(f'--step={step}: expected the number of a checkpoint{or_all}.')
+  return int(step)
+
+
+def vocabulary_of(model_dir: str) -> str:
+  """The vocabulary of a run as a value of TaskConfig.vocabulary."""
+  from t5x_cpm import vocabularies
+  from t5x_cpm.checkpoints import run_directory
+
+  run = run_directory.read_run(model_dir)
+  with contextlib.suppress(ConfigError):
+    if vocabularies.load(run.config.task.vocabulary).fingerprint == run.info['vocabulary']:
+      return run.config.task.vocabulary  # under this name caches were made
+  return vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary').spec
+
+
+def origin(source: str, model_dir: str) -> Config:
+  """What a run takes over from the run `source`: its model and its vocabulary."""
+  from t5x_cpm.checkpoints import run_directory
+
+  if model_dir and run_directory.scan(run_directory.resolve(model_dir))[0]:  # it has them already; the source may be gone
+    own = run_directory.read_run(model_dir).config
+    return Config(model=own.model, task=TaskConfig(vocabulary=own.task.vocabulary))
+  return Config(model=run_directory.read_run(source).config.model, task=TaskConfig(vocabulary=vocabulary_of(source)))
+
+
+def check_routers(config: Config) -> None:
+  """Raises ConfigError for a router that nobody registered, which the configuration alone cannot know."""
+  if config.model.moe.num_experts:
+    from t5x_cpm.models import routers  # imports JAX
+
+    routers.check(config.model.moe)
+
+
+def make_config(arguments: Arguments) -> Config:
+  """The configuration of a command.
+
+  Raises:
+    ConfigError: a mistake in a file or flag, with its place; or the change of a trained model.
+  """
+  from t5x_cpm import config as config_lib
+  from t5x_cpm.checkpoints import run_directory
+  from t5x_cpm.config import gin
+
+  reads_run, model_dir, source = arguments.mode.scope == 'eval', arguments.get('model_dir'), arguments.get('init_from')
+  overrides = list(arguments.overrides)
+  if profile := arguments.get('profile_steps'):
+    start, _, count = profile.partition(':')
+    if not (start.isdigit() and count.isdigit()):
+      raise ConfigError(f'--profile_steps={profile}: expected START:COUNT, as in --profile_steps=100:5.')
+    overrides += [f'MetricsConfig.profile_start={start}', f'MetricsConfig.profile_steps={count}']
+  if arguments.mode.name == 'eval' and arguments.get('step'):
+    overrides.append(f'EvalConfig.checkpoints={arguments.get("step")}')
+  base = None
+  if reads_run:
+    base = dataclasses.replace(run_directory.read_run(model_dir, checkpoint_step(arguments)).config, mesh=MeshConfig())
+  elif source:
+    base = origin(source, model_dir)
+    overrides.append(f'TrainConfig.init_from={source!r}')
+
+  config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=base, check=check_routers)
+  if base and reads_run:
+    changed = [line for line in config_lib.identity_differences(base, config) if line.startswith('ModelConfig.')]
+    if changed:
+      raise ConfigError(f'the model of {model_dir} cannot be changed:\n  ' + '\n  '.join(changed))
+  return config
+
+
+def dry_run(config: Config) -> None:
+  """Prints what a run would be. Touches of the data only a cache that is there already."""
+  from t5x_cpm import vocabularies
+  from t5x_cpm.config import gin
+  from t5x_cpm.data import reader
+  from t5x_cpm.tasks import caches
+  from t5x_cpm.training import train
+
+  print(gin.dump(config))
+  facts = train.describe(config)
+  active = facts['active parameters']
+  print(f'parameters        {facts["parameters"]:,}' + (f', {active:,} for one token' if config.model.moe.num_experts else ''))
+  print(f'tokens per step   {facts["slots per step"]:,} with padding: {config.train.batch_size} rows of '
+        f'{config.task.encoder_length} + {config.task.decoder_length}')
+  if caches.is_ready(caches.directory(config)):
+    data = reader.open_reader(caches.directory(config), config, 'train')
+    vocabularies.check_size(config.model, data.vocabulary)
+    epochs = config.train.steps * config.train.batch_size / data.rows_per_epoch
+    print(f'epochs            {epochs:.3g}: {config.train.steps:,} steps, {data.rows_per_epoch:,.0f} rows an epoch')
+  else:
+    print('epochs            unknown, the task is not cached; `t5x_cpm cache` with the same gin files and flags does it')
+  rates = ', '.join(f'{rate:.3g} at step {step:,}' for step, rate in facts['learning rate'].items())
+  print(f'learning rate     {rates}')

@@ -1,0 +1,24 @@
+"""Which errors are told in a line, and with which exit code."""
+
+import errno
+import sys
+
+# Errors of the machine, not of the program: the message is enough.
+OF_THE_MACHINE = ('ENOSPC', 'EDQUOT', 'EROFS', 'EACCES', 'EPERM', 'ENOENT', 'EISDIR', 'ENOTDIR')
+
+
+def is_users(error: Exception) -> bool:
+  """Whether the message of an error is all that a user needs: one that t5x_cpm raised for bad input, or a disk that refuses."""
+  if isinstance(error, OSError):
+    return errno.errorcode.get(error.errno or 0) in OF_THE_MACHINE
+  return isinstance(error, ValueError) and type(error).__module__.split('.')[0] == 't5x_cpm'
+
+
+def tell(error: BaseException) -> int:
+  """Prints an error whose message is enough, and returns the exit code: 2 for bad input. Raises any other."""
+  if isinstance(error, KeyboardInterrupt):
+    return 130
+  if isinstance(error, FloatingPointError) or (isinstance(error, Exception) and is_users(error)):
+    print(f'error: {error}', file=sys.stderr)
+    return 1 if isinstance(error, FloatingPointError) else 2
+  raise error

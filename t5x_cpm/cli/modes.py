@@ -1,0 +1,225 @@
+"""The modes of the program: what each takes, what it does, and an example that runs."""
+
+import inspect
+import os
+
+import t5x_cpm
+from t5x_cpm.cli import configure
+from t5x_cpm.cli.errors import tell
+from t5x_cpm.cli.parse import Arguments, Flag, Mode, print_table, print_text
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config.fields import did_you_mean
+
+GIN_FLAGS = (
+    Flag('gin_file', 'FILE', 'gin file, of the current folder or of the package; later ones win', repeat=True),
+    Flag('import', 'MODULE', 'import a module of your own first, for its tasks', repeat=True),
+    Flag('dry_run', '', 'print the resolved configuration, sizes and learning rates, and stop'),
+)
+MODEL_DIR = Flag('model_dir', 'DIR', 'folder of the run')
+DIRECTIONS = {'import': ('vocabulary', 'objective'), 'export': ('step',)}  # of `convert`, with the flags of that one alone
+TEXTS = Flag('input', 'GLOB', 'files of text: .txt, .tsv or .jsonl, also .gz', repeat=True)
+FIELD = Flag('field', 'NAME', 'of .jsonl, the field with the text', default='text')
+INIT_FROM = Flag('init_from', 'DIR', 'start from the parameters of another run, with its model and vocabulary')
+
+
+def train(arguments: Arguments, config: Config) -> None:
+  """Trains, together with the other processes where there are several."""
+  from t5x_cpm import backend, tasks
+  from t5x_cpm.cluster import launch
+  from t5x_cpm.config import gin
+
+  tasks.identity(config)  # an unknown task is told before JAX starts
+  backend.keep_memory()
+  model_dir = arguments.get('model_dir')
+  place = launch.find_place(*map(arguments.get, ('coordinator', 'num_processes', 'process_id')))
+  settings = [f't5x_cpm {t5x_cpm.__version__}', f'--model_dir={model_dir}', *gin.dump(config).splitlines()]
+  with launch.together(place, config.processes, settings, tell) as group:
+    from t5x_cpm.training import train as training
+    training.run(config, model_dir, group)
+
+
+def evaluate(arguments: Arguments, config: Config) -> None:
+  """Evaluates checkpoints."""
+  from t5x_cpm.inference import evaluate as evaluation
+
+  evaluation.run(config, arguments.get('model_dir'), arguments.get('tasks').split(','))
+
+
+def infer(arguments: Arguments, config: Config) -> None:
+  """Answers a file or a prompt."""
+  from t5x_cpm.inference import infer as infer_lib
+
+  infer_lib.run(config, *map(arguments.get, ('model_dir', 'input', 'output')), step=configure.checkpoint_step(arguments))
+
+
+def compile_step(arguments: Arguments, config: Config) -> None:
+  """Compiles a step for a slice."""
+  from t5x_cpm import compile as compile_lib
+
+  compile_lib.run(config, arguments.get('topology'), arguments.get('step') or 'train', search=arguments.get('search'),
+                  output=arguments.get('output'))
+
+
+def cache(arguments: Arguments, config: Config) -> None:
+  """Makes the cache of a task and prints where it lies."""
+  from t5x_cpm import tasks
+  from t5x_cpm.tasks import caches
+
+  tasks.identity(config)
+  print(caches.build(config))
+
+
+def convert(arguments: Arguments) -> None:
+  """Carries a model over from transformers, or to it."""
+  direction = arguments.get('direction')
+  if direction not in DIRECTIONS:
+    raise ConfigError(f'convert {direction}: expected convert import or convert export.{did_you_mean(direction, DIRECTIONS)}')
+  for name in DIRECTIONS['export' if direction == 'import' else 'import']:
+    if arguments.get(name):
+      raise ConfigError(f'--{name} is not a flag of convert {direction}.')
+  from t5x_cpm.checkpoints import convert as convert_lib
+
+  hf, model_dir = arguments.get('hf'), arguments.get('model_dir')
+  if direction == 'import':
+    convert_lib.from_huggingface(hf, model_dir, vocabulary=arguments.get('vocabulary'), objective=arguments.get('objective'))
+  else:
+    convert_lib.to_huggingface(model_dir, hf, step=configure.checkpoint_step(arguments))
+
+
+def train_vocabulary(arguments: Arguments) -> None:
+  """Trains a vocabulary."""
+  from t5x_cpm.vocabularies import train as vocabulary
+
+  vocabulary.run(*map(arguments.get, ('input', 'output')), **{
+      name: arguments.get(name) for name in ('field', 'size', 'sentinels', 'byte_fallback')})
+
+
+def report_tokens(arguments: Arguments) -> None:
+  """Prints how a vocabulary fits some text."""
+  from t5x_cpm.vocabularies import report
+
+  report.run(*map(arguments.get, ('vocabulary', 'input')), field=arguments.get('field'), compared=arguments.get('differences'))
+
+
+def list_tasks(arguments: Arguments, config: Config) -> None:
+  """Prints the registered tasks with a line about each."""
+  from t5x_cpm import tasks
+
+  print_table(tasks.listing().items())
+
+
+def list_files(arguments: Arguments) -> None:
+  """Prints the gin files of the package with a line about each."""
+  from t5x_cpm.config import gin
+
+  for folder in ('models', 'runs', 'mesh'):
+    print(f'{folder}: --gin_file=gin/{folder}/NAME.gin')
+    print_table((name, gin.summary(folder, name)) for name in gin.shipped_files(folder))
+
+
+def list_fields(arguments: Arguments) -> None:
+  """Prints every field of one configuration class, or of all."""
+  from t5x_cpm.config import describe
+
+  chosen = [describe.find(arguments.get('class'))] if arguments.get('class') else list(describe.classes())
+  for number, cls in enumerate(chosen):
+    print(('\n' if number else '') + cls.__name__)
+    print_text(inspect.cleandoc(cls.__doc__ or ''), 2)
+    for field in describe.fields(cls):
+      print(f'\n  {field.name}: {field.kind} = {field.default!r}' + (' (may change on resume)' if field.free else ''))
+      print_text(field.comment, 6)
+
+
+MODES = {mode.name: mode for mode in (
+    Mode('train', 'pre-train or fine-tune; the same command again continues where it stopped', train, """\
+t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart.gin \\
+    --gin.TrainConfig.steps=20 --model_dir=runs/example""",
+         flags=(MODEL_DIR, INIT_FROM, *GIN_FLAGS,
+                Flag('profile_steps', 'START:COUNT', 'write a profile of these steps for TensorBoard'),
+                Flag('coordinator', 'HOST:PORT',
+                     'where process 0 of several is; SLURM, Open MPI and TPUs say it themselves'),
+                Flag('num_processes', 'N', 'how many processes run this command'),
+                Flag('process_id', 'I', 'which of them this is, from 0')),
+         needs=('model_dir',), scope='train',
+         gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'LocalTaskConfig', 'OptimizerConfig', 'TrainConfig',
+              'CheckpointConfig', 'ProcessesConfig', 'MetricsConfig')),
+    Mode('eval', 'evaluate checkpoints on tasks: metrics, predictions and a table', evaluate, """\
+t5x_cpm eval --model_dir=runs/example --tasks=quickstart --gin.EvalConfig.max_examples=64""",
+         flags=(MODEL_DIR, Flag('tasks', 'NAME,...', 'tasks to evaluate'),
+                Flag('step', 'STEP', 'checkpoint to read, or all; default the last'), *GIN_FLAGS),
+         needs=('model_dir', 'tasks'), scope='eval',
+         gin=('EvalConfig', 'DecodeConfig', 'InferConfig', 'MeshConfig', 'TaskConfig', 'LocalTaskConfig')),
+    Mode('infer', 'answer a file of inputs, or a prompt; a blank is written <span>', infer, """\
+printf 'She opened the <span> and looked outside.\\n' > runs/blanks.txt
+t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/answers.jsonl""",
+         flags=(MODEL_DIR,
+                Flag('input', 'FILE', '.txt (one input a line) or .jsonl, whose other fields its answer carries too; - reads '
+                     'standard input as .txt, -.jsonl as .jsonl; without it the prompt is interactive'),
+                Flag('output', 'FILE', '.jsonl of answers, or .txt of their texts, one a line (a line feed in it as \\n); '
+                     'without it they are printed'),
+                Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
+         needs=('model_dir',), scope='eval', gin=('InferConfig', 'DecodeConfig', 'MeshConfig')),
+    Mode('compile', 'compile a step for a TPU slice on any machine: memory, collectives, bound on its time', compile_step, """\
+t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain.gin \\
+    --topology=v5e:2x2""",
+         flags=(Flag('topology', 'SLICE', 'slice to compile for, its shape in chips, as in v5p:4x4x4'),
+                Flag('step', 'STEP', 'train, encode or decode; default train'),
+                Flag('search', '', 'look for the best mesh first'),
+                Flag('output', 'FILE', '.json of the plan, with the mesh of --search as .gin beside it'), *GIN_FLAGS),
+         needs=('topology',), scope='train', on_cpu=True,  # libtpu compiles; nothing runs
+         gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'OptimizerConfig', 'TrainConfig', 'InferConfig',
+              'DecodeConfig')),
+    Mode('cache', 'turn the text of a task into tokens, once', cache, """\
+t5x_cpm cache --gin_file=gin/runs/quickstart.gin""",
+         flags=(INIT_FROM, *GIN_FLAGS), scope='train', gin=('TaskConfig', 'LocalTaskConfig')),
+    Mode('convert', 'carry a model over from transformers, or to it: T5, T5 1.1, mT5, Switch', convert, """\
+t5x_cpm convert export --model_dir=runs/example --hf=runs/example_hf
+t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",
+         word=Flag('direction', 'import|export', 'to a new model_dir, as step 0, or to a new folder of transformers'),
+         flags=(Flag('hf', 'DIR', 'folder of transformers, with config.json and weights'), MODEL_DIR,
+                Flag('vocabulary', 'KIND:FILE', 'import: such as sentencepiece:FILE; default what `export` left in the folder'),
+                Flag('objective', 'NAME', "import: how it was trained; default t5, for CPM vocabularies isolated"),
+                Flag('step', 'STEP', 'export: checkpoint to read; default the last')),
+         needs=('direction', 'hf', 'model_dir')),
+    Mode('vocabulary', 'train a vocabulary on text files, in the manner of CPM-2', train_vocabulary, """\
+t5x_cpm vocabulary --input='tasks/corpus/??.txt' --size=2000 --output=runs/vocab.txt""",
+         flags=(TEXTS, FIELD, Flag('size', 'N', 'pieces in all, special tokens included', kind=int, default=8000),
+                Flag('sentinels', 'N', 'marks of masked spans', kind=int, default=100),
+                Flag('byte_fallback', '', 'add the 256 bytes: every text can be written without loss'),
+                Flag('output', 'FILE', 'vocab.txt to write; used as TaskConfig.vocabulary = cpm2:FILE')),
+         needs=('input', 'output')),
+    Mode('tokenize', 'measure how a vocabulary fits text: length, speed, what is lost and why', report_tokens, """\
+t5x_cpm tokenize --vocabulary=cpm2:tasks/corpus/vocab.txt --input='tasks/corpus/??.txt'""",
+         flags=(Flag('vocabulary', 'KIND:FILE', 'as in TaskConfig.vocabulary'), TEXTS, FIELD,
+                Flag('differences', 'N', 'texts whose losses are looked at one by one', kind=int, default=2000)),
+         needs=('vocabulary', 'input')),
+    Mode('tasks', 'list the tasks and mixtures that TaskConfig.name and --tasks may name', list_tasks, """\
+t5x_cpm tasks""", flags=GIN_FLAGS, gin=('TaskConfig',)),
+    Mode('fields', 'list every field that gin can bind, with its type, default and meaning', list_fields, """\
+t5x_cpm fields TrainConfig""", word=Flag('class', '[CLASS]', 'a configuration class; without it all of them')),
+    Mode('files', 'list the gin files that ship: models, runs and meshes', list_files, """\
+t5x_cpm files"""),
+)}
+
+
+def run(arguments: Arguments) -> None:
+  """Checks what a mode needs and calls its function."""
+  mode = arguments.mode
+  is_dry = arguments.get('dry_run')
+  configure.import_modules(arguments.get('import'))
+  for name in mode.needs:
+    # A dry run needs no more than the run that is read.
+    if not arguments.get(name) and (not is_dry or (name == 'model_dir' and mode.scope == 'eval')):
+      flag = mode.find(name)
+      expected = f'--{name}={flag.value}' if flag else f'{mode.word.value} after its name' if mode.word else name
+      raise ConfigError(f'{mode.name} needs {expected}.')
+  if not mode.gin:
+    mode.function(arguments)
+    return
+  if is_dry or mode.on_cpu:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported, which reads it then
+  config = configure.make_config(arguments)
+  if is_dry:
+    configure.dry_run(config)
+  else:
+    mode.function(arguments, config)

@@ -1,0 +1,251 @@
+"""A command line read by a table of modes, and the help that the table makes."""
+
+import argparse
+import dataclasses
+import functools
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import t5x_cpm
+from t5x_cpm.config import ConfigError
+from t5x_cpm.config.fields import did_you_mean
+
+WIDTH = 100  # columns of help
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """A flag of a mode.
+
+  Attributes:
+    name: without the dashes.
+    value: what help shows for its value; '' for a switch.
+    text: of the help.
+    repeat: it may be given several times, and its value is a list.
+    kind: str, or int for a whole number.
+    default: its value where it is not given.
+  """
+
+  name: str
+  value: str
+  text: str
+  repeat: bool = False
+  kind: type = str
+  default: Any = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+  """A mode of the program.
+
+  Attributes:
+    name: what is typed.
+    text: what it does, in a line.
+    function: runs it; called with the Arguments and, where the mode reads gin, the Config.
+    example: shell commands that run as they are, from the top of a clone.
+    flags: its own, beside those of every mode that reads gin.
+    needs: the flags without which it cannot run.
+    gin: the configuration classes that it reads; () for a mode without configuration.
+    scope: of the gin bindings that apply, 'train' or 'eval'; a mode of 'eval' reads a run.
+    on_cpu: whether it leaves accelerators alone.
+    word: a word that follows the mode's name, as a Flag without dashes; None: there is none.
+  """
+
+  name: str
+  text: str
+  function: Callable[..., None]
+  example: str
+  flags: tuple[Flag, ...] = ()
+  needs: tuple[str, ...] = ()
+  gin: tuple[str, ...] = ()
+  scope: str = ''
+  on_cpu: bool = False
+  word: Flag | None = None
+
+  def find(self, name: str) -> Flag | None:
+    """The flag of this name; None where the mode has none."""
+    return next((flag for flag in self.flags if flag.name == name), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+  """What stands on a command line: values by flag, and `--gin.` overrides without their prefix."""
+
+  mode: Mode
+  values: Mapping[str, Any]
+  overrides: list[str]
+
+  def get(self, name: str) -> Any:
+    """The value of a flag, or '' where the mode has no such flag."""
+    return self.values.get(name, '')
+
+
+class _Parser(argparse.ArgumentParser):
+  """Raises ConfigError instead of ending the program."""
+
+  def error(self, message: str) -> Any:
+    raise ConfigError(message)
+
+
+class _Once(argparse.Action):
+  """Stores a value, and refuses a second one that differs."""
+
+  def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    before = getattr(namespace, self.dest)
+    if before is not self.default and before != values:
+      raise ConfigError(f'{option_string} is given twice: {before!r} and {values!r}.')
+    setattr(namespace, self.dest, values)
+
+
+def _parser(mode: Mode) -> argparse.ArgumentParser:
+  parser = _Parser(
+      prog=f't5x_cpm {mode.name}', description=mode.text[0].upper() + mode.text[1:] + '.', epilog=_epilog(mode), add_help=False,
+      allow_abbrev=False, exit_on_error=False,
+      usage=f't5x_cpm {mode.name}{f" {mode.word.value}" if mode.word else ""}{" [--flag=value ...]" if mode.flags else ""}'
+            + (' [--gin.CLASS.FIELD=VALUE ...]' if mode.gin else ''),
+      formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=WIDTH, max_help_position=28))
+  if mode.word:
+    words = parser.add_argument_group('word')
+    words.add_argument(mode.word.name, metavar=mode.word.value, nargs='?', default='', help=mode.word.text)
+  group = parser.add_argument_group('flags')
+  for flag in mode.flags:
+    text = f'{flag.text} (needed)' if flag.name in mode.needs else flag.text
+    if flag.default != '':
+      text += f' (default: {flag.default})'
+    if flag.repeat:
+      group.add_argument(f'--{flag.name}', metavar=flag.value, action='append', default=[], help=f'{text} (may be repeated)')
+    elif flag.value:
+      group.add_argument(f'--{flag.name}', metavar=flag.value, action=_Once, type=flag.kind, default=flag.default, help=text)
+    else:
+      group.add_argument(f'--{flag.name}', action='store_true', help=text)
+  group.add_argument('--help', '-h', action='store_true', help='print this text')
+  return parser
+
+
+def _epilog(mode: Mode) -> str:
+  parts = []
+  if mode.gin:
+    names = textwrap.fill(', '.join(mode.gin), WIDTH - 2, initial_indent='  ', subsequent_indent='  ')
+    parts.append(f'gin classes (their fields: t5x_cpm fields CLASS)\n{names}')
+  parts.append('example\n' + textwrap.indent(mode.example, '  '))
+  return '\n\n'.join(parts)
+
+
+def print_table(rows: Iterable[tuple[str, str]], width: int = 24) -> None:
+  """Names and what they are, side by side."""
+  for name, text in rows:
+    print(textwrap.fill(text, WIDTH, initial_indent=f'  {name:<{width - 3}} ', subsequent_indent=' ' * width))
+
+
+def print_text(text: str, indent: int) -> None:
+  """Paragraphs, filled."""
+  for number, paragraph in enumerate(text.split('\n\n') if text else ()):
+    print(('\n' if number else '') + textwrap.fill(
+        paragraph, WIDTH, initial_indent=' ' * indent, subsequent_indent=' ' * indent))
+
+
+def print_help(modes: Iterable[Mode]) -> None:
+  """The modes, how configuration is given, and where to read on."""
+  print('usage: t5x_cpm MODE [--flag=value ...] [--gin.CLASS.FIELD=VALUE ...]\n\nmodes')
+  print_table(((mode.name, mode.text) for mode in modes), 14)
+  print("""
+configuration
+  --gin_file=FILE binds fields in a gin file, as in TrainConfig.steps = 200; later files win.
+  --gin.CLASS.FIELD=VALUE binds one, as in --gin.TrainConfig.steps=200, and wins over files.
+  --dry_run prints what that gives, with sizes and learning rates, and stops.
+
+more
+  t5x_cpm MODE --help      flags of a mode, the gin classes that it reads, an example
+  t5x_cpm fields [CLASS]   every field that gin can bind, with its type, default and meaning
+  t5x_cpm files            models, runs and meshes that ship as gin files
+  t5x_cpm tasks            what a run can be trained and evaluated on
+  t5x_cpm --version""")
+
+
+def print_mode_help(mode: Mode) -> None:
+  """Flags, gin classes and an example of one mode."""
+  print(_parser(mode).format_help(), end='')
+
+
+def _mode_first(argv: Sequence[str], modes: Mapping[str, Mode]) -> tuple[str, list[str]]:
+  """The first word that is neither a flag nor the value of one, and all others; '' where there is none."""
+  valued = {flag.name for mode in modes.values() for flag in mode.flags if flag.value}
+  for index, word in enumerate(argv):
+    before = argv[index - 1] if index else ''
+    if not word.startswith('-') and not (before.startswith('--') and before[2:] in valued):
+      return word, [*argv[:index], *argv[index + 1:]]
+  return '', list(argv)
+
+
+def _refuse(word: str, mode: Mode, modes: Mapping[str, Mode]) -> ConfigError:
+  """What is wrong with a word that the parser of a mode does not know."""
+  if not word.startswith('-'):
+    return ConfigError(f'{word!r} is left over after mode {mode.name!r}; flags begin with --.')
+  name = word.lstrip('-').partition('=')[0]
+  owners = [other.name for other in modes.values() if other.find(name)]
+  if owners and word.startswith('--'):
+    listed = ', '.join(owners[:-1]) + (' and ' if owners[1:] else '') + owners[-1]
+    return ConfigError(f'--{name} is a flag of {listed}, not of {mode.name}.')
+  if '.' in name:
+    hint = f' Did you mean --gin.{word.lstrip("-").removeprefix("gin.")}?'
+  else:
+    known = [f'--{flag.name}' for owner in (mode, *modes.values()) for flag in owner.flags]
+    hint = did_you_mean(f'--{name}', dict.fromkeys(known))
+  return ConfigError(f'unknown flag {word.partition("=")[0]}.{hint} `t5x_cpm {mode.name} --help` lists the flags.')
+
+
+def _explain(error: argparse.ArgumentError, mode: Mode) -> ConfigError:
+  """The words of argparse as this program says them."""
+  name = (error.argument_name or '').lstrip('-').partition('/')[0]
+  flag = mode.find(name)
+  value = re.search(r"'(.*)'", error.message)
+  if flag is None or not flag.value:
+    return ConfigError(f'--{name} is a switch and takes no value.')
+  if flag.kind is int and value:
+    return ConfigError(f'--{name}={value[1]}: expected a whole number.')
+  return ConfigError(f'--{name} needs a value: --{name}={flag.value}.')
+
+
+def parse(argv: Sequence[str], modes: Mapping[str, Mode]) -> Arguments | None:
+  """Reads a command line.
+
+  Args:
+    argv: without the name of the program.
+    modes: by name.
+
+  Returns:
+    What it says; None where it asks for help or the version, which has been printed then.
+
+  Raises:
+    ConfigError: what is not known, with the nearest name, or a value that is missing or given twice.
+  """
+  name, rest = _mode_first(argv, modes)
+  asks = {'--help', '-h'} & set(rest)
+  if '--version' in rest:
+    print(f't5x_cpm {t5x_cpm.__version__}')
+    return None
+  if not argv or (asks and not name):
+    print_help(modes.values())
+    return None
+  if name not in modes:
+    given = f'unknown mode {name!r}' if name else 'no mode'
+    raise ConfigError(f'{given}: expected one of {", ".join(modes)}.{did_you_mean(name, modes)}')
+  mode = modes[name]
+  if asks:
+    print_mode_help(mode)
+    return None
+  overrides = [word for word in rest if re.match(r'--gin\.', word)]
+  if overrides and not mode.gin:
+    raise ConfigError(f'{overrides[0]}: {mode.name} reads no gin configuration.')
+  for word in overrides:
+    if '=' not in word:
+      raise ConfigError(f'{word}: expected --gin.CLASS.FIELD=VALUE or --gin.MACRO=VALUE.')
+  try:
+    values, unknown = _parser(mode).parse_known_args([word for word in rest if word not in overrides])
+  except argparse.ArgumentError as error:
+    raise _explain(error, mode) from None
+  if unknown:
+    raise _refuse(unknown[0], mode, modes)
+  return Arguments(mode, vars(values), [word.removeprefix('--gin.') for word in overrides])

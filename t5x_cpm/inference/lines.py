@@ -1,0 +1,91 @@
+"""The input of `infer`: a line of a file is a text to answer, or what is wrong with it."""
+
+import codecs
+import pathlib
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.inference import text
+from t5x_cpm.tasks import text_files
+
+SUFFIXES = ('.txt', '.jsonl')
+
+
+class Line(NamedTuple):
+  """A line of the input: its text, or what is wrong with it. An empty line has the text ''.
+
+  Attributes:
+    number: from 1.
+    text: to answer.
+    error: what is wrong, '' for a good line.
+    others: the other fields of a JSON object, which its answer carries too.
+  """
+
+  number: int
+  text: str
+  error: str = ''
+  others: Mapping[str, Any] = types.MappingProxyType({})
+
+
+def _from_json(number: int, line: str, field: str) -> Line:
+  others: dict[str, Any] = {}
+  try:
+    value = text_files.json_object(line, (field,))
+    others = {name: other for name, other in value.items() if name != field}
+    given, = text_files.texts_of(value, (field,), 'InferConfig.text_field names the field')
+  except text_files.MalformedError as error:
+    return Line(number, '', str(error), others)
+  return Line(number, given if given.strip() else '', '', others)
+
+
+def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
+  """The inputs of a .txt file, one a line, or of a .jsonl file, in `field` of each object."""
+  with path.open('rb') as file:
+    for number, raw in enumerate(file, 1):
+      if number == 1:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+      try:
+        line = raw.decode().strip('\r\n')
+      except UnicodeDecodeError as error:
+        yield Line(number, '', f'byte {error.start} of the line, {raw[error.start]:#04x}, is not UTF-8')
+        continue
+      if path.suffix == '.jsonl' and line.strip():
+        yield _from_json(number, line, field)
+      else:
+        yield Line(number, line if line.strip() else '')
+
+
+def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
+  """Encodes every line that is good; a line that cannot be encoded gets its error."""
+  for line in lines:
+    request = None
+    if line.text and not line.error:
+      try:
+        request = codec.request(line.text)
+      except ConfigError as error:
+        line = line._replace(error=str(error))
+    yield line, request
+
+
+def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config) -> int:
+  """Reads the whole input once, so that a bad line is found before hours of work.
+
+  Args:
+    path: of the input.
+    name: of the input, for errors.
+    codec, config: of the run, with the lengths to use.
+
+  Returns:
+    The number of lines.
+
+  Raises:
+    ConfigError: the first bad line, with its number, unless InferConfig.skip_malformed.
+  """
+  count = 0
+  for line, _ in checked(read_lines(path, config.infer.text_field), codec):
+    count += 1
+    if line.error and not config.infer.skip_malformed:
+      raise ConfigError(f'{name}:{line.number}: {line.error}\nInferConfig.skip_malformed = True leaves such lines unanswered.')
+  return count
