@@ -1,7 +1,9 @@
 """Where data comes from: a table of tasks, and SeqIO objects made from it when they are asked for.
 
-Importing this package imports neither TensorFlow nor SeqIO: listing tasks, naming a cache and refusing an unknown name need
-neither. `get` makes the seqio.Task or seqio.Mixture. Tasks that other modules registered with SeqIO are found by name too.
+`get` makes the seqio.Task or seqio.Mixture that a configuration names, `tokens` what its cache is made from, and `caches` makes
+the cache. Tasks that other modules registered with SeqIO are found by name too. Nothing here knows how tokens become batches.
+Importing the package imports neither TensorFlow nor SeqIO, because listing tasks, naming a cache and refusing an unknown name
+need neither.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from typing import Any
 from t5x_cpm import vocabularies
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.tasks import local, pretrain, quickstart
-from t5x_cpm.tasks.documents import Documents
+from t5x_cpm.tasks.documents import Documents, Source
 from t5x_cpm.tasks.table import MixtureRow, Row
 
 ROWS: dict[str, Row | MixtureRow] = {row.name: row for row in (*quickstart.ROWS, *pretrain.ROWS)}
@@ -28,24 +30,24 @@ _modules: dict[str, str] = {}  # modules that register tasks -> a digest of thei
 
 
 def listing() -> dict[str, str]:
-  """Every name that TaskConfig.name may hold, with a line about each."""
+  """Every name that TaskConfig.name may have, with a line about each."""
   texts = {name: row.text for name, row in ROWS.items()} | _FREE
   return texts | {name: 'registered with SeqIO' for name in sorted(_registered() - set(texts)) if not _MADE.search(name)}
 
 
 def remember_modules(names: list[str]) -> None:
-  """Names modules that register tasks with SeqIO, so that the workers of the cache can import them as well."""
+  """Remembers modules that register tasks with SeqIO, so that the processes that make a cache can import them as well."""
   for name in names:
     _modules.setdefault(name, _code(name))
 
 
 def imported() -> list[str]:
-  """The modules that were named."""
+  """The modules that `remember_modules` was told."""
   return list(_modules)
 
 
 def import_modules(names: list[str]) -> None:
-  """Imports modules that register tasks, in a worker of the cache."""
+  """Imports modules that register tasks, in a process that makes a cache."""
   for name in names:
     importlib.import_module(name)
   remember_modules(names)
@@ -57,10 +59,10 @@ def in_any_process(config: Config) -> bool:
 
 
 def identity(config: Config) -> dict:
-  """What determines the tokens of a task: the name of its cache is a hash of it.
+  """What determines the tokens of a task; the name of its cache is a hash of this.
 
-  The text of files is not part of it: `cache.stale` looks at that. For tasks of other modules their code is, since nothing
-  else is known of them.
+  The text of files does not belong to it, because `caches.stale` looks at that. The code of other modules does, because nothing
+  else is known about their tasks.
 
   Raises:
     ConfigError: an unknown name.
@@ -84,12 +86,12 @@ def identity(config: Config) -> dict:
 
 
 def _absolute(path: str) -> str:
-  """So that the same words in another folder are another cache."""
+  """An absolute path, so that the same words in another folder name another cache."""
   return path if '://' in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _code(name: str) -> str:
-  """A digest of the Python files of a module's package that are imported by now."""
+  """A digest of those Python files of a module's package that have been imported."""
   package = name.partition('.')[0]
   digest = hashlib.blake2b(digest_size=8)
   for module in sorted(sys.modules):
@@ -100,15 +102,15 @@ def _code(name: str) -> str:
 
 
 def get(config: Config) -> Any:
-  """The seqio.Task or seqio.Mixture that `config.task` names; imports TensorFlow, which sees no GPU.
+  """Makes the seqio.Task or seqio.Mixture that `config.task` names. Imports TensorFlow, from which GPUs are hidden.
 
   Raises:
-    ConfigError: no such task (with near names), no vocabulary, no file.
+    ConfigError: there is no such task (the message has near names), no vocabulary, or no file.
   """
   row = _row(config)
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
-  source = _documents(row, config) if isinstance(row, Row) else None  # a wrong glob is told before TensorFlow is imported
+  source = _documents(row, config) if isinstance(row, Row) else None  # before TensorFlow, so that a wrong glob is told at once
   from t5x_cpm.tasks import make
   if row is None:
     return make.registered(config.task.name)
@@ -118,7 +120,7 @@ def get(config: Config) -> Any:
 
 
 def parts(config: Config) -> dict[str, float] | None:
-  """The tasks of a mixture with their rates; None for a task. Imports TensorFlow for what other modules registered only."""
+  """The tasks of a mixture with their rates; None for a task. Imports TensorFlow only for what other modules registered."""
   row = _row(config)
   if row is not None:
     return _rates(row, config) if isinstance(row, MixtureRow) else None
@@ -126,8 +128,8 @@ def parts(config: Config) -> dict[str, float] | None:
   return {task.name: float(provider.get_rate(task)) for task in provider.tasks} if hasattr(provider, 'tasks') else None
 
 
-def tokens(config: Config) -> Any:
-  """What the cache of a task is made from: `shards`, `features`, `files`, `patterns`, and `tokens` of a shard.
+def tokens(config: Config) -> Source:
+  """What the cache of a task is made from.
 
   Documents of quickstart and local tasks are tokenized without TensorFlow, others by running their SeqIO task.
   """

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import hashlib
 import json
@@ -11,12 +10,14 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from t5x_cpm import tasks
+from t5x_cpm import files, tasks
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache
 from t5x_cpm.tasks import cache_build
+from t5x_cpm.tasks.documents import Source
+from t5x_cpm.vocabularies import Vocabulary
 
 
 def root(config: Config) -> pathlib.Path:
@@ -32,49 +33,63 @@ def directory(config: Config) -> pathlib.Path:
   return root(config) / f'{readable}-{hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()}'
 
 
+def _file_states(paths: Iterable[str]) -> list[list]:
+  """[path, bytes, time of change in ns] of each file, by which an edit is noticed."""
+  states = []
+  for path in sorted({os.path.abspath(path) for path in paths}):
+    status = os.stat(path)
+    states.append([path, status.st_size, status.st_mtime_ns])
+  return states
+
+
+def describe_source(source: Source, vocabulary: Vocabulary) -> dict:
+  """What a cache is made from, for its cache.json: globs, and the state of every file."""
+  return {'patterns': list(source.patterns), 'files': _file_states(source.files),
+          'vocabulary': _file_states(vocabulary.files)}
+
+
 def stale(path: pathlib.Path) -> str | None:
   """Why a complete cache must be made again, or None. A cache whose sources are all gone stays good."""
   info = json.loads((path / 'cache.json').read_text())
   if info['format'] != cache.FORMAT:
     return f'it has format {info["format"]}, expected {cache.FORMAT}'
   source = info['source']
-  vocabulary = [name for name, *_ in source['vocabulary'] if os.path.exists(name)]
-  before = {name: rest for name, *rest in source['files'] + source['vocabulary']}
+  of_vocabulary = {name for name, *_ in source['vocabulary']}
+  before = {name: state for name, *state in source['files'] + source['vocabulary']}
   data = [name for name, *_ in source['files'] if os.path.exists(name)]
   data += [name for pattern in source['patterns'] for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-  now = {name: rest for name, *rest in cache.file_states(data + vocabulary)}
+  now = {name: state for name, *state in _file_states(data + [name for name in of_vocabulary if os.path.exists(name)])}
   for name in sorted(set(before) | set(now)):
     if name not in before:
       return f'{name} is new'
     if name in now and before[name] != now[name]:
       return f'{name} changed'
-    if name not in now and data and name not in {name for name, *_ in source['vocabulary']}:
+    if name not in now and data and name not in of_vocabulary:
       return f'{name} is gone'
   return None
-
-
-@contextlib.contextmanager
-def lock(path: pathlib.Path) -> Iterator[None]:
-  """Holds a cache folder for one process at a time; the system frees it when the process ends, however it ends."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = open(path.with_name(path.name + '.lock'), 'w')  # noqa: SIM115
-  except OSError as error:
-    raise ConfigError(f'the cache folder {path.parent} cannot be written ({error.strerror}): set TaskConfig.cache_dir or '
-                      '$T5X_CPM_CACHE to a folder of your own.') from error
-  with handle:
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
 
 
 def is_ready(path: pathlib.Path) -> bool:
   """Whether the cache and, for a mixture, those of its tasks are complete and agree with their sources."""
   if not (path / 'cache.json').is_file():
     return False
-  parts = json.loads((path / 'cache.json').read_text()).get('components')
-  if parts is None:
+  components = json.loads((path / 'cache.json').read_text()).get('components')
+  if components is None:
     return stale(path) is None
-  return all(is_ready(path.parent / part['directory']) for part in parts)
+  return all(is_ready(path.parent / component['directory']) for component in components)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+  """Waits until no other process makes this cache, and keeps others from it."""
+  with contextlib.ExitStack() as held:
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      held.enter_context(files.lock(path.with_name(path.name + '.lock'), wait=True))
+    except OSError as error:
+      raise ConfigError(f'the cache folder {path.parent} cannot be written ({error.strerror}): set TaskConfig.cache_dir or '
+                        '$T5X_CPM_CACHE to a folder of your own.') from error
+    yield
 
 
 def build(config: Config, *, progress: bool = True) -> pathlib.Path:
@@ -96,24 +111,28 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
   path = directory(config)
   if is_ready(path):
     return path
-  with lock(path):
+  with _locked(path):
     if is_ready(path):  # another process made it while this one waited
       return path
     rates = tasks.parts(config)
-    if rates is not None:
-      parts = []
+    if rates is None:
+      _build_task(config, path, progress)
+    else:
+      built = []
       for name, rate in rates.items():
         part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
-        parts.append({'name': name, 'rate': rate, 'directory': build(part, progress=progress).name})
-      path.mkdir(exist_ok=True)
-      cache.write_json(path / 'cache.json', {'format': cache.FORMAT, 'task': config.task.name, 'components': parts})
-    else:
-      if (path / 'cache.json').is_file():
-        print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)
-        shutil.rmtree(path)
-      try:
-        cache_build.build_task(config, path, progress=progress)
-      except OSError as error:
-        raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}. Set TaskConfig.cache_dir or '
-                          '$T5X_CPM_CACHE to a folder with more room.') from error
+        built.append((name, rate, build(part, progress=progress)))
+      cache.finish_mixture(path, config.task.name, built)
   return path
+
+
+def _build_task(config: Config, path: pathlib.Path, progress: bool) -> None:
+  if (path / 'cache.json').is_file():
+    print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)
+    shutil.rmtree(path)
+  try:
+    source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
+    cache_build.build(config, path, source, vocabulary, describe_source(source, vocabulary), progress=progress)
+  except OSError as error:
+    raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}. Set TaskConfig.cache_dir or '
+                      '$T5X_CPM_CACHE to a folder with more room.') from error

@@ -1,12 +1,12 @@
-"""Documents that Python code reads: what quickstart and local tasks are made of. No TensorFlow.
+"""Documents that Python code reads without TensorFlow: those of quickstart and local tasks.
 
-The cache takes their tokens from here directly; `make` wraps the same object as a SeqIO data source for everything else.
+A cache takes their tokens from here directly. For everything else `sources` wraps the same object as a SeqIO data source.
 """
 
 import collections
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,24 +14,41 @@ from t5x_cpm.vocabularies import Vocabulary
 
 BATCH = 256  # documents that are tokenized together
 Read = Callable[[str, int, collections.Counter], Iterator[tuple[str, ...]]]
-Side = tuple[np.ndarray, np.ndarray]  # flat ids and the length of each document
+Side = tuple[np.ndarray, np.ndarray]  # the ids of all documents, flat, and the length of each document
+
+
+class Source(Protocol):
+  """What a cache is made from.
+
+  Attributes:
+    shards: how many shards each split has.
+    features: the names of the texts, ['targets'] or ['inputs', 'targets'].
+    files: paths of what the documents are read from, so that changes are noticed.
+    patterns: globs of these files, so that new ones are noticed.
+  """
+
+  shards: dict[str, int]
+  features: list[str]
+  files: Sequence[str]
+  patterns: Sequence[str]
+
+  def tokens(self, split: str, shard: int, vocabulary: Vocabulary, skipped: collections.Counter) -> Iterator[list[Side]]:
+    """The tokens of a shard, by batches: for each feature the flat ids and the lengths, without end of document."""
 
 
 class Documents:
   """The documents of a task, shard by shard.
 
   Args:
-    read: (split, shard, count of what is skipped) -> documents, each a tuple of texts.
-    shards: how many shards each split has.
-    features: names of the texts.
-    files: what the documents are read from, so that changes are noticed.
-    patterns: globs of these files, so that new ones are noticed.
+    read: (split, shard, counter of what is skipped) -> documents, each a tuple of texts.
+    shards, features, files, patterns: as in `Source`.
   """
 
   def __init__(self, read: Read, shards: Mapping[str, int], features: Sequence[str], files: Sequence[str] = (),
                patterns: Sequence[str] = ()):
     self.read, self.shards, self.features = read, dict(shards), list(features)
-    self.files, self.patterns = list(files), list(patterns)
+    self.files: Sequence[str] = list(files)
+    self.patterns: Sequence[str] = list(patterns)
 
   def texts(self, split: str, shards: Sequence[int], skipped: collections.Counter) -> Iterator[list[tuple[str, ...]]]:
     """The documents of some shards, by batches."""

@@ -50,10 +50,10 @@ def part(name: str, config: LocalTaskConfig) -> LocalTaskConfig:
 
 
 def documents(name: str, config: Config) -> Documents:
-  """The documents of 'local' or 'local:NAME'; without files of its own validation takes a part of those of training.
+  """The documents of 'local' or 'local:NAME'. Validation takes a share of the documents of training if it has no files.
 
   Raises:
-    ConfigError: as `find`, or all files are empty.
+    ConfigError: as in `find`, or all files are empty.
   """
   own, pairs = part(name, config.local_task), config.task.objective == 'pairs'
   assert isinstance(own.files, str) and isinstance(own.validation_files, str)
@@ -83,7 +83,7 @@ def find(pattern: str, field: str, pairs: bool) -> list[str]:
   """The files of a glob, in a fixed order.
 
   Raises:
-    ConfigError: there are none, or one is of a kind that cannot be read.
+    ConfigError: there are none, or one of them is of a kind that cannot be read.
   """
   pattern = os.path.expanduser(pattern)
   files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))

@@ -1,4 +1,4 @@
-"""SeqIO tasks and mixtures from the rows of the tables. Imports TensorFlow."""
+"""Makes SeqIO tasks and mixtures from the rows of the tables. Imports TensorFlow."""
 
 import collections
 import hashlib
@@ -14,16 +14,16 @@ from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.tasks import documents, metrics, pretrain, seqio_vocabulary, sources
 from t5x_cpm.tasks.table import Row
 
-MOST_SHARDS = 512  # of a cache while it is built
+MOST_SHARDS = 512  # of a split, while a cache is made
 
 
 def task(row: Row, source: documents.Documents | None, vocabulary: vocabularies.Vocabulary) -> seqio.Task:
-  """Makes the SeqIO task of a row: source -> text features -> ids. No end of document: the objective adds it.
+  """Makes the SeqIO task of a row: source -> text features -> ids, without the end of document, which the objective adds.
 
   Args:
-    row: of a table.
-    source: its documents, or None where they come from TFDS.
-    vocabulary: that makes the ids.
+    row: a row of a table.
+    source: its documents; None if they come from TFDS.
+    vocabulary: what makes the ids.
   """
   if source is None:
     data, preprocessors = _tfds_source(row)
@@ -41,7 +41,7 @@ def task(row: Row, source: documents.Documents | None, vocabulary: vocabularies.
 
 
 def mixture(name: str, parts: Sequence[tuple[seqio.Task, float]]) -> seqio.Mixture:
-  """Makes a SeqIO mixture of tasks that are made."""
+  """Makes a SeqIO mixture of tasks that have been made."""
   return seqio.Mixture(_seqio_name(name, '+'.join(part.name for part, _ in parts)), [(part.name, rate) for part, rate in parts])
 
 
@@ -60,7 +60,7 @@ def vocabulary_of(provider: Any, config: Config) -> vocabularies.Vocabulary:
   """The vocabulary of a task that another module registered.
 
   Raises:
-    ConfigError: it is of a kind that t5x_cpm does not know, or another than TaskConfig.vocabulary.
+    ConfigError: it is of a kind that t5x_cpm does not know, or is not TaskConfig.vocabulary.
   """
   name = config.task.name
   theirs = provider.output_features['targets'].vocabulary
@@ -92,7 +92,7 @@ def _tfds_source(row: Row) -> tuple[seqio.DataSource, list[Callable]]:
   if not builder.info.splits:
     try:
       builder.download_and_prepare()
-    except Exception as error:  # of the network, of a missing package, of a disk: TFDS names no common class
+    except Exception as error:  # the network, a missing package, a full disk: TFDS has no common class for these
       raise ConfigError(f'TaskConfig.name = {row.name!r}: {row.source!r} is not in {builder.data_dir} and could not be '
                         f'prepared ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}). Make it with '
                         f'`tfds build {row.source}`, or set TFDS_DATA_DIR to where it is.') from error
@@ -122,13 +122,14 @@ def _tfds_source(row: Row) -> tuple[seqio.DataSource, list[Callable]]:
 
 
 class TaskTokens:
-  """The tokens of any SeqIO task, with the face of `documents.Documents`.
+  """The tokens of any SeqIO task, as a `documents.Source`.
 
   Raises:
-    ConfigError: the task has no targets, or a feature that is no sequence of integers.
+    ConfigError: the task has no targets, or a feature that is not a sequence of integers.
   """
 
-  files, patterns = (), ()
+  files: Sequence[str] = ()
+  patterns: Sequence[str] = ()
 
   def __init__(self, made: seqio.Task, name: str):
     self.task, self.name = made, name

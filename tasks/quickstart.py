@@ -28,25 +28,25 @@ ROWS = (
 
 
 def documents(row: Row) -> Documents:
-  """The documents of one part of the corpus: a text, or inputs and targets."""
+  """The documents of one row: texts, or inputs and targets."""
   features = ['inputs', 'targets'] if row.pairs else ['targets']
   return Documents(lambda split, shard, skipped: _read(row.source, split), {'train': 1, 'validation': 1}, features,
                    [_file(row.source)])
 
 
-def _file(part: str) -> str:
-  name = {'zh': 'corpus/zh.txt', 'en': 'corpus/en.txt', 'parallel': 'corpus/parallel.tsv'}.get(part, 'stories.py')
+def _file(source: str) -> str:
+  name = {'zh': 'corpus/zh.txt', 'en': 'corpus/en.txt', 'parallel': 'corpus/parallel.tsv'}.get(source, 'stories.py')
   return str(CORPUS.parent / name)
 
 
-def _read(part: str, split: str) -> Iterator[tuple[str, ...]]:
-  if part in ('stories', 'arithmetic'):
+def _read(source: str, split: str) -> Iterator[tuple[str, ...]]:
+  if source in ('stories', 'arithmetic'):
     for index in STORIES[split]:
       for language in stories.LANGUAGES:
         story = stories.story(index, language)
-        yield (story.text,) if part == 'stories' else (story.question, story.answer)
+        yield (story.text,) if source == 'stories' else (story.question, story.answer)
     return
-  lines = pathlib.Path(_file(part)).read_text(encoding='utf-8').splitlines()
+  lines = pathlib.Path(_file(source)).read_text(encoding='utf-8').splitlines()
   for number, line in enumerate(line for line in lines if line.strip()):
     if (number % HELD_OUT == HELD_OUT - 1) == (split == 'validation'):
       sides = line.split('\t')

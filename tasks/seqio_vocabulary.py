@@ -15,7 +15,7 @@ class SeqioVocabulary(seqio.Vocabulary):
   """A seqio.Vocabulary of the same ids. Sentinels count as its extra ids only where they are the last ids, as in T5."""
 
   def __init__(self, vocabulary: Vocabulary):
-    """vocabulary: any of `t5x_cpm.vocabularies`."""
+    """Wraps any vocabulary of `t5x_cpm.vocabularies`."""
     super().__init__(extra_ids=0)
     self.vocabulary = vocabulary
 

@@ -1,7 +1,8 @@
-"""SeqIO data sources over Python readers, and tokenization by batches. Imports TensorFlow, which sees no GPU."""
+"""SeqIO data sources over Python readers, and tokenization by batches. Imports TensorFlow and hides GPUs from it."""
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,14 +17,14 @@ tf.config.set_visible_devices([], 'GPU')
 
 
 class _State:
-  """What a reader that runs in a thread of TensorFlow has to say to the caller."""
+  """What a reader, which runs in a thread of TensorFlow, has to tell its caller."""
 
   error: Exception | None = None
 
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-  """Within it an error of a reader is raised as itself, not as TensorFlow's report of it."""
+  """Raises an error of a reader as itself within the block, not as TensorFlow's report of it."""
   _State.error = None
   try:
     yield
@@ -49,7 +50,7 @@ class TextSource(seqio.DataSource):
 
   def get_dataset(self, split='train', shuffle=True, seed=None, shard_info=None, *, sequence_length=None,
                   use_cached=False, num_epochs=1) -> tf.data.Dataset:
-    del sequence_length, use_cached, num_epochs  # of the interface; other sources do not use them either
+    del sequence_length, use_cached, num_epochs  # the interface has them, and other sources do not use them either
     mine = np.arange(self.documents.shards[split])
     if shard_info:
       mine = mine[shard_info.index::shard_info.num_shards]
@@ -72,26 +73,32 @@ def tokenize(vocabulary: Vocabulary, features: Sequence[str]) -> Callable[[tf.da
   """A preprocessor that turns texts into ids, many at a time, and keeps the text as `<feature>_pretokenized`.
 
   Args:
-    vocabulary: whose `encode_batch` is called.
-    features: names of the texts.
+    vocabulary: what makes the ids.
+    features: the names of the texts.
   """
 
-  def encode(texts):
+  return functools.partial(_tokenize, vocabulary=vocabulary, features=features)
+
+
+def _tokenize(dataset: tf.data.Dataset, vocabulary: Vocabulary, features: Sequence[str]) -> tf.data.Dataset:
+  batched = dataset.batch(documents.BATCH).map(functools.partial(_encode_batch, vocabulary=vocabulary, features=features))
+  return batched.unbatch().map(functools.partial(_dense, features=features))
+
+
+def _encode_batch(batch: dict[str, tf.Tensor], vocabulary: Vocabulary, features: Sequence[str]) -> dict[str, Any]:
+  def encode(texts: tf.Tensor) -> documents.Side:
     return documents.encode(vocabulary, [text.decode() for text in texts.numpy()])
 
-  def encode_batch(batch):
-    for feature in features:
-      flat, lengths = tf.py_function(encode, [batch[feature]], (tf.int32, tf.int64))
-      flat.set_shape([None])
-      lengths.set_shape([None])
-      ragged: Any = tf.RaggedTensor
-      batch = batch | {feature: ragged.from_row_lengths(flat, lengths, validate=False),
-                       f'{feature}_pretokenized': batch[feature]}
-    return batch
+  ragged: Any = tf.RaggedTensor
+  for feature in features:
+    flat, lengths = tf.py_function(encode, [batch[feature]], (tf.int32, tf.int64))
+    flat.set_shape([None])
+    lengths.set_shape([None])
+    batch = batch | {feature: ragged.from_row_lengths(flat, lengths, validate=False),
+                     f'{feature}_pretokenized': batch[feature]}
+  return batch
 
-  def preprocess(dataset):
-    def dense(x):
-      return x | {f: tf.ensure_shape(x[f].to_tensor() if isinstance(x[f], tf.RaggedTensor) else x[f], [None]) for f in features}
-    return dataset.batch(documents.BATCH).map(encode_batch).unbatch().map(dense)
 
-  return preprocess
+def _dense(example: dict[str, Any], features: Sequence[str]) -> dict[str, Any]:
+  ids = {f: example[f].to_tensor() if isinstance(example[f], tf.RaggedTensor) else example[f] for f in features}
+  return example | {feature: tf.ensure_shape(value, [None]) for feature, value in ids.items()}

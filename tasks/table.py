@@ -1,4 +1,4 @@
-"""What a row of the tables of tasks holds."""
+"""What the rows of the tables of tasks are made of."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A task. The text of a document comes from `source`; a task of pairs has inputs and targets."""
+  """A task. Its documents are texts, or inputs and targets in a task of pairs."""
 
   name: str
   text: str  # what it is, for `t5x_cpm tasks`
   kind: str  # where documents come from: 'quickstart', 'tfds' or 'local'
-  source: str = ''  # of 'tfds' the builder, of 'quickstart' the part of the corpus
-  splits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of 'tfds': our split -> the builder's
-  field: str = ''  # of 'tfds': the feature with the text; '' is the only text feature
+  source: str = ''  # for 'tfds' the builder, for 'quickstart' which texts of the corpus
+  splits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for 'tfds': our split -> the builder's
+  field: str = ''  # for 'tfds': the feature that has the text; '' is the only text feature
   vocabulary: str = ''  # used when TaskConfig.vocabulary is ''
   pairs: bool = False
   metrics: tuple[str, ...] = ()  # functions of tasks/metrics.py
@@ -21,7 +21,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureRow:
-  """A mixture of other rows; rates are shares of the rows of a batch."""
+  """A mixture of other rows of the tables. Rates are shares of the rows of a batch."""
 
   name: str
   text: str

@@ -1,4 +1,4 @@
-"""Reading documents from .txt and .jsonl files, plain or .gz: strict, by byte range, with file and line in every complaint."""
+"""Reads documents from .txt and .jsonl files, plain or .gz: strictly, by byte range, with file and line in every complaint."""
 
 import collections
 import gzip
@@ -12,7 +12,7 @@ from typing import Any
 from t5x_cpm.config import LocalTaskConfig
 from t5x_cpm.data.cache import DataError
 
-UNIT_BYTES = 4 << 20  # of one shard
+UNIT_BYTES = 4 << 20  # how much of a file is one shard
 _BOM = b'\xef\xbb\xbf'
 _BLANK_LINE = re.compile(rb'\n[ \t\r]*\n')
 
@@ -56,15 +56,15 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
   """The documents of a range: one text, or inputs and targets. Blank lines and empty documents are left out.
 
   Args:
-    path: of the file.
-    begin: first byte, at the start of a document.
-    end: last byte + 1, or -1 for the end of the file.
-    config: text_document, skip_malformed.
-    fields: of a JSON line; of a .txt file there is one text whatever its name.
-    skipped: counts what skip_malformed leaves out.
+    path: the file.
+    begin: the first byte, at the start of a document.
+    end: the last byte + 1, or -1 for the end of the file.
+    config: `text_document` and `skip_malformed` are read.
+    fields: the fields of a JSON line that have the texts; a .txt file has one text, whatever it is called here.
+    skipped: counts the documents that are left out, by reason.
 
   Raises:
-    DataError: a line that is no UTF-8 or no JSON object with these fields, unless it is to be skipped.
+    DataError: a line is not UTF-8, or not a JSON object with these fields, and it is not to be skipped.
   """
   reader = _json_lines if '.jsonl' in path.rsplit('/', 1)[-1] else _texts
   opener = gzip.open if path.endswith('.gz') else open
@@ -90,11 +90,11 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
 
 
 class MalformedError(Exception):
-  """A document that cannot be read; the message has no place."""
+  """A document that cannot be read. The message does not say where it is, only `line`: which line of the document."""
 
   def __init__(self, text: str, line: int = 0):
     super().__init__(text)
-    self.line = line  # of the document
+    self.line = line
 
 
 def _lines(f, size: int) -> Iterator[bytes]:
@@ -170,7 +170,7 @@ def json_object(line: str, fields: tuple[str, ...]) -> dict[str, Any]:
     raise MalformedError(f'malformed JSON ({error.msg} at column {error.colno})') from None
   except RecursionError:
     raise MalformedError('malformed JSON (nested too deeply)') from None
-  except ValueError:  # Python's limit of the digits of an integer
+  except ValueError:  # Python limits the digits of an integer
     raise MalformedError('malformed JSON (a number of too many digits)') from None
   if not isinstance(value, dict):
     raise MalformedError(f'expected a JSON object with {" and ".join(map(repr, fields))}, got {line[:40]!r}')

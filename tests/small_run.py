@@ -35,6 +35,17 @@ def small_state(seed=0, size=4):
   return {'step': jnp.int32(seed), 'params': params, 'opt_state': opt_state, 'extra': {}, 'halted': jnp.bool(False)}
 
 
+def axes_of(state):
+  """Logical axes of a state: what stands under `layers` or `experts` is a stack of layers, and wi_0 one of experts as well."""
+
+  def names(path, leaf):
+    words = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+    stack = (('layers',) if {'layers', 'experts'} & set(words) else ()) + (('expert',) if words[-1] == 'wi_0' else ())
+    return (*stack, *(None,) * (leaf.ndim - len(stack)))
+
+  return jax.tree_util.tree_map_with_path(names, state)
+
+
 def abstract(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
@@ -53,7 +64,7 @@ def config(**fields):
 def saved(model_dir, steps=(1,), cfg=None, metrics=None):
   with Manager(model_dir, cfg or config(), info=INFO) as manager:
     for step in steps:
-      manager.save(step, small_state(step), (metrics or {}).get(step))
+      manager.save(step, small_state(step), (metrics or {}).get(step), axes=axes_of(small_state(step)))
   return read_run(model_dir).steps
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import small_data
 
-from t5x_cpm import tasks
+from t5x_cpm import files, tasks
 from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data import cache
 from t5x_cpm.data.cache import DataError
-from t5x_cpm.tasks import cache_build, caches
+from t5x_cpm.tasks import cache_units, caches
 
 CHARS = [chr(c) for c in range(0x4E00, 0x5200)]
 
@@ -109,7 +109,7 @@ def test_a_cache_of_another_format_is_made_again(tmp_path, capfd):
   write_texts(tmp_path / 'a.txt', np.random.default_rng(0), 20)
   config = make_config(tmp_path, str(tmp_path / 'a.txt'))
   path = caches.build(config, progress=False)
-  cache.write_json(path / 'cache.json', {'format': 0})
+  files.write_json(path / 'cache.json', {'format': 0})
   caches.build(config, progress=False)
   assert 'it has format 0, expected 1' in capfd.readouterr().err
   assert caches.is_ready(path)
@@ -120,7 +120,7 @@ def test_the_source_may_change_while_a_build_is_unfinished(tmp_path, capfd):
   write_texts(tmp_path / 'a.txt', rng, 20)
   config = make_config(tmp_path, str(tmp_path / 'a.txt'), validation_fraction=0.0)
   path = caches.build(config, progress=False)
-  cache.write_json(path / 'plan.json', {'units': ['train-00000-of-00001'], 'source': {}, 'vocabulary': ''})
+  files.write_json(path / 'plan.json', {'units': ['train-00000-of-00001'], 'source': {}, 'vocabulary': ''})
   (path / 'cache.json').unlink()
   texts = write_texts(tmp_path / 'a.txt', rng, 30)
   caches.build(config, progress=False)
@@ -228,7 +228,7 @@ def test_an_error_in_a_worker_arrives(large):
 # In a worker only, whatever a user's module does when its documents are read.
 BROKEN = """
 import sys
-from t5x_cpm import tasks
+from t5x_cpm import files, tasks
 if 'pytest' not in sys.modules:
   tasks.tokens = lambda config: {}['no such field']
 """
@@ -273,18 +273,18 @@ def test_a_killed_build_goes_on_with_the_shards_that_are_missing(large):
   assert not (path / 'cache.json').exists() and not caches.is_ready(path)
   kept = {file: file.stat().st_mtime_ns for file in path.glob('*-of-*.json')}
   made = []
-  original = cache_build.run_unit
+  original = cache_units.write
 
   def remember(source, unit, *rest):
     made.append(unit.name)
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
     return original(source, unit, *rest)
 
-  cache_build.run_unit = remember
+  cache_units.write = remember
   try:
     info = cache.Cache(caches.build(config, progress=False)).info
   finally:
-    cache_build.run_unit = original
+    cache_units.write = original
   assert info == expected
   assert not {file.stem for file in kept} & set(made) and len(kept) + len(made) == 6
 
@@ -295,7 +295,7 @@ import tensorflow as tf, tensorflow_datasets as tfds
 import small_data
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import cache
-from t5x_cpm.tasks import cache_build, caches
+from t5x_cpm.tasks import caches
 texts = [f'text {i}' for i in range(200)]
 features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'id': tf.int64})
 splits = {'train': texts[:150], 'zh': texts[150:], 'zh-validation': texts[:7]}

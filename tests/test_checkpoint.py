@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from small_run import INFO, abstract, assert_same, config, python, saved, small_state, tmpfs
 
+from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import arrays
 from t5x_cpm.checkpoints.arrays import load_params
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.checkpoints.run_directory import CheckpointError, read_run
-from t5x_cpm.config import Config
+from t5x_cpm.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TaskConfig, TrainConfig
+from t5x_cpm.training import step
 
 
 def test_restores_bit_for_bit(tmp_path):
@@ -207,6 +209,31 @@ def test_one_layer_slice_per_chunk(tmp_path, monkeypatch):
     assert np.prod(chunk(f'{prefix}/token_embedder/embedding')) * 4 <= 64
 
 
+@pytest.mark.parametrize('name, router', [('adamw', 'loss_free'), ('adafactor', 'random_projection')])
+def test_chunks_are_those_of_earlier_checkpoints(name, router):
+  """Of every array of a run: the rule by path that the first checkpoints were cut by, against the rule by logical axes."""
+
+  def by_path(path, leaf):
+    names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+    if 'experts' in names and leaf.ndim == 4:
+      return (0, 1)
+    return (0,) if leaf.ndim > 1 and {'layers', 'routers', 'experts'} & set(names) else ()
+
+  moe = MoEConfig(num_experts=4, group_size=512, encoder_every=2, router=router, decoder_router='top_2', shared_experts=1)
+  cfg = Config(
+      model=ModelConfig(vocab_size=128, d_model=128, d_ff=128, num_encoder_layers=4, num_decoder_layers=2, moe=moe),
+      task=TaskConfig(encoder_length=128, decoder_length=128), train=TrainConfig(batch_size=8),
+      optimizer=OptimizerConfig(name=name, weight_decay=0.0))
+  built = step.build(cfg, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  state = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), built.abstract_state)
+  found = jax.tree.map(lambda args: tuple(args.shard_axes), arrays.save_args(state, built.axes))
+  wanted = jax.tree_util.tree_map_with_path(by_path, state)
+  assert found == wanted
+  kinds = {leaf.ndim: axes for leaf, axes in zip(jax.tree.leaves(state), jax.tree.leaves(
+      wanted, is_leaf=lambda x: isinstance(x, tuple)), strict=True) if axes}
+  assert kinds == {2: (0,), 3: (0,), 4: (0, 1)}
+
+
 def test_kill_9_during_a_save(tmp_path):
   """The process is killed while the second checkpoint is being written; the first one is what is left."""
   code = '''
@@ -258,6 +285,7 @@ def test_on_eight_devices(tmp_path):
     from t5x_cpm import mesh as mesh_lib
     from t5x_cpm.checkpoints import arrays, run_directory
     from t5x_cpm.checkpoints.manager import Manager
+    from t5x_cpm.models.leaf import Leaf
     from t5x_cpm.training import losses, optimizer
 
     axes = {'experts': {'encoder': {'wi': ('layers', 'embed', 'mlp')}}, 'lm_head': ('embed', 'vocab')}
@@ -267,9 +295,10 @@ def test_on_eight_devices(tmp_path):
     def setup(name, **sizes):
       count = sizes['data'] * sizes['model']
       mesh = mesh_lib.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
-      tx = optimizer.make(OptimizerConfig(name=name), 10, axes, params)
+      leaves = jax.tree.map(lambda names, p: Leaf('', p.shape, p.dtype, names), axes, params, is_leaf=mesh_lib.is_names)
+      tx = optimizer.make(OptimizerConfig(name=name), 10, leaves)
       init = lambda p: {'params': p, 'opt_state': tx.init(p)}
-      names = {'params': axes, 'opt_state': optimizer.state_axes(tx, params, axes)}
+      names = {'params': axes, 'opt_state': tx.axes}
       shardings = mesh_lib.shardings(mesh, names)
       abstract = jax.tree.map(
           lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init, params), shardings)

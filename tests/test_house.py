@@ -26,6 +26,7 @@ ORDER = (
     r't5x_cpm\.config\.(describe|typed)',
     r't5x_cpm\.config\.gin',
     r't5x_cpm\.config',
+    r't5x_cpm\.(files|progress)',
     r't5x_cpm\.(backend|chips|mesh)',
     r't5x_cpm\.cluster(\.\w+)?',
     r't5x_cpm\.vocabularies(\.\w+)?',
@@ -44,8 +45,7 @@ ORDER = (
     r't5x_cpm\.__main__',
 )
 TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'}
-MAY_IMPORT_TENSORFLOW = ('t5x_cpm/tasks/seqio_vocabulary.py', 't5x_cpm/tasks/cache_build.py', 't5x_cpm/inference/evaluate.py',
-                         't5x_cpm/tasks/')
+MAY_IMPORT_TENSORFLOW = ('t5x_cpm/inference/evaluate.py', 't5x_cpm/tasks/')
 MAY_IMPORT_NNX = ('t5x_cpm/models/', 't5x_cpm/tuning/', 't5x_cpm/training/step.py')
 OPTIONAL = {'torch', 'transformers', 'wandb'}  # extras, and what is used when it is there
 

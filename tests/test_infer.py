@@ -17,7 +17,7 @@ import pytest
 import small_data
 import small_model
 
-from t5x_cpm import inference, vocabularies
+from t5x_cpm import files, inference, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import ConfigError
 from t5x_cpm.inference import infer, prompt, text
@@ -305,7 +305,7 @@ def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path):
 
 def test_what_a_file_is_made_from_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
   written = []
-  monkeypatch.setattr(run_directory, 'write_atomically', lambda path, data: written.append((path.name, json.loads(data))))
+  monkeypatch.setattr(files, 'write_atomically', lambda path, data: written.append((path.name, json.loads(data))))
   run('a')
   assert [name for name, _ in written] == ['out.jsonl.run.json'] and written[0][1]['step'] == 3
 

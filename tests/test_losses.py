@@ -101,9 +101,10 @@ def test_no_second_array_of_the_size_of_the_logits():
 
 def test_first_bad_tensor_names_it():
   tree = {'a': jnp.ones(3), 'ids': jnp.arange(3), 'z': jnp.ones(()), 'encoder': {'layers': {'query': jnp.ones((4, 2, 2))}}}
-  assert stability.first_bad_tensor(tree) is None
+  axes = {'a': ('embed',), 'ids': ('length',), 'z': (), 'encoder': {'layers': {'query': ('layers', 'embed', 'heads')}}}
+  assert stability.first_bad_tensor(tree, axes) is None
   tree['z'] = jnp.float32(np.nan)
-  assert stability.first_bad_tensor(tree) == 'z'
+  assert stability.first_bad_tensor(tree, axes) == 'z'
   tree['encoder']['layers']['query'] = tree['encoder']['layers']['query'].at[2, 1, 0].set(np.inf)
-  assert stability.first_bad_tensor(tree) == 'encoder/layers/query [layer 2]'
-  assert stability.first_bad_tensor({'ids': jnp.arange(3)}) is None
+  assert stability.first_bad_tensor(tree, axes) == 'encoder/layers/query [layer 2]'
+  assert stability.first_bad_tensor({'ids': jnp.arange(3)}, {'ids': ('length',)}) is None

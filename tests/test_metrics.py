@@ -18,6 +18,7 @@ from etils import epath
 from t5x_cpm.config import Config, ConfigError, MetricsConfig, ModelConfig
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops, metrics, plots
+from t5x_cpm.training.profile import Profile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -178,7 +179,7 @@ def test_wandb(tmp_path, monkeypatch):
 
 
 def test_profile_window(tmp_path):
-  with metrics.Profile(tmp_path, MetricsConfig(profile_start=2, profile_steps=2)) as profile:
+  with Profile(tmp_path, MetricsConfig(profile_start=2, profile_steps=2)) as profile:
     for step in range(4):
       with profile.step(step):
         np.asarray(jax.numpy.ones(3) * step)
@@ -215,6 +216,8 @@ def test_peak_flops():
   kind = lambda name: types.SimpleNamespace(platform='gpu', device_kind=name)  # noqa: E731
   assert flops.peak_flops(kind('NVIDIA A100-SXM4-80GB')) == 312e12
   assert flops.peak_flops(kind('NVIDIA H100 80GB HBM3')) == 989e12
+  assert flops.peak_flops(kind('NVIDIA H100 PCIe')) == 756e12
+  assert (flops.peak_flops(kind('NVIDIA L4')), flops.peak_flops(kind('NVIDIA L40S'))) == (121e12, 362e12)
   assert flops.peak_flops(kind('TPU v5 lite')) == 197e12
   assert flops.peak_flops(kind('TPU v5p')) == flops.peak_flops(kind('TPU v5')) == 459e12
   assert flops.peak_flops(kind('TPU v6 lite')) == 918e12

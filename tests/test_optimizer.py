@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from t5x_cpm.config import ConfigError, OptimizerConfig
+from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig, OptimizerConfig
 from t5x_cpm.mesh import is_names
+from t5x_cpm.models import encoder_decoder
+from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.training import optimizer
 
 CONSTANT = {'schedule': 'constant', 'warmup_steps': 0, 'learning_rate': 0.1}
@@ -30,6 +32,20 @@ def random_tree(seed, shapes, scale=1.0):
 
 def axes_like(shapes, *stack):
   return jax.tree.map(lambda shape: (*stack, *('embed', 'mlp')[:len(shape)]), shapes, is_leaf=is_shape)
+
+
+def leaves_of(params, axes):
+  """What the model says of such parameters. Norms and tables of relative positions do not decay."""
+
+  def leaf(path, names, p):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return Leaf(name, p.shape, p.dtype, names, decays='scale' not in name and 'relative_bias' not in name)
+
+  return jax.tree_util.tree_map_with_path(leaf, axes, params, is_leaf=is_names)
+
+
+def make(config, steps, axes, params):
+  return optimizer.make(config, steps, leaves_of(params, axes))
 
 
 def run(tx, params, gradients):
@@ -105,14 +121,14 @@ def test_adamw_is_that_of_optax():
   config = OptimizerConfig(name='adamw', weight_decay=0.1, clip_norm=0.5, **CONSTANT)
   mask = {'wide': True, 'tall': True, 'small': True, 'norm': {'scale': False}, 'relative_bias': {'table': False}}
   theirs = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1, weight_decay=0.1, mask=mask))
-  ours, _ = run(optimizer.make(config, 10, axes_like(SHAPES), params), params, gradients)
+  ours, _ = run(make(config, 10, axes_like(SHAPES), params), params, gradients)
   assert_close(ours, run(theirs, params, gradients)[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize('fields', [{'name': 'adamw'}, ADAFACTOR, {'name': 'sgd', 'momentum': 0.9}])
 def test_a_halted_update_keeps_the_state(fields):
   params, gradient = random_tree(0, SHAPES), random_tree(1, SHAPES)
-  tx = optimizer.make(OptimizerConfig(**fields), 10, axes_like(SHAPES), params)
+  tx = make(OptimizerConfig(**fields), 10, axes_like(SHAPES), params)
   state = tx.update(gradient, tx.init(params), params)[1]
   bad = jax.tree.map(lambda g: g * jnp.nan, gradient)
   halted, moved = (tx.update(bad if halt else gradient, state, params, halted=jnp.bool(halt))[1] for halt in (True, False))
@@ -125,7 +141,7 @@ def test_a_halted_update_keeps_the_state(fields):
 def test_sgd_is_that_of_optax(momentum):
   params, gradients = random_tree(0, SHAPES), [random_tree(seed, SHAPES) for seed in (1, 2, 3)]
   config = OptimizerConfig(name='sgd', momentum=momentum, weight_decay=0.0, clip_norm=0.0, **CONSTANT)
-  ours, _ = run(optimizer.make(config, 10, axes_like(SHAPES), params), params, gradients)
+  ours, _ = run(make(config, 10, axes_like(SHAPES), params), params, gradients)
   assert_close(ours, run(optax.sgd(0.1, momentum or None), params, gradients)[0], rtol=1e-5)
 
 
@@ -133,7 +149,7 @@ def test_sgd_is_that_of_optax(momentum):
 def test_adafactor_of_one_layer_is_that_of_optax(scale):
   params, gradients = random_tree(0, SHAPES), [random_tree(seed, SHAPES, 3.0**seed) for seed in range(1, 5)]
   config = OptimizerConfig(**ADAFACTOR, adafactor_parameter_scale=scale)
-  ours, state = run(optimizer.make(config, 10, axes_like(SHAPES), params), params, gradients)
+  ours, state = run(make(config, 10, axes_like(SHAPES), params), params, gradients)
   theirs = optax.adafactor(0.1, multiply_by_parameter_scale=scale)
   assert_close(ours, run(theirs, params, gradients)[0], rtol=1e-4)
   sizes = jax.tree.map(jnp.shape, state['inner']['statistics'])
@@ -154,8 +170,8 @@ def test_adafactor_of_a_stack_is_one_optimizer_per_layer(stack):
   params = spread(random_tree(0, stacked))
   gradients = [spread(random_tree(seed, stacked)) for seed in (1, 2, 3)]
   config = OptimizerConfig(**ADAFACTOR)
-  together, _ = run(optimizer.make(config, 10, axes_like(SHAPES, *stack), params), params, gradients)
-  layer_tx = optimizer.make(config, 10, axes_like(SHAPES), random_tree(0, SHAPES))
+  together, _ = run(make(config, 10, axes_like(SHAPES, *stack), params), params, gradients)
+  layer_tx = make(config, 10, axes_like(SHAPES), random_tree(0, SHAPES))
   init, update = jax.jit(layer_tx.init), jax.jit(layer_tx.update)
   for index in np.ndindex(sizes):
     layer = lambda tree, index=index: jax.tree.map(lambda x: x[index], tree)  # noqa: E731
@@ -170,18 +186,18 @@ def test_adafactor_factors_neither_routers_nor_positions():
   """However large, as in T5X: their axes are no features."""
   axes = {'router': ('layers', 'embed', None), 'relative_bias': {'table': ('buckets', None)}, 'wi': ('layers', 'embed', 'mlp')}
   params = random_tree(0, {'router': (2, 160, 128), 'relative_bias': {'table': (128, 160)}, 'wi': (2, 160, 128)})
-  tx = optimizer.make(OptimizerConfig(**ADAFACTOR), 10, axes, params)
+  tx = make(OptimizerConfig(**ADAFACTOR), 10, axes, params)
   sizes = jax.tree.map(jnp.shape, jax.eval_shape(tx.init, params)['inner']['statistics'])
   assert sizes['router'] == {'full': (2, 160, 128)} and sizes['relative_bias']['table'] == {'full': (128, 160)}
   assert sizes['wi'] == {'row': (2, 160), 'col': (2, 128)}
-  assert optimizer.state_axes(tx, params, axes)['inner']['statistics']['router'] == {'full': axes['router']}
+  assert tx.axes['inner']['statistics']['router'] == {'full': axes['router']}
 
 
 def test_optax_shares_statistics_over_a_stack():
   """Why there is an Adafactor here: the same stack given to optax mixes its layers."""
   shapes = {'norm': {'scale': (128, 160)}}  # 128 layers of a norm, which optax takes for a matrix
   params, gradients = random_tree(0, shapes), [random_tree(1, shapes)]
-  tx = optimizer.make(OptimizerConfig(**ADAFACTOR), 10, {'norm': {'scale': ('layers', 'embed')}}, params)
+  tx = make(OptimizerConfig(**ADAFACTOR), 10, {'norm': {'scale': ('layers', 'embed')}}, params)
   ours, _ = run(tx, params, gradients)
   theirs, _ = run(optax.adafactor(0.1), params, gradients)
   assert float(jnp.abs(ours['norm']['scale'] - theirs['norm']['scale']).max()) > 1e-3
@@ -196,7 +212,7 @@ def test_weight_decay_leaves_norms_and_positions_alone():
   zeros = jax.tree.map(jnp.zeros_like, params)
   axes = jax.tree.map(lambda shape: ('x',) * len(shape), shapes, is_leaf=is_shape)
   for name in ('adamw', 'adafactor', 'sgd'):
-    tx = optimizer.make(OptimizerConfig(name=name, weight_decay=0.5, **CONSTANT), 10, axes, params)
+    tx = make(OptimizerConfig(name=name, weight_decay=0.5, **CONSTANT), 10, axes, params)
     after, _ = run(tx, params, [zeros])
     changed = jax.tree.map(lambda a, b: None if np.array_equal(a, b) else np.asarray(b / a).round(4), params, after)
     assert changed['encoder']['relative_bias']['table'] is None
@@ -206,13 +222,20 @@ def test_weight_decay_leaves_norms_and_positions_alone():
     assert (changed['token_embedder']['embedding'] == np.float32(0.95)).all()
 
 
+@pytest.mark.parametrize('moe', [MoEConfig(), MoEConfig(num_experts=4, encoder_every=2, router='loss_free', shared_experts=1)])
+def test_the_model_lets_all_decay_but_norms_and_positions(moe):
+  leaves = encoder_decoder.build(ModelConfig(d_model=16, d_ff=16, num_heads=2, head_dim=8, moe=moe)).leaves()
+  for leaf in jax.tree.leaves(leaves):
+    assert leaf.decays == (not leaf.name.endswith('/scale') and 'relative_bias' not in leaf.name), leaf.name
+
+
 def test_clipping_scales_the_whole_gradient():
   params = random_tree(0, SHAPES)
   gradient = random_tree(1, SHAPES)
   norm = float(optax.tree.norm(gradient))
   for limit, factor in ((norm / 4, 0.25), (norm * 4, 1.0)):
     config = OptimizerConfig(name='sgd', weight_decay=0.0, clip_norm=limit, **CONSTANT | {'learning_rate': 1.0})
-    tx = optimizer.make(config, 10, axes_like(SHAPES), params)
+    tx = make(config, 10, axes_like(SHAPES), params)
     after, _ = run(tx, params, [gradient])
     assert_close(after, jax.tree.map(lambda p, g, f=factor: p - f * g, params, gradient), rtol=1e-5)
 
@@ -221,7 +244,7 @@ def test_clipping_scales_the_whole_gradient():
 def test_statistics_of_bfloat16_parameters_are_float32(name):
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(0, SHAPES))
   gradients = [jax.tree.map(jnp.ones_like, params)] * 3
-  after, state = run(optimizer.make(OptimizerConfig(name=name, **CONSTANT), 10, axes_like(SHAPES), params), params, gradients)
+  after, state = run(make(OptimizerConfig(name=name, **CONSTANT), 10, axes_like(SHAPES), params), params, gradients)
   assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype('bfloat16')}
   assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {jnp.dtype('float32')}
 
@@ -234,9 +257,9 @@ def test_every_leaf_of_the_state_has_its_axes(fields):
       'encoder': {'layers': {'wi': ('layers', 'embed', 'mlp'), 'norm': {'scale': ('layers', 'embed')}}},
       'lm_head': ('embed', 'vocab')}
   params = random_tree(0, shapes)
-  tx = optimizer.make(OptimizerConfig(**fields), 10, axes, params)
+  tx = make(OptimizerConfig(**fields), 10, axes, params)
   state = tx.init(params)
-  names = optimizer.state_axes(tx, jax.eval_shape(lambda: params), axes)
+  names = tx.axes
   counted = jax.tree.map(len, names, is_leaf=is_names)
   assert jax.tree.structure(counted) == jax.tree.structure(state)
   assert jax.tree.leaves(counted) == [leaf.ndim for leaf in jax.tree.leaves(state)]

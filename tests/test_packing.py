@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from t5x_cpm.data import index, objectives, packing
+from t5x_cpm.data import index, objectives, packing, pairs, pieces
 
 
 def test_pairs_with_more_sizes_than_classes_still_hold_every_pair(tmp_path):
   rng = np.random.default_rng(0)
   lengths = [rng.integers(1, 64, 3000), rng.integers(1, 64, 3000)]
-  table = index.pairs(tmp_path, 'train', *lengths, room=(64, 64), most_classes=20)
+  table = pairs.table(tmp_path, 'train', *lengths, room=(64, 64), most_classes=20)
   members = index.load(tmp_path, table['name'], 'members', np.int64, columns=4)
   sizes = np.repeat(table['sizes'], table['counts'], axis=0)
   assert 20 < len(table['sizes']) <= 32 * 32 + 20  # not the about 2000 exact ones
@@ -66,9 +66,9 @@ def test_an_index_is_the_same_in_chunks_of_any_size(tmp_path, monkeypatch):
   lengths = rng.integers(0, 200, 300)
   for chunk in (1 << 20, 50, 7):
     monkeypatch.setattr(index, 'CHUNK', chunk)
-    table = index.pieces(tmp_path / str(chunk), 'train', lengths, 30, with_end=True)
+    table = pieces.table(tmp_path / str(chunk), 'train', lengths, 30, with_end=True)
     members = index.load(tmp_path / str(chunk), table['name'], 'members', np.int64)
     if chunk == 1 << 20:
       expected, histogram = np.array(members), table['counts']
     np.testing.assert_array_equal(members, expected, err_msg=f'seed {seed}')
-    assert table['counts'] == histogram == index.piece_histogram(lengths, 30, True).tolist()
+    assert table['counts'] == histogram == pieces.histogram(lengths, 30, True).tolist()

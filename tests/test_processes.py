@@ -91,13 +91,14 @@ class Members:
 
   CODE = '''
     import sys, time
-    from t5x_cpm.cluster import group
+    from t5x_cpm.cluster import launch
+    from t5x_cpm.cluster.group import ProcessError
     from t5x_cpm.config import ProcessesConfig
     count, index, port, setting, last, hang_at, start_seconds = sys.argv[1:8]
     config = ProcessesConfig(start_seconds=float(start_seconds), silent_seconds=3, behind_seconds=3)
     try:
-      group = group.join(int(count), int(index), ('127.0.0.1', int(port)), config, ['same', setting])
-    except group.ProcessError as error:
+      group = launch.join(launch.Place(f'127.0.0.1:{port}', int(count), int(index)), config, ['same', setting])
+    except ProcessError as error:
       sys.exit(f'refused: {error}')
     for step in range(int(last)):
       group.at(f'step {step}')

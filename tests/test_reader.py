@@ -10,7 +10,8 @@ import small_data
 
 from t5x_cpm import vocabularies
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import cache, index, objectives
+from t5x_cpm.data import cache, objectives, pieces
+from t5x_cpm.data.rows import FIXED_SEED
 from t5x_cpm.tasks import caches
 
 ISOLATED = {'encoder_length': 64, 'decoder_length': 24}
@@ -144,12 +145,12 @@ def plain_cpm2_rows(folder, lengths, documents, config, vocabulary):
   """The released preprocessing and loader as loops, on the masks and the order that the index draws."""
   task = config.task
   kept = [i for i in range(len(documents)) if len(documents[i]) >= 10]
-  kept.sort(key=lambda i: int(objectives.combine(index.STATIC, i)))
+  kept.sort(key=lambda i: int(objectives.combine(FIXED_SEED, i)))
   context = []  # tokens, or the list of a span's tokens where it stood
   for i in kept:
     tokens = [*documents[i], vocabulary.eos_id]
     noise, spans = objectives.noise_counts(np.array([len(tokens)]), task.noise_density, task.mean_span_length)
-    drawn = objectives.draw_spans(objectives.combine(index.STATIC, [i]), np.array([len(tokens)]), noise, spans)
+    drawn = objectives.draw_spans(objectives.combine(FIXED_SEED, [i]), np.array([len(tokens)]), noise, spans)
     position = 0
     for start, length in zip(drawn.start, drawn.length):
       context += tokens[position:start] + [tokens[start:start + length]]
@@ -292,10 +293,9 @@ def test_a_mixture_has_exact_counts_and_its_parts_their_own_epochs(tmp_path):
   for name, low, number in (('wiki_zh', 20, 40), ('wiki_en', 500, 90)):
     part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
     small_data.fill(part, {'train': {'targets': [rng.integers(low, low + 400, 65).tolist() for _ in range(number)]}})
-    parts.append({'name': name, 'rate': {'wiki_zh': 2.0, 'wiki_en': 1.0}[name], 'directory': caches.directory(part).name})
+    parts.append((name, {'wiki_zh': 2.0, 'wiki_en': 1.0}[name], caches.directory(part)))
   path = caches.directory(config)
-  path.mkdir()
-  cache.write_json(path / 'cache.json', {'format': cache.FORMAT, 'task': 'wiki_zh_en', 'components': parts})
+  cache.finish_mixture(path, 'wiki_zh_en', parts)
   read = small_data.open_reader(config, 'train')
   share = read.statistics()['tasks']
   assert share['wiki_zh']['share_of_rows'] == pytest.approx(2 / 3) and share['wiki_zh']['rows_per_epoch'] == 40
@@ -326,8 +326,8 @@ def test_documents_that_fill_rows_badly_are_cut_shorter(tmp_path, length):
   longest = objectives.longest_piece(64, 24, 0.15, 3.0, small_data.SENTINELS, t5=False)
   assert found['tasks']['wiki_zh']['longest_piece'] in [longest // part for part in (1, 2, 3, 4)]
   np.testing.assert_array_equal(
-      index.piece_histogram(np.array([length] * 200), longest, True).nonzero()[0],
-      np.unique(index.cut(np.array([length + 1]), longest)[2]))
+      pieces.histogram(np.array([length] * 200), longest, True).nonzero()[0],
+      np.unique(pieces.cut(np.array([length + 1]), longest)[2]))
 
 
 def test_document_of_one_token(tmp_path):

@@ -304,3 +304,40 @@ def test_gin_sets_the_fields_of_experts():
   loaded = gin.load([], ['MoEConfig.num_experts=4', 'MoEConfig.router=hash'])
   assert (loaded.model.moe.num_experts, loaded.model.moe.router) == (4, 'hash')
   assert 'ModelConfig.moe' not in gin.dump(loaded)
+
+
+ROUTER = """
+import jax.numpy as jnp
+from t5x_cpm.models import routers
+from t5x_cpm.models.routing import Choice, Router
+
+
+def turns(moe, weights, u_GTD, ctx):
+  expert = jnp.broadcast_to(jnp.arange(u_GTD.shape[1])[:, None] % moe.num_experts, (*u_GTD.shape[:2], 1))
+  return Choice(expert, jnp.ones(expert.shape, jnp.float32))
+
+
+routers.register('turns', Router(turns))
+"""
+
+
+def test_a_router_of_a_module_of_ones_own(tmp_path, monkeypatch, capsys):
+  from t5x_cpm import __main__
+
+  (tmp_path / 'my_router.py').write_text(ROUTER)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(routers, 'ROUTERS', dict(ROUTERS))
+  flags = ['--dry_run', '--gin.MoEConfig.num_experts=4', '--gin.MoEConfig.router=turns']
+  assert __main__.main(['train', *flags]) == 2
+  assert "MoEConfig.router = 'turns': expected one of 'switch', " in (error := capsys.readouterr().err)
+  assert '--import=MODULE' in error and '(set in --gin.MoEConfig.router' in error
+  assert __main__.main(['train', '--import=my_router', *flags]) == 0
+  assert "MoEConfig.router = 'turns'" in capsys.readouterr().out
+
+  c = config('turns', shared_experts=0)
+  model = encoder_decoder.build(c)
+  assert 'routers' not in model.leaves()['encoder']
+  _, losses, metrics, updates = jax.jit(model.apply)(jax.jit(model.init)(jax.random.key(0)), batch())
+  assert np.asarray(metrics['encoder/load'][0]).tolist() == [[16.0] * E] * 2 and not losses and not updates
+  with pytest.raises(ConfigError, match="'switch' exists already"):
+    routers.register('switch', routers.Router(routers.hashed))

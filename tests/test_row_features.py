@@ -13,7 +13,7 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, ModelConfig, MoEConfig, row_features
 from t5x_cpm.inference import programs
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import step
+from t5x_cpm.training import layout
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_the_reader_fills_it(tmp_path, language):
   for batch in (small_data.open_reader(config, 'train').batch(0),
                 next(small_data.open_reader(config, 'validation', row={'language': 4}).eval_batches())):
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
-        name: (x.shape, x.dtype) for name, x in step.batch_shapes(config).items()}
+        name: (x.shape, x.dtype) for name, x in layout.batch_shapes(config).items()}
     assert batch['language'].tolist() == [10] * 8
 
 
@@ -71,16 +71,18 @@ def test_every_layer_and_the_cache_have_that_of_the_request(tmp_path, language, 
 
 def test_compiling_without_data_has_it(tmp_path, language):
   config, _ = filled(tmp_path)
-  _, batch, cache, _, _ = programs.build(config, one_device()).abstract_arguments('decode')
+  functions = programs.build(config, one_device())
+  batch, cache = (functions.abstract_arguments(what)[1] for what in ('encode', 'decode'))
   assert batch['language'].shape == (8,) and cache['row']['language'].shape == (1, 8)
 
 
 def test_without_any_there_is_nothing_more(tmp_path):
   config, _ = filled(tmp_path)
   assert row_features.names(config) == () and row_features.defaults(config) == {}
-  assert set(step.batch_shapes(config)) == {*step.ENCODER_FEATURES, *step.DECODER_FEATURES}
-  assert set(small_data.open_reader(config, 'train').batch(0)) == set(step.batch_shapes(config))
-  _, batch, cache, *_ = programs.build(config, one_device()).abstract_arguments('decode')
+  assert set(layout.batch_shapes(config)) == {*layout.ENCODER_FEATURES, *layout.DECODER_FEATURES}
+  assert set(small_data.open_reader(config, 'train').batch(0)) == set(layout.batch_shapes(config))
+  functions = programs.build(config, one_device())
+  batch, cache = (functions.abstract_arguments(what)[1] for what in ('encode', 'decode'))
   assert set(batch) == {'encoder_input_tokens', 'encoder_segment_ids'} and cache['row'] == {}
 
 

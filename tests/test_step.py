@@ -9,7 +9,7 @@ import pytest
 
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TaskConfig, TrainConfig
-from t5x_cpm.training import host_memory, step
+from t5x_cpm.training import host_memory, layout, step
 
 CONFIG = Config(
     model=ModelConfig(
@@ -25,7 +25,7 @@ def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
   print(f'seed {seed}')
   rng = np.random.default_rng(seed)
   batch = {}
-  for name, spec in step.batch_shapes(config).items():
+  for name, spec in layout.batch_shapes(config).items():
     batch[name] = rng.integers(1, config.model.vocab_size, spec.shape).astype(spec.dtype)
   for name in ('encoder_segment_ids', 'decoder_segment_ids'):
     batch[name] = np.ones_like(batch[name])
@@ -86,7 +86,7 @@ def test_dropout_depends_on_the_step_alone():
 def test_evaluation_sums_over_targets_that_count():
   built, state, _ = run(CONFIG, steps=1)
   batch = random_batch(CONFIG, 5)
-  sums = built.evaluate(state['params'], batch)
+  sums = built.evaluate(state['params'], {}, batch)
   assert float(sums['loss'][1]) == batch['decoder_loss_weights'].sum()
 
 
@@ -142,8 +142,8 @@ def test_weights_in_host_memory_change_no_number(router, microbatches):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, jnp.bfloat16), b), kernels[0], copies['experts'])
   assert not any(in_host_memory(hosted['params']['token_embedder']))
   batch = random_batch(config, 9)
-  for name, sums in built.evaluate(plain['params'], batch).items():
-    np.testing.assert_allclose(sums, away.evaluate(host_memory.working(hosted), batch)[name], rtol=1e-3)
+  for name, sums in built.evaluate(plain['params'], {}, batch).items():
+    np.testing.assert_allclose(sums, away.evaluate(host_memory.working(hosted), {}, batch)[name], rtol=1e-3)
   metrics, hosted_metrics = built.fn(plain, {}, batch)[1], away.fn(hosted, {}, batch)[1]
   np.testing.assert_allclose(hosted_metrics['parameter_norm'], metrics['parameter_norm'], rtol=1e-5)
 

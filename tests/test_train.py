@@ -12,7 +12,7 @@ from small_training import ROOT, command, environment, losses, run, wait_for_ste
 from t5x_cpm.checkpoints import manager, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, read_run
 from t5x_cpm.config import ConfigError
-from t5x_cpm.training import train
+from t5x_cpm.training import batches, train
 
 
 @pytest.fixture(scope='module')
@@ -59,7 +59,7 @@ def test_a_run_that_diverges_names_the_first_bad_tensor_and_keeps_its_checkpoint
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():
-  with train.prefetch(lambda index: index * 2, 3, 8) as items:
+  with batches.prefetch(lambda index: index * 2, 3, 8) as items:
     assert list(items) == [6, 8, 10, 12, 14]
 
   def fail(index):
@@ -67,10 +67,10 @@ def test_prefetch_keeps_order_and_passes_errors_on():
       raise ConfigError('bad piece')
     return index
 
-  with pytest.raises(ConfigError, match='bad piece'), train.prefetch(fail, 0, 9) as items:
+  with pytest.raises(ConfigError, match='bad piece'), batches.prefetch(fail, 0, 9) as items:
     assert [next(items), next(items)] == [0, 1]
     next(items)
-  with train.prefetch(lambda index: index, 0, 10**9) as items:
+  with batches.prefetch(lambda index: index, 0, 10**9) as items:
     next(items)  # leaving early ends the thread
 
 

@@ -24,7 +24,7 @@ def with_experts(config=test_step.CONFIG, microbatches=1, **moe):
 def test_split_and_join_are_inverse():
   tree = {'a': {'b': 1, 'c': {'d': 2}}, 'e': {'f': 3}, 'g': 4}
   labels = {'a': {'b': 'train', 'c': {'d': 'frozen'}}, 'e': {'f': 'state'}, 'g': 'train'}
-  chosen, rest = partition.split(tree, labels)
+  chosen, rest = partition.split(tree, labels, lambda label: label == 'train')
   assert (chosen, rest) == ({'a': {'b': 1}, 'g': 4}, {'a': {'c': {'d': 2}}, 'e': {'f': 3}})
   assert partition.join(chosen, rest) == partition.join(rest, chosen) == tree
 

@@ -5,6 +5,7 @@ streamed through.
 """
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from etils import epath
 
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
+from t5x_cpm.mesh import is_names
+from t5x_cpm.models.leaf import STACKED
 
 MAX_CHUNK_BYTES = 128 * 2**20  # of arrays that are not stacks of layers: embedding tables
 
@@ -39,18 +42,26 @@ def named(tree: Any) -> dict[str, Any]:
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
-def save_args(path: tuple[Any, ...], leaf: Any) -> Any:
-  """How one array is cut into chunks: a slice of one layer, or of one expert of one layer, is one chunk."""
+def save_args(tree: Any, axes: Any = None) -> Any:
+  """How the arrays of a tree are cut into chunks: a slice of one layer, or of one expert of one layer, is one chunk.
+
+  No matrix is cut so: a stack of vectors of experts, [layers, experts, D], is cut into layers alone.
+
+  Args:
+    tree: arrays.
+    axes: a tree of the same structure, of tuples of logical axis names; None: nothing in it is a stack of layers.
+  """
   import orbax.checkpoint as ocp
 
-  names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
-  if 'experts' in names and leaf.ndim == 4:  # [layers, experts, in, out]
-    return ocp.SaveArgs(shard_axes=(0, 1))
-  if leaf.ndim > 1 and {'layers', 'routers', 'experts'} & set(names):
-    return ocp.SaveArgs(shard_axes=(0,))
-  if leaf.nbytes > MAX_CHUNK_BYTES:
-    return ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES)
-  return ocp.SaveArgs()
+  def args(names: tuple[str | None, ...], leaf: Any) -> Any:
+    stacked = len(list(itertools.takewhile(STACKED.__contains__, names)))
+    if stacked and leaf.ndim > 1:
+      return ocp.SaveArgs(shard_axes=tuple(range(max(1, min(stacked, leaf.ndim - 2)))))
+    return ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES) if leaf.nbytes > MAX_CHUNK_BYTES else ocp.SaveArgs()
+
+  if axes is None:
+    return jax.tree.map(lambda leaf: args((), leaf), tree)
+  return jax.tree.map(args, axes, tree, is_leaf=is_names)
 
 
 def damaged(path: epath.Path, error: Exception) -> CheckpointError:

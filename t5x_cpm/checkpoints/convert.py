@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,7 @@ from t5x_cpm import vocabularies
 from t5x_cpm.checkpoints import arrays, huggingface, run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.config import Config, ConfigError, TaskConfig
+from t5x_cpm.models import encoder_decoder
 
 SHARD_BYTES = 4 * 2**30
 
@@ -121,7 +123,8 @@ def from_huggingface(hf: str, model_dir: str, *, vocabulary: str = '', objective
     if manager.latest_step() is not None:
       raise ConfigError(f'--model_dir={model_dir} has a checkpoint already: give a new directory.')
     words.save(pathlib.Path(model_dir) / 'vocabulary')
-    manager.save(0, {'step': jnp.int32(0), 'params': params})
+    axes = jax.tree.map(lambda leaf: leaf.axes, encoder_decoder.build(model).leaves())
+    manager.save(0, {'step': jnp.int32(0), 'params': params}, axes={'step': (), 'params': axes})
 
 
 def to_huggingface(model_dir: str, hf: str, *, step: int | None = None) -> None:

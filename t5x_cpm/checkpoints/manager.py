@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from t5x_cpm import files
 from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
 from t5x_cpm.config import CheckpointConfig, Config
@@ -69,7 +70,7 @@ class Manager:
       if self._primary:
         self._clear_partial()
         text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
-        run_directory.write_atomically(self.model_dir / 'config.json', text.encode())
+        files.write_atomically(self.model_dir / 'config.json', text.encode())
       _wait_for_all('ready')
       if not (self.model_dir / 'config.json').exists():
         raise CheckpointError(
@@ -106,7 +107,7 @@ class Manager:
     steps, _ = run_directory.scan(self.model_dir)
     return steps[-1] if steps else None
 
-  def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+  def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None, *, axes: Any = None) -> None:
     """Starts writing a checkpoint; returns when the state has been copied, so that it may be donated or changed.
 
     Waits for the previous save first. Does nothing if this step is saved already.
@@ -115,6 +116,7 @@ class Manager:
       step: updates done.
       state: tree of arrays.
       metrics: by name, for CheckpointConfig.keep_best and for who reads the checkpoint.
+      axes: logical axes of the state (Step.axes), by which stacks of layers are cut into chunks. None: it has none.
 
     Raises:
       CheckpointError: the previous save failed, or this one failed at once.
@@ -126,7 +128,7 @@ class Manager:
       return
     values = {name: float(value) for name, value in (metrics or {}).items()}
     args = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state, save_args=jax.tree_util.tree_map_with_path(arrays.save_args, state)),
+        state=ocp.args.PyTreeSave(state, save_args=arrays.save_args(state, axes)),
         meta=ocp.args.JsonSave(self._meta | {'step': step, 'metrics': values}))
     with self._one_error():
       self._orbax.save(step, args=args, metrics=values, force=True)

@@ -12,16 +12,14 @@ read. Nothing here imports JAX or Orbax.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 import t5x_cpm
+from t5x_cpm import files
 from t5x_cpm.config import Config, ConfigError, from_dict, identity_differences, to_dict
 
 FORMAT_VERSION = 1
@@ -146,18 +144,12 @@ def claim(path: epath.Path) -> Iterator[None]:
   if '://' in str(path):  # a bucket has no locks
     yield
     return
-  with open(path / '.lock', 'a+') as lock:
+  with contextlib.ExitStack() as held:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      lock.seek(0)
-      raise CheckpointError(f'--model_dir={path} is in use: {lock.read().strip() or "another process"} trains there. Wait for '
-                            'its end, or give another directory.') from None
-    except OSError:
-      pass  # a file system without locks
-    lock.truncate(0)
-    lock.write(f'process {os.getpid()} on {socket.gethostname()}')
-    lock.flush()
+      held.enter_context(files.lock(path / '.lock', wait=False))
+    except files.LockedError as error:
+      raise CheckpointError(f'--model_dir={path} is in use: {error} trains there. Wait for its end, or give another '
+                            'directory.') from None
     yield
 
 
@@ -192,10 +184,3 @@ def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any]) 
     raise CheckpointError(
         f'--model_dir={model_dir} holds checkpoint {steps[-1]} of another run:\n  ' + '\n  '.join(lines) +
         '\nContinue with the same values, or start in a new --model_dir (with --init_from, from these parameters).')
-
-
-def write_atomically(path: epath.Path, data: bytes) -> None:
-  """Replaces a file such that a reader, or a kill in between, meets either the old content or the new."""
-  temporary = path.parent / f'.{path.name}.tmp'
-  temporary.write_bytes(data)
-  temporary.replace(path)

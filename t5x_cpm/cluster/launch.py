@@ -1,4 +1,4 @@
-"""Starting JAX as one of several processes: where this one stands is read from its environment or from flags."""
+"""Starting JAX as one of several processes. Flags or the environment say which of them this process is."""
 
 import contextlib
 import dataclasses
@@ -9,20 +9,23 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
-from t5x_cpm.cluster.group import BEAT, Group, ProcessError, join
+from t5x_cpm.cluster.connection import BEAT
+from t5x_cpm.cluster.group import Group, ProcessError
+from t5x_cpm.cluster.hub import Hub
+from t5x_cpm.cluster.spoke import Spoke
 from t5x_cpm.config import ProcessesConfig
 
-SECONDS_TO_CONNECT = 120  # JAX, once all have come; and to part at the end
+SECONDS_TO_CONNECT = 120  # what JAX may take to connect once all have come, and to part at the end
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a process stands among those of its run."""
+  """Which of the processes of a run a process is."""
 
   coordinator: str  # host:port of process 0
-  count: int
-  index: int
-  local_devices: tuple[int, ...] | None = None  # GPUs of the host that are this process's; None is all
+  count: int  # how many processes there are
+  index: int  # which of them this one is
+  local_devices: tuple[int, ...] | None = None  # the GPUs of the host that this process uses; None is all
 
   @property
   def address(self) -> tuple[str, int]:
@@ -37,16 +40,17 @@ def _number(name: str, text: str) -> int | None:
 
 
 def find_place(coordinator: str = '', num_processes: str = '', process_id: str = '') -> Place | None:
-  """Where this process stands, by flags and, for what they leave out, by SLURM, Open MPI or the TPU's metadata (GCE, GKE).
+  """Finds out which process this is: from flags and, for what they leave out, SLURM, Open MPI or the TPU's metadata (GCE, GKE).
 
   Args:
-    coordinator, num_processes, process_id: flags, '' where not given. The port of the coordinator must be free on its host.
+    coordinator, num_processes, process_id: the flags, '' where not given. The port of the coordinator must be free on its
+      host.
 
   Returns:
-    None for a process alone.
+    The place of this process, None if it is alone.
 
   Raises:
-    ProcessError: flags and environment contradict each other, or together do not say all.
+    ProcessError: flags and environment contradict each other, or do not say everything together.
   """
   count, index = _number('--num_processes', num_processes), _number('--process_id', process_id)
   place, launcher = (None, '') if coordinator and num_processes and process_id else _launched(coordinator or None)
@@ -73,18 +77,18 @@ def find_place(coordinator: str = '', num_processes: str = '', process_id: str =
 
 
 def _launched(coordinator: str | None) -> tuple[Place | None, str]:
-  """What the launcher of this process says, and its name. (None, '') where none is known."""
+  """What the launcher of this process says, and the name of the launcher. (None, '') if there is none that we know."""
   if int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1)) > 1 and 'OMPI_MCA_orte_hnp_uri' not in os.environ and not coordinator:
     raise ProcessError('Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT, HOST being the first host.')
-  if 'OMPI_COMM_WORLD_SIZE' in os.environ and coordinator:  # of any version
+  if 'OMPI_COMM_WORLD_SIZE' in os.environ and coordinator:  # Open MPI of any version
     values = [int(os.environ[f'OMPI_COMM_WORLD_{name}']) for name in ('SIZE', 'RANK', 'LOCAL_RANK')]
     return Place(coordinator, values[0], values[1], (values[2],)), 'Open MPI'
-  # jax.distributed.initialize() would find the same, but only while it connects, which without all others is for ever.
+  # jax.distributed.initialize() would find the same, but only while it connects, which takes for ever if one is missing.
   from jax._src.clusters import ClusterEnv
 
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # in a pod without the package kubernetes: flags serve there
+      warnings.simplefilter('ignore')  # JAX warns in a pod without the package kubernetes, where flags serve
       found, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
           coordinator, None, None, None, None, SECONDS_TO_CONNECT)
   except (RuntimeError, OSError, KeyError, ValueError) as error:
@@ -96,17 +100,34 @@ def _launched(coordinator: str | None) -> tuple[Place | None, str]:
   return Place(found, count, index, tuple(devices) if devices else None), launcher
 
 
+def join(place: Place, config: ProcessesConfig, settings: list[str]) -> Group:
+  """Waits until all processes have come, and watches over them from then on.
+
+  Args:
+    place: which process this is; process 0 listens at `place.address` until all have come.
+    config: how long to wait for what.
+    settings: lines that must be the same in all processes, such as the configuration.
+
+  Raises:
+    ProcessError: some did not come in time, two have one index, or counts or settings differ.
+  """
+  group = (Hub(place.count, config, place.address[1], settings) if place.index == 0 else
+           Spoke(place.count, place.index, config, place.address, settings))
+  group.gather()
+  return group
+
+
 @contextlib.contextmanager
 def together(
     place: Place | None, config: ProcessesConfig, settings: list[str], tell: Callable[[BaseException], int]) -> Iterator[Group]:
-  """Runs a block in all processes, or in none: when one fails or is lost, all end. Before the block, JAX is started.
+  """Starts JAX and runs a block in all processes, or in none: when one fails or is lost, all end.
 
   Args:
-    place: of this process; None: alone.
+    place: which process this is; None if it is alone, which needs nothing of this.
     config: how long to wait for what.
-    settings: lines that must be the same in all.
-    tell: prints an error of the block and returns its exit code, or raises it. Only among several: the process ends here,
-      because its usual end would wait for the others.
+    settings: lines that must be the same in all processes.
+    tell: prints an error of the block and returns the exit code, or raises the error. It is called only if there are several
+      processes. The process ends right after it, because its usual end would wait for the others.
 
   Raises:
     ProcessError: the processes did not come together.
@@ -114,20 +135,21 @@ def together(
   if place is None:
     yield Group()
     return
-  group = join(place.count, place.index, place.address, config, settings)
+  group = join(place, config, settings)
   try:
     import jax
 
     jax.distributed.initialize(
         place.coordinator, place.count, place.index, local_device_ids=place.local_devices,
         cluster_detection_method='deactivate', initialization_timeout=SECONDS_TO_CONNECT,
-        # `watch` stops all earlier, and says why.
+        # The watch stops all processes earlier than JAX would, and says why.
         heartbeat_timeout_seconds=round(2 * config.silent_seconds) + SECONDS_TO_CONNECT,
         shutdown_timeout_seconds=SECONDS_TO_CONNECT)
     yield group
   except BaseException as error:
-    if type(error).__module__.startswith('jax'):  # a collective that failed: most likely because another process is gone,
-      time.sleep(3 * BEAT)  # which `watch` then tells, and ends this one
+    if type(error).__module__.startswith('jax'):
+      # A collective has failed, most likely because another process is gone. The watch will say so, and end this one.
+      time.sleep(3 * BEAT)
     group.fail(str(error) or type(error).__name__)
     try:
       code = tell(error)

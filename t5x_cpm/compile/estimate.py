@@ -18,7 +18,7 @@ from t5x_cpm.config import Config, MeshConfig, ModelConfig
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops
 
-ROOM = 0.9  # of a chip's memory is planned with, because the estimates are rough
+ROOM = 0.9  # share of a chip's memory that a candidate may fill: the rest is for what the estimate does not see
 
 # Bytes of one number.
 WEIGHT = 4  # a parameter and its gradient are float32 in training
@@ -42,7 +42,8 @@ AGAIN_DOTS = 1.05  # 'dots' repeats all but the products with weights; what coun
 PASSES, PASSES_AGAIN = 2, 3
 ENCODER_SUMS, DECODER_SUMS = 2, 3  # sublayers of a layer, whose outputs are sums over the axis `model`
 RING = 2  # bytes that a chip sends for each byte that a ring sums up: once to add, once to hand round
-THERE_AND_BACK = 2  # a routed token goes to its expert and its result comes back; likewise what the hosts keep
+THERE_AND_BACK = 2  # a routed token goes to its expert, and its result comes back
+HOST_TRIPS = 2  # what the memory of the hosts keeps comes to the chip for the update, and goes back
 
 # Bytes that a chip sends for each parameter in a step.
 SENT_FULL = 3 * COMPUTE  # sharding 'full', for each microbatch: gathered forward and backward, then its gradient scattered
@@ -200,7 +201,7 @@ def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
   sent_each = {'none': SENT_NONE, 'optimizer': SENT_OPTIMIZER, 'full': count * SENT_FULL}[mesh.sharding]
   sent = sent_each * held.local / _rate(slice_, replicas)
   sent += count * (PASSES_AGAIN if full else PASSES) * _travel_seconds(config, slice_, tokens)
-  # Between slices go gradients that each slice has summed up, of which every chip sends its part.
+  # Between slices go gradients that each slice has summed up, and with 'full' the gathered weights: of both a chip its part.
   between = (count * SENT_FULL if mesh.sharding == 'full' else SENT_NONE) * held.local / (replicas // slice_.slices)
   sent += (slice_.slices - 1) / slice_.slices * between / chip.network_rate
 
@@ -221,7 +222,7 @@ def _training(config: Config, slice_: Slice, held: Held) -> Estimate:
     return Estimate(config, needed, seconds)
   gib = math.ceil(away / GiB)
   config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, host_gib=float(gib)))
-  return Estimate(config, room, seconds + THERE_AND_BACK * gib * GiB / slice_.chip.host_rate)
+  return Estimate(config, room, seconds + HOST_TRIPS * gib * GiB / slice_.chip.host_rate)
 
 
 # Inference.

@@ -195,7 +195,7 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
     if step == 'train':
       built = step_lib.build(config, mesh)
       fn: Any = built.fn
-      arguments: tuple[Any, ...] = (built.abstract_state, {}, built.abstract_batch)
+      arguments: tuple[Any, ...] = (built.abstract_state, built.abstract_frozen, built.abstract_batch)
     else:
       fn, arguments = _inference(config, mesh, step)
     traced = fn.trace(*arguments)

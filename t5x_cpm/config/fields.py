@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,18 @@ def in_range(owner: object, field: str, low: float, high: float = float('inf')) 
   if not low <= value <= high:
     expected = f'at least {low}' if high == float('inf') else f'between {low} and {high}'
     raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected a number {expected}.')
+
+
+def finite(owner: Any) -> None:
+  """Raises ConfigError for a field, also of a dataclass within, with a number that is not finite: gin could not write it."""
+  for field in dataclasses.fields(owner):
+    value = getattr(owner, field.name)
+    if dataclasses.is_dataclass(value):
+      finite(value)
+      continue
+    numbers = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+      raise ConfigError(f'{type(owner).__name__}.{field.name} = {value!r}: expected a finite number.')
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

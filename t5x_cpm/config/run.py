@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from t5x_cpm.config.fields import ConfigError, choice, free, in_range
+from t5x_cpm.config.fields import ConfigError, choice, finite, free, in_range
 from t5x_cpm.config.model import ModelConfig
 
 
@@ -299,6 +299,7 @@ class Config:
     """Raises ConfigError for the first value that cannot work."""
     for part in dataclasses.fields(self):
       getattr(self, part.name).validate()
+    finite(self)
     if self.mesh.host_gib and self.optimizer.name == 'adafactor':
       raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
     moe = self.model.moe

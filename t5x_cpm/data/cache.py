@@ -1,20 +1,25 @@
-"""A SeqIO task, run once: its tokens as flat files that are read without TensorFlow.
+"""The format of a cache: a SeqIO task that was run once, its tokens in flat files that are read without TensorFlow.
 
-A cache is a folder: `<split>.<feature>.tokens` (uint16 or uint32, all documents one after another, without end of document),
-`<split>.<feature>.lengths` (uint32), `vocabulary/`, and `cache.json`, which is written last. A folder without it is a build
-that was interrupted; building again continues with the shards that were finished. A mixture is a folder whose cache.json
-names the folders of its tasks and their rates. The same cache serves every objective and every length.
+A cache is a folder:
+
+  <split>.<feature>.tokens   uint16 or uint32: all documents one after another, without end of document
+  <split>.<feature>.lengths  uint32: the tokens of each document
+  vocabulary/                what made the tokens
+  index/                     look-up tables of the reader
+  cache.json                 facts about all this, written last: a folder without it is not a cache yet
+
+A mixture is a folder whose cache.json names the folders of its tasks and their rates. The same cache serves every objective
+and every length. `tasks.caches` makes caches.
 """
 
 import json
-import os
+import mmap
 import pathlib
 
 import numpy as np
 
-from t5x_cpm import vocabularies
+from t5x_cpm import files, vocabularies
 from t5x_cpm.config import ConfigError
-from t5x_cpm.data import index
 
 FORMAT = 1
 SPLITS = ('train', 'validation')
@@ -24,8 +29,29 @@ class DataError(ValueError):
   """A document that cannot be used. The message starts with its file and line."""
 
 
+def map_file(path: pathlib.Path, dtype, *, random: bool = False) -> np.ndarray:
+  """Maps a file of numbers into memory, read-only.
+
+  Args:
+    path: the file.
+    dtype: the type of its numbers.
+    random: whether it will be read in no order. Otherwise the system reads ahead, which then costs 100 times the data wanted.
+  """
+  if not path.stat().st_size:
+    return np.zeros(0, dtype)
+  with open(path, 'rb') as f:
+    mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+  if random and hasattr(mmap, 'MADV_RANDOM'):
+    mapped.madvise(mmap.MADV_RANDOM)
+  return np.frombuffer(mapped, dtype)
+
+
 class Cache:
-  """One task's cache, opened for reading."""
+  """The cache of one task, opened for reading.
+
+  Raises:
+    ConfigError: it was written in another format.
+  """
 
   def __init__(self, path: pathlib.Path):
     self.path = pathlib.Path(path)
@@ -47,11 +73,12 @@ class Cache:
     return list(self.info['splits'])
 
   def tokens(self, split: str, feature: str, *, random: bool = False) -> np.ndarray:
-    """All tokens of a split; `random` as in `index.map_file`."""
-    return index.map_file(self.path / f'{split}.{feature}.tokens', self.info['dtype'], random=random)
+    """All tokens of a split; `random` as in `map_file`."""
+    return map_file(self.path / f'{split}.{feature}.tokens', self.info['dtype'], random=random)
 
   def lengths(self, split: str, feature: str) -> np.ndarray:
-    return index.map_file(self.path / f'{split}.{feature}.lengths', np.uint32)
+    """The tokens of each document of a split, uint32."""
+    return map_file(self.path / f'{split}.{feature}.lengths', np.uint32)
 
   def vocabulary(self) -> vocabularies.Vocabulary:
     return vocabularies.load_saved(self.path / 'vocabulary')
@@ -62,11 +89,24 @@ def components(path: pathlib.Path) -> list[tuple[float, Cache]]:
   info = json.loads((path / 'cache.json').read_text())
   if 'components' not in info:
     return [(1.0, Cache(path))]
-  return [(part['rate'], Cache(path.parent / part['directory'])) for part in info['components']]
+  return [(component['rate'], Cache(path.parent / component['directory'])) for component in info['components']]
 
 
-def write(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, **extra) -> None:
-  """Writes a task's cache from arrays: {split: {feature: (tokens, lengths)}}."""
+def token_dtype(vocabulary: vocabularies.Vocabulary) -> str:
+  """The type of the numbers in a file of tokens."""
+  return 'uint16' if vocabulary.size <= 1 << 16 else 'uint32'
+
+
+def write(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, **facts) -> None:
+  """Writes the cache of a task from arrays.
+
+  Args:
+    path: the folder.
+    task: the name of the task.
+    vocabulary: what made the tokens.
+    splits: {split: {feature: (tokens, lengths)}}.
+    **facts: `checksum` and `source`, as in `finish`.
+  """
   path.mkdir(parents=True, exist_ok=True)
   for split, features in splits.items():
     for feature, (tokens, lengths) in features.items():
@@ -75,37 +115,31 @@ def write(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, sp
   finish(path, task, vocabulary, {
       split: {'documents': len(next(iter(features.values()))[1]),
               'tokens': {feature: int(np.sum(lengths)) for feature, (_, lengths) in features.items()}}
-      for split, features in splits.items()}, list(next(iter(splits.values()))), **extra)
-
-
-def token_dtype(vocabulary: vocabularies.Vocabulary) -> str:
-  return 'uint16' if vocabulary.size <= 1 << 16 else 'uint32'
+      for split, features in splits.items()}, list(next(iter(splits.values()))), **facts)
 
 
 def finish(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, features: list[str],
            checksum: str = '', source: dict | None = None) -> None:
-  """Makes the files in `path` a cache: saves the vocabulary and, last, cache.json."""
+  """Makes a folder with files of tokens and lengths a cache: saves the vocabulary and, last, cache.json.
+
+  Args:
+    path: the folder.
+    task: the name of the task.
+    vocabulary: what made the tokens.
+    splits: {split: {'documents': how many, 'tokens': {feature: how many}, 'skipped': {reason: documents left out}}}.
+    features: ['targets'] or ['inputs', 'targets'].
+    checksum: a digest of the tokens; a run is resumed only with an equal one.
+    source: what the cache was made from, as `tasks.caches` describes it.
+  """
   vocabulary.save(path / 'vocabulary')
-  write_json(path / 'cache.json', {
+  files.write_json(path / 'cache.json', {
       'format': FORMAT, 'task': task, 'features': features, 'dtype': token_dtype(vocabulary), 'checksum': checksum,
       'vocabulary': vocabulary.fingerprint, 'splits': splits,
       'source': source or {'patterns': [], 'files': [], 'vocabulary': []}})
 
 
-def write_json(path: pathlib.Path, value) -> None:
-  """Writes a file that is either complete or not there."""
-  temporary = path.with_name(f'{path.name}.tmp{os.getpid()}')
-  with open(temporary, 'w') as f:
-    json.dump(value, f, ensure_ascii=False, indent=1)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
-
-
-def file_states(paths) -> list[list]:
-  """[path, bytes, time of change in ns] of each file: what tells that a source was edited."""
-  states = []
-  for path in sorted({os.path.abspath(path) for path in paths}):
-    status = os.stat(path)
-    states.append([path, status.st_size, status.st_mtime_ns])
-  return states
+def finish_mixture(path: pathlib.Path, task: str, parts: list[tuple[str, float, pathlib.Path]]) -> None:
+  """Makes the cache of a mixture from those of its tasks, which lie beside it: (name, rate, folder) of each."""
+  path.mkdir(exist_ok=True)
+  files.write_json(path / 'cache.json', {'format': FORMAT, 'task': task, 'components': [
+      {'name': name, 'rate': rate, 'directory': folder.name} for name, rate, folder in parts]})

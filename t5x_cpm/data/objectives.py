@@ -1,8 +1,8 @@
-"""Span corruption in NumPy, over a whole batch of pieces at once.
+"""Span corruption in NumPy, over a whole batch of pieces at once, and the arithmetic of flat arrays that it is made of.
 
-A batch of pieces is *flat*: one array with the tokens of all of them and one with their lengths. Letters in names: P
-pieces, N tokens of all pieces, K noise spans of all pieces. No function here keeps a random state: every draw is a hash
-of (key of the piece, position), so that a piece is corrupted in the same way in whatever batch it occurs.
+A batch of pieces is *flat*: one array has the tokens of all pieces, another has their lengths. Letters in names: P pieces,
+N tokens of all pieces, K noise spans of all pieces. No function here keeps a random state. Every draw is a hash of (key of the
+piece, position), so that a piece is corrupted in the same way in whatever batch it occurs.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def combine(*parts) -> np.ndarray:
-  """Hashes integers or integer arrays of one shape into uint64 keys; the order of the parts matters."""
+  """Hashes integers, or integer arrays of one shape, into uint64 keys; the order of the arguments matters."""
   key = np.zeros((), np.uint64)
   with np.errstate(over='ignore'):
     for part in parts:
@@ -46,13 +46,18 @@ def ramp(counts: np.ndarray) -> np.ndarray:
   return np.arange(counts.sum()) - np.repeat(exclusive_cumsum(counts), counts)
 
 
-class Spans(NamedTuple):
-  """Noise spans of P pieces, in order. `counts` is [P], the others [K]."""
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  """[s0 .. s0+c0-1, s1 .. s1+c1-1, ...]."""
+  return np.repeat(np.asarray(starts, np.int64), counts) + ramp(counts)
 
-  counts: np.ndarray  # spans of each piece
-  start: np.ndarray  # first noise token of the span, from the start of its piece
-  length: np.ndarray  # its tokens
-  before: np.ndarray  # noise tokens of the piece before it
+
+class Spans(NamedTuple):
+  """The noise spans of P pieces, in order."""
+
+  counts: np.ndarray  # [P] how many spans each piece has
+  start: np.ndarray  # [K] the first noise token of each span, counted from the start of its piece
+  length: np.ndarray  # [K] how many tokens it has
+  before: np.ndarray  # [K] how many noise tokens its piece has before it
 
 
 def noise_counts(lengths: np.ndarray, density: float, mean: float) -> tuple[np.ndarray, np.ndarray]:
@@ -63,12 +68,12 @@ def noise_counts(lengths: np.ndarray, density: float, mean: float) -> tuple[np.n
   as in CPM-2 and in T5's `random_spans_helper`. A span is never empty, nor what lies between two spans.
 
   Args:
-    lengths: tokens of each piece, at least 2.
-    density: share of noise.
-    mean: wanted mean length of a span.
+    lengths: how many tokens each piece has, at least 2.
+    density: the share of noise.
+    mean: the mean length of a span that is wanted.
 
   Returns:
-    Noise tokens and spans, of the shape of `lengths`.
+    How many noise tokens and how many spans each piece has, both of the shape of `lengths`.
   """
   lengths = np.asarray(lengths, np.int64)
   noise = np.clip(np.rint(lengths * density).astype(np.int64), 1, lengths - 1)
@@ -82,10 +87,10 @@ def draw_spans(keys_P: np.ndarray, lengths_P: np.ndarray, noise_P: np.ndarray, s
   A piece starts with tokens that stay and ends with noise, as in T5.
 
   Args:
-    keys_P: uint64, what the mask of the piece is a function of.
-    lengths_P: tokens of each piece, below MAX_PIECE.
-    noise_P: tokens of noise, from `noise_counts`.
-    spans_P: spans, from `noise_counts`.
+    keys_P: uint64; the mask of a piece is a function of its key.
+    lengths_P: how many tokens each piece has, below MAX_PIECE.
+    noise_P: how many of them are noise, from `noise_counts`.
+    spans_P: how many spans the noise has, from `noise_counts`.
   """
   parts = [_draw(keys_P[i:i + _CHUNK], lengths_P[i:i + _CHUNK], noise_P[i:i + _CHUNK], spans_P[i:i + _CHUNK])
            for i in range(0, len(keys_P), _CHUNK)]
@@ -130,7 +135,7 @@ def noise_mask(lengths_P: np.ndarray, spans: Spans) -> np.ndarray:
 
 
 class Segments(NamedTuple):
-  """Finished pieces, flat: what each contributes to the two sides of a row."""
+  """Finished pieces, flat: what each of them puts into the two sides of a row."""
 
   encoder_lengths: np.ndarray  # [P]
   encoder_tokens: np.ndarray
@@ -141,17 +146,17 @@ class Segments(NamedTuple):
 
 def span_targets(noise_tokens: np.ndarray, noise_P: np.ndarray, spans: Spans, sentinels: np.ndarray,
                  end: int | None) -> tuple[np.ndarray, np.ndarray]:
-  """Each piece's targets: before each span its sentinel, then the closing token.
+  """Makes the targets of each piece: every span after its sentinel, then a closing token.
 
   Args:
-    noise_tokens: noise of all pieces in order.
-    noise_P: noise tokens of each piece.
+    noise_tokens: the noise of all pieces, in order.
+    noise_P: how many noise tokens each piece has.
     spans: the spans; `start` is not read.
-    sentinels: ids in order of use; a piece of k spans takes the first k.
-    end: the closing token, or None for the next sentinel.
+    sentinels: ids in order of use; a piece with k spans takes the first k.
+    end: the closing token; None is the next sentinel.
 
   Returns:
-    Lengths [P] and the flat targets.
+    The lengths of the targets [P], and the targets, flat.
   """
   lengths_P = noise_P + spans.counts + 1
   offsets_P = exclusive_cumsum(lengths_P)
@@ -184,13 +189,13 @@ def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: 
   T5's: both sides end with `eos`.
 
   Args:
-    tokens_N: int32, pieces one after another.
-    lengths_P: their lengths.
-    spans: from `draw_spans`.
-    noise_P: noise tokens of each piece.
+    tokens_N: the pieces one after another.
+    lengths_P: how many tokens each piece has.
+    spans: the spans, from `draw_spans`.
+    noise_P: how many noise tokens each piece has.
     sentinels: ids in order of use.
-    start: first token of each piece's decoder inputs.
-    eos: T5's end of sequence.
+    start: the first token of the decoder inputs of each piece.
+    eos: T5's end of sequence; None is CPM-2's form.
   """
   is_noise = noise_mask(lengths_P, spans)
   first = np.repeat(exclusive_cumsum(lengths_P), spans.counts) + spans.start

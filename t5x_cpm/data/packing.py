@@ -1,4 +1,4 @@
-"""Which pieces share a row, and in which order rows come: both found without a list of rows.
+"""Which pieces share a row, and in which order rows come. Both are found without a list of rows.
 
 Packing works on the histogram of piece sizes alone (Krell et al. 2021, "Efficient sequence packing without cross-
 contamination"): it yields patterns such as "one piece of 300 and two of 106" with the number of rows that use each. A row is
@@ -22,9 +22,9 @@ def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.nd
   Rogaway 2002, "Ciphers with arbitrary finite domains").
 
   Args:
-    index: int64 array, each 0 <= index < size.
-    size: int or array of the same shape, at least 1.
-    key: uint64, scalar or array of the same shape.
+    index: an int64 array with 0 <= index < size.
+    size: a number, or an array of the same shape, at least 1.
+    key: uint64, one or an array of the same shape.
   """
   index, size, key = np.broadcast_arrays(np.asarray(index, np.int64), size, key)
   out = index.astype(np.int64)
@@ -49,17 +49,17 @@ def _draw(key, round_number, value):
 
 
 class Packing(NamedTuple):
-  """Rows described by patterns. Q patterns, G groups: a group is `copies` pieces of one class in one pattern."""
+  """Rows described by patterns. Q patterns, G groups: a group is so many pieces of one class in one pattern."""
 
   rows: int
   first_row: np.ndarray  # [Q + 1] the rows of pattern q are first_row[q] .. first_row[q + 1] - 1
-  first_group: np.ndarray  # [Q + 1] its groups likewise
-  group_class: np.ndarray  # [G]
-  group_copies: np.ndarray  # [G]
-  group_member: np.ndarray  # [G] members of the class that earlier patterns use
+  first_group: np.ndarray  # [Q + 1] the groups of pattern q likewise
+  group_class: np.ndarray  # [G] the class of the pieces
+  group_copies: np.ndarray  # [G] how many pieces of the class a row has
+  group_member: np.ndarray  # [G] how many members of the class earlier groups use
 
   def members(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pieces of some rows: for each the position in `rows`, its class, and which member of the class it is."""
+    """Finds the pieces of some rows: for each the position in `rows`, its class, and which member of the class it is."""
     pattern = np.searchsorted(self.first_row, rows, side='right') - 1
     groups = self.first_group[pattern + 1] - self.first_group[pattern]
     group = np.repeat(self.first_group[pattern], groups) + objectives.ramp(groups)
@@ -75,9 +75,9 @@ def pack(sizes: np.ndarray, counts: np.ndarray, room: tuple[int, int], most: int
 
   Args:
     sizes: [C, 2] encoder and decoder slots of a piece of each class, none above `room`.
-    counts: [C] pieces of each class.
+    counts: [C] how many pieces each class has.
     room: encoder and decoder slots of a row.
-    most: largest number of pieces in a row.
+    most: how many pieces a row may have.
 
   Returns:
     The packing; every piece is in exactly one row.
@@ -143,13 +143,13 @@ def rate_counts(rates: list[float], longest: int = 1000) -> list[int]:
   """Whole numbers in the proportion of the rates: the shortest period that is exact, else the nearest one of `longest`.
 
   Args:
-    rates: positive, of any sum.
-    longest: rows of a period at most; each rate gets at least one.
+    rates: positive numbers of any sum.
+    longest: the most rows that a period may have; each rate gets at least one.
   """
   shares = np.asarray(rates, np.float64) / np.sum(rates)
   periods = np.arange(len(shares), longest + 1)
   error = np.abs(periods[:, None] * shares - np.rint(periods[:, None] * shares)).max(axis=1)
-  exact = np.flatnonzero((error < 1e-9) & (periods * shares.min() > 0.5))
+  exact = np.flatnonzero((error < 1e-9) & (periods * np.min(shares) > 0.5))
   if len(exact):
     return [int(n) for n in np.rint(periods[exact[0]] * shares)]
   counts = np.maximum(np.floor(shares * longest).astype(int), 1)

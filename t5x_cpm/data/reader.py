@@ -1,7 +1,7 @@
-"""(config, seed, step) -> a batch: any step at once, the same rows for any number of processes. No TensorFlow.
+"""(config, seed, step) -> a batch: any step at once, and the same rows for any number of processes.
 
-A global row number becomes tokens in closed form: the mixture says which row of which task's stream it is, and `rows` what
-is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
+The number of a row becomes its tokens in closed form: the mixture says which row of which task's stream it is, and that
+stream, a component, says what is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
 """
 
 import pathlib
@@ -11,24 +11,28 @@ import numpy as np
 
 from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.data import cache as cache_lib
-from t5x_cpm.data import index, objectives, packing
-from t5x_cpm.data.rows import Component, Packed, Part, Windows
+from t5x_cpm.data import objectives, packing
+from t5x_cpm.data.pairs import Pairs
+from t5x_cpm.data.pieces import Pieces
+from t5x_cpm.data.rows import FIXED_SEED, Component, RowSegments
+from t5x_cpm.data.streams import Windows
 from t5x_cpm.vocabularies import Vocabulary
 
 Batch = dict[str, np.ndarray]
-EVERY = slice(None)  # row
+EVERY = slice(None)  # every row of a batch
+COMPONENTS: dict[str, type[Component]] = {'isolated': Pieces, 't5': Pieces, 'cpm2': Windows, 'pairs': Pairs}  # by objective
 _TOKENS = {'encoder': {'encoder_tokens': 'encoder_input_tokens'},
            'decoder': {'decoder_inputs': 'decoder_input_tokens', 'decoder_targets': 'decoder_target_tokens'}}
 
 
-def assemble(parts: list[Part], rows: int, room: tuple[int, int], pad: int, unpredicted: int | None) -> Batch:
-  """Places segments in rows, one after another on each side, with positions that restart in each.
+def assemble(parts: list[RowSegments], rows: int, room: tuple[int, int], pad: int, unpredicted: int | None) -> Batch:
+  """Places segments in rows, one after another on each side, with positions that begin anew in each.
 
   Args:
-    parts: segments; `row` is the row of the batch.
-    rows: of the batch.
+    parts: the segments; `row` is the row of the batch.
+    rows: how many rows the batch has.
     room: encoder and decoder slots of a row.
-    pad: token of empty slots; their segment and weight are 0.
+    pad: the token of empty slots, whose segment and weight are 0.
     unpredicted: a decoder input after which nothing is predicted, or None.
 
   Returns:
@@ -107,7 +111,7 @@ class Reader:
     """
     mine = np.arange(self.batch_size)[rows]
     component, stream_row = self.mixer.locate(mine + step * self.batch_size)
-    return self._make(component, stream_row, len(mine), lambda part, rows: part.read(rows, self.seed))
+    return self._make(component, stream_row, len(mine), lambda stream, rows: stream.read(rows, self.seed))
 
   def eval_batches(self, max_batches: int = 0, rows: slice | np.ndarray = EVERY) -> Iterator[Batch]:
     """Each row of the split once, in an order and with masks that depend on nothing but the data.
@@ -124,17 +128,17 @@ class Reader:
     batches = -(-total // self.batch_size)
     for number in range(min(batches, max_batches) if max_batches else batches):
       mine = number * self.batch_size + np.arange(self.batch_size)[rows]
-      place = packing.permute(mine[mine < total], total, objectives.combine(index.STATIC))
+      place = packing.permute(mine[mine < total], total, objectives.combine(FIXED_SEED))
       component = np.searchsorted(np.cumsum(counts), place, side='right')
       stream_row = place - objectives.exclusive_cumsum(counts)[component]
-      yield self._make(component, stream_row, len(mine), lambda part, rows: part.read_once(rows))
+      yield self._make(component, stream_row, len(mine), lambda stream, rows: stream.read_once(rows))
 
   def _make(self, component: np.ndarray, stream_row: np.ndarray, rows: int, read) -> Batch:
     parts = []
     for number in np.unique(component):
       mine = np.flatnonzero(component == number)
       part = read(self.components[number], stream_row[mine])
-      parts.append(Part(mine[part.row], part.segments))
+      parts.append(RowSegments(mine[part.row], part.segments))
     batch = assemble(parts, rows, self.room, self.vocabulary.pad_id, self.unpredicted)
     for name, value in self.carried_by_component.items():
       batch[name] = np.resize(value[component], rows)  # empty rows have any
@@ -148,13 +152,13 @@ class Reader:
       and the same for each task under 'tasks', with what was left out.
     """
     tasks, share = {}, self.mixer.counts / self.mixer.counts.sum()
-    for part, rate in zip(self.components, share):
-      summary = part.summarize()
+    for component, rate in zip(self.components, share):
+      summary, rows = component.summarize(), component.rows_per_epoch
       used = (summary['encoder_slots_used'], summary['decoder_slots_used'])
-      tasks[part.name] = {**summary, 'rows_per_epoch': part.rows_per_epoch, 'share_of_rows': float(rate),
-                          'encoder_efficiency': used[0] / (part.rows_per_epoch * self.room[0]),
-                          'decoder_efficiency': used[1] / (part.rows_per_epoch * self.room[1]),
-                          'tokens_per_row': sum(used) / part.rows_per_epoch}
+      tasks[component.name] = {
+          **summary, 'rows_per_epoch': rows, 'share_of_rows': float(rate),
+          'encoder_efficiency': used[0] / (rows * self.room[0]), 'decoder_efficiency': used[1] / (rows * self.room[1]),
+          'tokens_per_row': sum(used) / rows}
     mean = {name: float(sum(task[name] * task['share_of_rows'] for task in tasks.values()))
             for name in ('encoder_efficiency', 'decoder_efficiency', 'tokens_per_row')}
     return {'pieces': sum(task['pieces'] for task in tasks.values()), 'rows_per_epoch': self.rows_per_epoch, **mean,
@@ -197,8 +201,7 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
                       ('text only', "'isolated', 'cpm2' or 't5'"))
       raise ConfigError(f'TaskConfig.objective = {config.task.objective!r}, but task {cache.name!r} has {what}: expected '
                         f'{wanted}.')
-    kind = Windows if config.task.objective == 'cpm2' else Packed
-    component: Component = kind(cache, split, config, own)
+    component = COMPONENTS[config.task.objective](cache, split, config, own)
     if not component.rows_per_epoch:
       reasons = {**cache.info['splits'][split].get('skipped', {}), 'too short': component.left_out}
       if split == 'train':

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_cpm import backend, tasks, vocabularies
+from t5x_cpm import backend, files, tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, row_features, to_dict
 from t5x_cpm.data import cache as cache_lib
@@ -293,8 +293,8 @@ def write(model_dir: Any, step: int, config: Config, results: Mapping[str, tuple
       known[task] = {'metrics': metrics, 'EvalConfig': to_dict(config.eval), 'DecodeConfig': to_dict(config.decode)}
       if records:
         lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
-        run_directory.write_atomically(folder / (re.sub(r'[^\w.-]+', '_', task) + '.jsonl'), lines.encode())
-    run_directory.write_atomically(path, (json.dumps(known, ensure_ascii=False, indent=2) + '\n').encode())
+        files.write_atomically(folder / (re.sub(r'[^\w.-]+', '_', task) + '.jsonl'), lines.encode())
+    files.write_atomically(path, (json.dumps(known, ensure_ascii=False, indent=2) + '\n').encode())
   except OSError as error:
     raise ConfigError(f'{folder} cannot be written: {error.strerror}.') from None
 

@@ -22,15 +22,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from etils import epath
-
 from t5x_cpm import config as config_lib
-from t5x_cpm import vocabularies
+from t5x_cpm import files, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.inference import lines as lines_lib
 from t5x_cpm.inference import prompt, text
 from t5x_cpm.inference.lines import Line
+from t5x_cpm.progress import Progress
 
 if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
@@ -105,7 +104,7 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
       os.truncate(output, offsets[done])
       return done
     output.parent.mkdir(parents=True, exist_ok=True)
-    run_directory.write_atomically(epath.Path(note), (json.dumps(wanted, ensure_ascii=False, indent=2) + '\n').encode())
+    files.write_atomically(note, (json.dumps(wanted, ensure_ascii=False, indent=2) + '\n').encode())
     output.write_bytes(b'')
   except OSError as error:
     raise ConfigError(f'--output={output} cannot be written: {error.strerror}.') from None
@@ -116,7 +115,7 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
                 out: TextIO, form: Callable[[dict[str, Any]], str]) -> dict[str, int]:
   """Answers lines from number `first` (from 0) on, and writes one record for each in its form, batch by batch."""
   counts = {'answered': 0, 'empty': 0, 'refused': 0}
-  begin = shown = time.monotonic()
+  progress = Progress('infer', 'line', total, first)
   batch: list[tuple[Line, text.Request | None]] = []
   for index, pair in enumerate(lines):
     if index >= first:
@@ -137,11 +136,8 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
       out.write(form({**line.others, **record}) + '\n')
     out.flush()
     batch = []
-    now, done = time.monotonic(), index + 1
-    if now - shown > (0.5 if sys.stderr.isatty() else 30.0) or (done == total and sys.stderr.isatty()):
-      shown, rate = now, (done - first) / max(now - begin, 1e-6)
-      print(f'infer: {done:,} of {total:,} lines, {rate:.1f} lines/s, {(total - done) / rate:.0f} s left   ',
-            end='\r' if sys.stderr.isatty() and done < total else '\n', file=sys.stderr, flush=True)
+    progress.show(index + 1, f'{progress.rate(index + 1 - first):.1f} lines/s', bar_detail='')
+  progress.close()
   return counts
 
 

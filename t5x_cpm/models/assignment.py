@@ -1,9 +1,9 @@
 """Balanced assignment of tokens to experts: every expert gets the same number, and the sum of scores is as large as can be.
 
 BASE layers (Lewis et al. 2021) and CPM-2 solve this linear assignment by an auction. Here the experts have prices, and a token
-wants the expert where score minus price is greatest. In each round every expert moves half the way to the price at which just
-as many tokens as it has places would want it, given the other prices; that lowers the dual of the assignment. Often 5 to 20
-rounds clear the market. What is left after MAX_ROUNDS, a few tokens, goes one by one to the best free place.
+wants the expert where score minus price is greatest. In each round every expert moves halfway to the price at which, if the
+other prices stayed, just as many tokens would want it as it has places; this lowers the dual of the assignment. Usually 5 to 20
+rounds clear the market. The few tokens that are left after MAX_ROUNDS go one by one to the best free place.
 """
 
 import jax

@@ -16,8 +16,8 @@ from t5x_cpm.mesh import shard
 from t5x_cpm.models.layers import at_least_float32, dropout, normal
 from t5x_cpm.models.products import dense, for_rows, scores, weighted_mean
 
-# Added to the score of a key that must not be seen. Finite, so that a row in which nothing may be seen (padding) gives
-# finite values that nothing reads.
+# Added to the score of a key that must not be seen. It is finite so that a row that sees nothing (padding) gives finite values;
+# nothing reads them.
 MASKED = -1e9
 
 Cache = dict[str, Any]
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
 
 
 def write(cache_BHSK: jax.Array, new_BHTK: jax.Array, positions_BT: jax.Array) -> jax.Array:
-  """The cache with each row's new entries at that row's positions."""
+  """Writes each row's new entries to the cache at that row's positions."""
   rows = jnp.arange(cache_BHSK.shape[0])[:, None, None]
   heads = jnp.arange(cache_BHSK.shape[1])[:, None]
   return cache_BHSK.at[rows, heads, positions_BT[:, None, :]].set(
@@ -106,6 +106,6 @@ def take(cache: Cache, rows: jax.Array) -> Cache:
 
 
 def reorder(cache: Cache, rows: jax.Array) -> Cache:
-  """`take` where every row is exchanged for one with the same input: what was computed from the input stays in place."""
+  """`take` for rows that are exchanged for rows with the same input: what was computed from the input stays in place."""
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf: jnp.take(leaf, rows, axis=1) if path[-1].key in ('self_key', 'self_value') else leaf, cache)

@@ -1,9 +1,9 @@
-"""Experts: tokens are sent to the experts that their router chose, and come back weighted.
+"""Sends tokens to the experts that their router chose, and brings their weighted outputs back.
 
-Two ways, one function. `einsum` gives every expert of a group a fixed number of places; tokens that find none are left behind
-and pass the layer unchanged (Lepikhin et al. 2021). `dropless` sorts tokens by expert and multiplies each run of them with its
-expert's matrices; over the expert axis of a mesh, tokens travel by all-to-all (Gale et al. 2022). Outside training dropless
-always.
+There are two ways. `einsum` gives every expert a fixed number of places in a group; a token that finds no place is left behind
+and passes the layer unchanged (Lepikhin et al. 2021). `dropless` sorts the tokens by expert and multiplies each run of them by
+the matrices of its expert; over the expert axis of a mesh, tokens travel by all-to-all (Gale et al. 2022). Outside training
+nothing is left behind, whichever way is configured.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ MODEL, EXPERT = mesh_lib.RULES['mlp'], mesh_lib.RULES['expert']  # the mesh axes
 
 
 def rows_together(rows: int, length: int, group_size: int) -> tuple[int, int]:
-  """How a batch of rows of a length becomes groups: (rows of a group, groups of a row), one of them 1."""
+  """How rows are divided into groups: (rows of a group, groups of a row). One of the two is 1."""
   if length <= group_size:
     return min(1 << (group_size // length).bit_length() - 1, rows & -rows), 1  # a power of two that divides the batch
   parts = next(parts for parts in range(-(-length // group_size), length + 1) if length % parts == 0)
@@ -41,9 +41,9 @@ def to_groups(x_BL: jax.Array, group_size: int) -> jax.Array:
 
 
 def places_of(routing: Routing) -> tuple[jax.Array, jax.Array]:
-  """The place of each choice in its expert, and whether there is one: [G, T, K] each.
+  """The place of each choice in its expert, and whether the expert has room for it: [G, T, K] each.
 
-  All first choices are placed before the second ones, within each in the order of priority or of the text.
+  First choices take their places before second choices. Among equals the priority decides, or else the order of the text.
   """
   G, T, K = routing.expert_GTK.shape
   expert_GTK = routing.expert_GTK
@@ -62,7 +62,7 @@ def places_of(routing: Routing) -> tuple[jax.Array, jax.Array]:
 
 def einsum(
     mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
-  """The experts' weighted outputs [G, T, D], of tokens that find a place."""
+  """The sum of the experts' weighted outputs for each token [G, T, D]; 0 for a token that finds no place."""
   assert routing.capacity is not None
   E, C, dtype = routing.num_experts, routing.capacity, u_GTD.dtype
   place_GTK, placed_GTK = places_of(routing)
@@ -86,7 +86,7 @@ def _each_expert(x_EGCI: jax.Array, kernel_EIO: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _permute(x_AD: jax.Array, order_A: jax.Array, inverse_A: jax.Array) -> jax.Array:
-  """x[order]. The gradient is a gather by the inverse, where JAX would scatter."""
+  """x[order], with a gradient that gathers by the inverse order; JAX's own would scatter."""
   del inverse_A
   return x_AD[order_A]
 
@@ -101,14 +101,14 @@ def _inverse(order_A: jax.Array) -> jax.Array:
 
 
 def sort_by_expert(expert_A: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The rows in the order of their experts, nobody's last: order [A], its inverse [A], and the rows of each expert [E]."""
+  """Sorts rows by expert, with those that go nowhere last: the order [A], its inverse [A], and the rows of each expert [E]."""
   order_A = jnp.argsort(expert_A, stable=True)
   return order_A, _inverse(order_A), jnp.bincount(expert_A, length=num_experts + 1)[:num_experts]
 
 
 def _by_expert(
     mlp: MLP, x_AD: jax.Array, expert_A: jax.Array, seed_A: jax.Array, num_experts: int, rate: float) -> jax.Array:
-  """Row a through expert expert_A[a]; anything for nobody's."""
+  """Puts row a through expert expert_A[a]. What comes out for a row that goes nowhere has no meaning."""
   order_A, inverse_A, counts_E = sort_by_expert(expert_A, num_experts)
 
   def drop(hidden_AF: jax.Array) -> jax.Array:
@@ -121,18 +121,18 @@ def _by_expert(
 
 
 def _dropout_by_row(x_AF: jax.Array, rate: float, seed_A: jax.Array) -> jax.Array:
-  """Dropout by a random number for each row, so that a token loses the same wherever it is computed."""
+  """Dropout that depends on a seed for each row, so that a token loses the same numbers on whatever device it is computed."""
   if rate == 0.0:
     return x_AF
   column_F = jnp.arange(x_AF.shape[1], dtype=jnp.uint32)
-  if MODEL in jax.sharding.get_abstract_mesh().manual_axes:  # these are a part of the columns
+  if MODEL in jax.sharding.get_abstract_mesh().manual_axes:  # this device holds some of the columns
     column_F += jax.lax.axis_index(MODEL).astype(jnp.uint32) * np.uint32(x_AF.shape[1])
   keep = scramble(seed_A[:, None] ^ scramble(column_F)) >= np.uint32(rate * 2**32)
   return jnp.where(keep, x_AF / (1.0 - rate), jnp.zeros_like(x_AF))
 
 
 def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
-  """The experts' weighted outputs [G, T, D]."""
+  """The sum of the experts' weighted outputs for each token [G, T, D]."""
   K, D, num_experts = routing.expert_GTK.shape[-1], u_GTD.shape[-1], routing.num_experts
   expert_NK, weight_NK = routing.expert_GTK.reshape(-1, K), routing.weight_GTK.reshape(-1, K)
   if key is None:
@@ -161,15 +161,15 @@ def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
 
 def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, seed_NK: jax.Array, *, num_experts: int,
            rate: float, parts: int) -> jax.Array:
-  """The tokens of one device, of `parts` along the mesh axis expert that hold as many experts each."""
+  """Computes the tokens of one device. The mesh axis `expert` has `parts` devices, which hold equally many experts."""
   K, D = expert_NK.shape[1], u_ND.shape[1]
   x_AD, expert_A, seed_A = jnp.repeat(u_ND, K, axis=0), expert_NK.reshape(-1), seed_NK.reshape(-1)
   if parts == 1:
     y_AD = _by_expert(mlp, x_AD, expert_A, seed_A, num_experts, rate)
   else:
-    # Every device has room for all choices of every other: how many come is not known when the program is made.
+    # A device has room for every choice of every other device, because how many will come is not known at compile time.
     A, mine = expert_A.shape[0], num_experts // parts
-    owner_A = expert_A // mine  # nobody's owner is `parts`
+    owner_A = expert_A // mine  # a row that goes nowhere has the owner `parts`
     hot_AP = jax.nn.one_hot(owner_A, parts, dtype=jnp.int32)
     rank_A = jnp.sum((jnp.cumsum(hot_AP, axis=0) - hot_AP) * hot_AP, axis=1)
     nowhere_A = parts * A + jnp.arange(A)
@@ -193,13 +193,13 @@ def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array
 
 
 def dispatch(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
-  """Tokens to their experts and back: [G, T, D].
+  """The sum of the weighted outputs of the experts that each token goes to [G, T, D].
 
   Args:
-    mlp: weights [E, ...].
+    mlp: the experts, with weights [E, ...].
     u_GTD: the tokens, in groups.
     routing: where they go.
-    rate, key: of the dropout of hidden activations.
+    rate, key: of the dropout of hidden activations; without a key nothing is dropped.
   """
   if routing.capacity is None:
     return dropless(mlp, u_GTD, routing, rate, key)
@@ -207,7 +207,7 @@ def dispatch(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
 
 
 def left_behind(routing: Routing, valid_GT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """How many tokens no expert takes, and how many there are."""
+  """The number of valid tokens that no expert takes, and the number of valid tokens."""
   served_GT = (routing.expert_GTK < routing.num_experts).any(axis=-1)
   if routing.capacity is not None:
     served_GT = places_of(routing)[1].any(axis=-1)

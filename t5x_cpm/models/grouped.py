@@ -1,7 +1,7 @@
-"""The product of runs of rows with a matrix each: row a of expert e's run times expert e's matrix.
+"""Multiplies each run of rows by a matrix of its own: the rows of expert e by the matrix of expert e.
 
-Accelerators have jax.lax.ragged_dot. On CPU XLA computes that for every expert and all rows; there one loop goes over the
-experts that have rows, and takes their rows in blocks, each one product.
+On accelerators this is jax.lax.ragged_dot. XLA:CPU multiplies all rows by the matrix of every expert for that, so on CPU a loop
+goes over the experts that have rows and multiplies their rows in blocks.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ import numpy as np
 
 from t5x_cpm import backend
 
-# Rows of a product. A run is cut into as many of the first as fit, what is left into the second, the rest into the third, the
-# last of which is filled up. Large ones run near the rate of one large product, small ones waste little where a run ends.
+# Rows of a block. A run is cut into as many blocks of the first size as fit, then of the second, then of the third; the last
+# block is filled up. Large blocks run at nearly the rate of one large product, small ones waste little at the end of a run.
 BLOCKS = 256, 64, 16
 
 
@@ -30,7 +30,7 @@ def grouped_dot(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array) -> 
 
 
 def _each_run(counts_E: jax.Array, run: Callable[[jax.Array, jax.Array, jax.Array, Any], Any], carry: Any) -> Any:
-  """carry = run(expert, first row, rows, carry) for each expert that has rows."""
+  """Applies carry = run(expert, first row, rows, carry) for each expert that has rows."""
   first_E = jnp.cumsum(counts_E) - counts_E
   busy_E = jnp.argsort(counts_E == 0, stable=True)
 
@@ -42,7 +42,7 @@ def _each_run(counts_E: jax.Array, run: Callable[[jax.Array, jax.Array, jax.Arra
 
 def _each_block(
     first: jax.Array, rows: jax.Array, A: int, block: Callable[[jax.Array, int, Any, Any], Any], carry: Any) -> Any:
-  """carry = block(start, size, keep, carry) for the blocks of a run; keep [size, 1], where not None: which rows count."""
+  """Applies carry = block(start, size, keep, carry) for each block of a run; `keep` [size, 1]: which rows count, None: all."""
   end = first + rows
   *sizes, least = [size for size in BLOCKS if size <= A] or [A]
   for size in sizes:
@@ -63,7 +63,7 @@ def _dot(x: jax.Array, x_axis: int, y: jax.Array, y_axis: int) -> jax.Array:
 
 
 def _product(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array, axis: int) -> jax.Array:
-  """Each run of rows times its expert's matrix, summed over that axis of it."""
+  """Multiplies each run of rows by the matrix of its expert, contracting `axis` of the matrix."""
   A = x_AI.shape[0]
 
   def run(expert: jax.Array, first: jax.Array, rows: jax.Array, y_AO: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The parts that every stack is made of: norm, embedding, gated MLP, relative position bias, dropout.
+"""What every stack is built from: norm, embedding, gated feed-forward network, relative position bias, dropout.
 
-Arrays of parameters are nnx.Param with logical axis names; the modules are rebuilt from plain trees inside the model, so a
-module never holds a random state or a device array of its own between calls.
+A module states the shape, the logical axes and the initial value of its weights in its constructor. Modules are rebuilt from
+plain trees inside the model, so none of them keeps a random state or an array between calls.
 """
 
 import math
@@ -42,7 +42,7 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, names: tuple[str | None, ...], config: ModelConfig,
            decays: bool = True) -> nnx.Param:
-  """A parameter drawn from N(0, std), with its logical axis names and whether weight decay applies to it."""
+  """A parameter drawn from N(0, std) with these logical axis names; `decays` says whether weight decay applies to it."""
   value = std * jax.random.normal(rngs.params(), shape, jnp.dtype(config.param_dtype))
   return nnx.Param(value, out_sharding=names, decays=decays)
 
@@ -115,12 +115,12 @@ class MLP(nnx.Module):
 
   def __call__(self, x: jax.Array, drop: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
                product: Callable[[jax.Array, jax.Array], jax.Array] = dense) -> jax.Array:
-    """Of weights that are stacks, one matrix an expert, with a product that knows them.
+    """Applies the network to x [..., D].
 
     Args:
-      x: [..., D].
+      x: the input.
       drop: dropout of the hidden activations.
-      product: (rows, kernel) -> rows.
+      product: (rows, kernel) -> rows; it replaces the matrix product when weights carry an expert axis.
     """
     activation, gated = ACTIVATIONS[self.activation]
     hidden = activation(product(x, self.wi_0[...]))

@@ -106,10 +106,6 @@ class Model:
     leaves = self.leaves()
     return jax.tree.map(lambda leaf: leaf.abstract, leaves), jax.tree.map(lambda leaf: leaf.axes, leaves)
 
-  def labels(self) -> Params:
-    label = {'gradient': 'train', 'fixed': 'frozen', 'rule': 'state'}
-    return jax.tree.map(lambda leaf: label[leaf.update], self.leaves())
-
   def num_parameters(self) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(self.leaves()))
 

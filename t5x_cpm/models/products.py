@@ -1,7 +1,7 @@
-"""Products of matrices, with gradients written the way in which XLA:CPU computes them fast.
+"""Matrix products whose gradients are written the way that XLA:CPU computes fast.
 
-Other platforms get the plain form and JAX's own gradient of it; the numbers are the same up to rounding. (Products by experts
-are in `grouped`.)
+Other platforms get the plain form with JAX's own gradient; the results are the same up to rounding. `grouped` has the products
+of experts.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from t5x_cpm import backend
 
-PRODUCT = 'product'  # checkpoint_name of what _product returns: policies that save products see no other kind inside it
+PRODUCT = 'product'  # checkpoint_name of what _product returns: a policy that saves products sees none inside a custom_vjp
 
 
 def dense(x: jax.Array, kernel: Any) -> jax.Array:
@@ -28,21 +28,21 @@ def dense(x: jax.Array, kernel: Any) -> jax.Array:
 
 
 def for_rows(x: jax.Array, B: int) -> jax.Array:
-  """x [...] -> [B, ...], the same for every row of a batch."""
+  """Repeats x [...] for every row of a batch: [B, ...]."""
   return _for_rows(x, B) if backend.on_cpu() else jnp.broadcast_to(x, (B, *x.shape))
 
 
 def scores(q_BTHK: jax.Array, k_BHSK: jax.Array, dtype: Any) -> jax.Array:
-  """Each query with each key of its head -> [B, H, T, S] of `dtype`."""
+  """The scores [B, H, T, S] of each query with each key of its head, in `dtype`."""
   if backend.on_cpu():
     return _scores(jnp.swapaxes(q_BTHK, 1, 2), k_BHSK, dtype)
   return jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, preferred_element_type=dtype)
 
 
 def weighted_mean(weights_BHTS: jax.Array, dropped_BHTS: jax.Array, values_BHSK: jax.Array) -> jax.Array:
-  """The mean of the values of each head by weights that do not sum to 1 -> [B, H, T, K] of the dtype of the weights.
+  """The weighted mean [B, H, T, K] of the values of each head, in the dtype of the weights, which need not sum to 1.
 
-  The weights' sum divides what they make of the values: [T, K] numbers instead of [T, S].
+  The sum of the weights divides the result, which has [T, K] numbers where the weights have [T, S].
 
   Args:
     weights_BHTS: not negative.
@@ -58,13 +58,13 @@ def _transpose(x: jax.Array) -> jax.Array:
 
 
 def _transposed_copy(x_NI: jax.Array) -> jax.Array:
-  """x.T in memory, in a kernel of its own: fused with what makes x, XLA:CPU takes four times as long for it."""
+  """A transposed copy of x, made by a kernel of its own: fused with what computes x it takes XLA:CPU four times as long."""
   with set_xla_metadata(inlineable='false'):
     return _transpose(x_NI)
 
 
 def _turned(x: jax.Array) -> jax.Array:
-  """[..., I, J] -> [..., J, I] in memory. XLA:CPU is slow at products of stacks that contract the first axis of each matrix."""
+  """A transposed copy [..., J, I]: XLA:CPU is slow at batched products that contract the first axis of each matrix."""
   return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
 
 

@@ -1,7 +1,7 @@
-"""Running a function over the layers of a stack.
+"""Runs a function over the layers of a stack.
 
-Parameters are stacked, leaves [L, ...], in every checkpoint. A stack for inference may instead be a tuple of L trees whose
-leaves are [1, ...]; what comes out has the same form, so a cache follows its parameters.
+In every checkpoint layers are stacked: leaves are [L, ...]. For inference a stack may instead be a tuple of L trees with
+leaves [1, ...]. The outputs have the form of the inputs, so that a cache follows its parameters.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,11 @@ from t5x_cpm.config import ModelConfig
 from t5x_cpm.models.products import PRODUCT
 
 Slices = dict[str, list[Any]]  # by name, a tree for each layer of a period
+Period = Callable[[Any, Slices, Any], tuple[Any, Slices]]
 
 
 def loop(config: ModelConfig) -> str:
-  """'scan' or 'unroll'. Unrolled layers run faster on CPU; scanned ones compile faster and are the same on accelerators."""
+  """'scan' or 'unroll'. Unrolled layers run faster on CPU; scanned layers compile faster, and run as fast on accelerators."""
   if config.layer_loop != 'auto':
     return config.layer_loop
   return 'unroll' if backend.on_cpu() else 'scan'
@@ -39,7 +40,7 @@ def first(layers: Any) -> Any:
 
 
 def each(fn: Callable[[Any], Any], layers: Any) -> Any:
-  """fn of each layer's tree, in the form of `layers`."""
+  """Applies fn to each layer's tree; the result has the form of `layers`."""
   if isinstance(layers, tuple):
     return tuple(jax.tree.map(lambda leaf: leaf[None], fn(first((tree,)))) for tree in layers)
   return jax.lax.map(fn, layers)
@@ -54,56 +55,64 @@ def _rematerialised(fn: Callable[..., Any], config: ModelConfig) -> Callable[...
   return jax.checkpoint(fn, policy=products if config.remat == 'dots' else None)
 
 
-def run(
-    fn: Callable[[Any, Slices, Any], tuple[Any, Slices]], x: Any, trees: dict[str, Any], periods: int, config: ModelConfig, *,
-    remat: bool) -> tuple[Any, dict[str, Any]]:
-  """x through a stack, period after period: fn(x, slices, index of the period) -> (x, outs).
+def _stack(trees: list[Any]) -> Any:
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
-  A period is what repeats: one layer, or several of which some differ. A tree that has n layers in each period reaches fn as a
-  list of n trees, and so do the outs leave it.
+
+def _scanned(period: Period, x: Any, trees: dict[str, Any], counts: dict[str, int], periods: int) -> tuple[Any, dict[str, Any]]:
+  def body(carry: tuple[Any, jax.Array], given: Any) -> tuple[tuple[Any, jax.Array], Any]:
+    x, index = carry
+    x, outs = period(x, {name: [jax.tree.map(lambda leaf: leaf[i], given[name]) for i in range(n)]  # noqa: B023
+                         for name, n in counts.items()}, index)
+    return (x, index + 1), {name: _stack(out) for name, out in outs.items()}
+
+  grouped = jax.tree.map(lambda leaf: leaf.reshape(periods, -1, *leaf.shape[1:]), trees)
+  (x, _), outs = jax.lax.scan(body, (x, jnp.int32(0)), grouped)
+  return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outs)
+
+
+def _unrolled(period: Period, x: Any, trees: dict[str, Any], counts: dict[str, int], periods: int) -> tuple[Any, Slices]:
+  layers = {name: tree if isinstance(tree, tuple) else unstack(tree) for name, tree in trees.items()}
+  collected: Slices = {}
+  for index in range(periods):
+    slices = {name: [first((tree,)) for tree in layers[name][index * n:(index + 1) * n]] for name, n in counts.items()}
+    x, outs = period(x, slices, index)
+    for name, out in outs.items():
+      collected.setdefault(name, []).extend(out)
+  return x, collected
+
+
+def run(
+    period: Period, x: Any, trees: dict[str, Any], periods: int, config: ModelConfig, *,
+    remat: bool) -> tuple[Any, dict[str, Any]]:
+  """Runs x through a stack, one period after another.
+
+  A period is what repeats: one layer, or several of which some differ. Of a tree with n layers in each period, a period is
+  given a list of n trees, and it returns such lists.
 
   Args:
-    fn: one period.
+    period: (x, slices, index of the period) -> (x, outs).
     x: the first layer's input.
-    trees: by name, what is stacked over layers (parameters, cache).
-    periods: how many.
-    config: chooses the loop and what the backward pass recomputes.
+    trees: what is stacked over layers, by name: parameters, a cache.
+    periods: how many there are.
+    config: chooses the loop, and what the backward pass computes again.
     remat: False where there is no backward pass.
 
   Returns:
-    The last layer's output, and the outs by name, stacked over layers. Where the trees are tuples, so are they.
+    The last layer's output, and the outs by name, stacked over layers. If the trees are tuples of layers, so are the outs.
   """
-  fn = _rematerialised(fn, config) if remat else fn
-  per = {name: (len(tree) if isinstance(tree, tuple) else jax.tree.leaves(tree)[0].shape[0]) // periods
-         for name, tree in trees.items()}
+  period = _rematerialised(period, config) if remat else period
+  counts = {name: (len(tree) if isinstance(tree, tuple) else jax.tree.leaves(tree)[0].shape[0]) // periods
+            for name, tree in trees.items()}
   unstacked = any(isinstance(tree, tuple) for tree in trees.values())
   if not unstacked and loop(config) == 'scan':
-
-    def body(carry: tuple[Any, jax.Array], period: Any) -> tuple[tuple[Any, jax.Array], Any]:
-      x, index = carry
-      x, outs = fn(x, {name: [jax.tree.map(lambda leaf: leaf[i], period[name]) for i in range(n)]  # noqa: B023
-                       for name, n in per.items()}, index)
-      return (x, index + 1), {name: _stack(out) for name, out in outs.items()}
-
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(periods, -1, *leaf.shape[1:]), trees)
-    (x, _), outs = jax.lax.scan(body, (x, jnp.int32(0)), grouped)
-    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outs)
-  layers = {name: tree if isinstance(tree, tuple) else unstack(tree) for name, tree in trees.items()}
-  collected: dict[str, list[Any]] = {}
-  for index in range(periods):
-    slices = {name: [first((tree,)) for tree in layers[name][index * n:(index + 1) * n]] for name, n in per.items()}
-    x, outs = fn(x, slices, index)
-    for name, out in outs.items():
-      collected.setdefault(name, []).extend(out)
+    return _scanned(period, x, trees, counts, periods)
+  x, collected = _unrolled(period, x, trees, counts, periods)
   if unstacked:
     return x, {name: tuple(jax.tree.map(lambda leaf: leaf[None], tree) for tree in out) for name, out in collected.items()}
   return x, {name: _stack(out) for name, out in collected.items()}
 
 
-def _stack(trees: list[Any]) -> Any:
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
 def stacked(layers: Any) -> Any:
-  """Leaves [L, ...] of either form."""
+  """Brings either form into leaves [L, ...]."""
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers) if isinstance(layers, tuple) else layers

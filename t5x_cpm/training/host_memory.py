@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_cpm.mesh import is_names
+from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.training import partition
+from t5x_cpm.training.optimizer import Optimizer, keep
 
 GiB = 2.0**30
 HOST = 'pinned_host'
@@ -22,7 +23,7 @@ KERNELS = {'heads', 'mlp'}
 
 
 def _moved(abstract: Any, shardings: Any, gib: float) -> tuple[Any, float]:
-  """Shardings that keep so many GiB of each device's part on its host, whole arrays, largest first; and what is left of gib."""
+  """Shardings that keep so many GiB of each device's share on its host, whole arrays, largest first; what is left of gib."""
   leaves, placed = jax.tree.leaves(abstract), jax.tree.leaves(shardings)
   sizes = [math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in zip(leaves, placed, strict=True)]
   for index in sorted(range(len(leaves)), key=lambda index: -sizes[index]):
@@ -32,30 +33,30 @@ def _moved(abstract: Any, shardings: Any, gib: float) -> tuple[Any, float]:
   return jax.tree.unflatten(jax.tree.structure(shardings), placed), gib
 
 
-def place(abstract: Any, shardings: Any, axes: Any, gib: float, dtype: Any) -> Any:
-  """Shardings of a state of which each device keeps so much in the memory of its host: the optimizer's part goes first.
+def move(abstract: Any, shardings: Any, leaves: Any, gib: float, dtype: Any) -> Any:
+  """Shardings of a state of which each device keeps so much in the memory of its host: the optimizer's state goes first.
 
   Args:
     abstract: shapes and dtypes of the state.
     shardings: of the state.
-    axes: logical axes of the parameters.
+    leaves: tree of Leaf, like the parameters of the state.
     gib: at least so many GiB are moved, or all that can be; -1 is all.
     dtype: that the model computes in.
   """
+  def may_move(leaf: Leaf) -> bool:
+    return 'layers' in leaf.stacked and bool(KERNELS & set(leaf.axes)) and jnp.dtype(leaf.dtype).itemsize > dtype.itemsize
+
   moments, left = _moved(abstract['opt_state'], shardings['opt_state'], math.inf if gib < 0 else gib)
-  labels = jax.tree.map(
-      lambda names, leaf: 'layers' in names and bool(KERNELS & set(names)) and leaf.dtype.itemsize > dtype.itemsize,
-      axes, abstract['params'], is_leaf=is_names)
-  kernels = partition.split(abstract['params'], labels, True)[0]
-  places, rest = partition.split(shardings['params'], labels, True)
-  placed = shardings | {'opt_state': moments, 'params': partition.join(_moved(kernels, places, left)[0], rest)}
-  away = _away(placed['params'], placed['params'])
-  return placed | ({'copies': jax.tree.map(lambda s: s.with_memory_kind('device'), away)} if away else {})
+  kernels = partition.split(abstract['params'], leaves, may_move)[0]
+  here, rest = partition.split(shardings['params'], leaves, may_move)
+  moved = shardings | {'opt_state': moments, 'params': partition.join(_moved(kernels, here, left)[0], rest)}
+  away = _away(moved['params'], moved['params'])
+  return moved | ({'copies': jax.tree.map(lambda s: s.with_memory_kind('device'), away)} if away else {})
 
 
-def _away(tree: Any, places: Any) -> Any:
+def _away(tree: Any, shardings: Any) -> Any:
   """The leaves of a tree like the parameters that lie in the memory of the hosts."""
-  return partition.split(tree, jax.tree.map(lambda place: place.memory_kind == HOST, places), True)[0]
+  return partition.split(tree, shardings, lambda sharding: sharding.memory_kind == HOST)[0]
 
 
 def is_away(x: Any) -> bool:
@@ -68,26 +69,26 @@ def brought(x: Any) -> Any:
   return jax.device_put(x, x.sharding.with_memory_kind('device')) if is_away(x) else x
 
 
-def _on_device(tree: Any, places: Any) -> Any:
+def _on_device(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(
-      lambda x, place: jax.device_put(x, place.with_memory_kind('device')) if place.memory_kind == HOST else x, tree, places)
+      lambda x, s: jax.device_put(x, s.with_memory_kind('device')) if s.memory_kind == HOST else x, tree, shardings)
 
 
 def saved(state: Any) -> Any:
   """The state as a checkpoint holds it."""
-  return {name: part for name, part in state.items() if name != 'copies'}
+  return {name: value for name, value in state.items() if name != 'copies'}
 
 
-def complete(state: Any, places: Any, dtype: Any) -> Any:
+def complete(state: Any, shardings: Any, dtype: Any) -> Any:
   """The state with the copies of what is away; the inverse of `saved`."""
-  if 'copies' not in places:
+  if 'copies' not in shardings:
     return state
 
   def copies(away: Any) -> Any:  # all at once: weights and copies take less than gradients and copies do in a step
-    here = _on_device(away, _away(places['params'], places['params']))
+    here = _on_device(away, _away(shardings['params'], shardings['params']))
     return jax.tree.map(lambda x: x.astype(dtype), here)
 
-  return state | {'copies': jax.jit(copies, out_shardings=places['copies'])(_away(state['params'], places['params']))}
+  return state | {'copies': jax.jit(copies, out_shardings=shardings['copies'])(_away(state['params'], shardings['params']))}
 
 
 def working(state: Any) -> Any:
@@ -96,18 +97,18 @@ def working(state: Any) -> Any:
 
 
 def _overlay(tree: Any, over: Any) -> Any:
-  return tree | {name: _overlay(tree[name], part) if isinstance(part, dict) else part for name, part in over.items()}
+  return tree | {name: _overlay(tree[name], value) if isinstance(value, dict) else value for name, value in over.items()}
 
 
-def update(tx: optax.GradientTransformationExtraArgs, gradients: Any, state: Any, params: Any, places: Any, decay: Any,
-           dtype: Any, *, norm: jax.Array, halted: jax.Array) -> tuple[Any, jax.Array]:
+def update(tx: Optimizer, gradients: Any, state: Any, params: Any, shardings: Any, decay: Any, dtype: Any, *, norm: jax.Array,
+           halted: jax.Array) -> tuple[Any, jax.Array]:
   """One update, of one parameter after the other.
 
   Args:
     tx: from `optimizer.make`; its update of one parameter depends on the others by the norm alone.
     gradients, params: of what is trained.
     state: of tx.
-    places: shardings {'params', 'opt_state'} of params and state.
+    shardings: {'params', 'opt_state'}, of params and state.
     decay: weight decay of each parameter.
     dtype: of copies.
     norm: of all gradients.
@@ -129,19 +130,18 @@ def update(tx: optax.GradientTransformationExtraArgs, gradients: Any, state: Any
   copies: list[Any] = []
   squares = jnp.zeros((), jnp.float32)
   for index, gradient in enumerate(leaves):
-    own, place = pick(both, index), pick(places, index)
+    own, where = pick(both, index), pick(shardings, index)
     if results:  # not before the last one is done
       own, gradient, _ = jax.lax.optimization_barrier((own, gradient, (results[-1], copies[-1], squares)))
-    own = _on_device(own, place)
+    own = _on_device(own, where)
     change, new_state = tx.update(
         gradient, own['opt_state'], own['params'], decay=pick(decay, index), norm=norm, halted=halted)
-    changed = jnp.where(halted, own['params'], optax.apply_updates(own['params'], change))
-    new = {'params': changed, 'opt_state': new_state}
+    new = {'params': keep(halted, own['params'], optax.apply_updates(own['params'], change)), 'opt_state': new_state}
     squares += jnp.sum(jnp.square(new['params'].astype(squares.dtype)))
-    copies.append(new['params'].astype(dtype) if place['params'].memory_kind == HOST else None)
-    results.append(jax.tree.map(jax.device_put, new, place))
+    copies.append(new['params'].astype(dtype) if where['params'].memory_kind == HOST else None)
+    results.append(jax.tree.map(jax.device_put, new, where))
   merged = jax.tree.map(
-      lambda node, *parts: jax.tree.unflatten(structure, parts) if is_one_each(node) else parts[-1], both, *results,
+      lambda node, *each: jax.tree.unflatten(structure, each) if is_one_each(node) else each[-1], both, *results,
       is_leaf=is_one_each)
-  away = _away(jax.tree.unflatten(structure, copies), places['params'])
+  away = _away(jax.tree.unflatten(structure, copies), shardings['params'])
   return merged | ({'copies': away} if away else {}), squares

@@ -1,92 +1,27 @@
-"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar and a profile.
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases and a progress bar.
 
 Every value that is written is that of one step, never a mean over the steps since the last line, so that a run that was
 killed and resumed writes the same lines as one that was not (throughput aside).
 """
 
-import contextlib
 import json
 import math
-import os
-import socket
-import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from t5x_cpm.checkpoints.run_directory import resolve, write_atomically
-from t5x_cpm.config import Config, ConfigError, MetricsConfig, to_dict
+from t5x_cpm.checkpoints.run_directory import resolve
+from t5x_cpm.config import Config, ConfigError, to_dict
+from t5x_cpm.progress import Progress
 from t5x_cpm.training import flops
+from t5x_cpm.training.records import EventFile, cut_events, cut_jsonl
+from t5x_cpm.training.step import Batch, Frozen, State, Step
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
-
-
-def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
-  """The records of metrics.jsonl; a last line that a kill cut off is left out."""
-  records = []
-  for line in path.read_text().splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      records.append(json.loads(line))
-  return records
-
-
-def cut_jsonl(path: epath.Path, step: int) -> None:
-  """Removes the records of later steps, and a broken last line, in one atomic replacement."""
-  if not path.exists():
-    return
-  kept = [record for record in read_jsonl(path) if record['step'] <= step]
-  data = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in kept).encode()
-  if data != path.read_bytes():
-    write_atomically(path, data)
-
-
-def cut_events(path: epath.Path, step: int) -> None:
-  """Cuts a TensorBoard event file before the first event of a later step, or the first broken record."""
-  from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-  data = path.read_bytes()
-  end = 0
-  while end + 12 <= len(data):
-    (length,) = struct.unpack_from('<Q', data, end)  # then its checksum, the event and a checksum of that
-    if end + 16 + length > len(data):
-      break
-    if Event.FromString(data[end + 12:end + 12 + length]).step > step:
-      break
-    end += 16 + length
-  if end < len(data):
-    write_atomically(path, data[:end])
-
-
-class _EventFile:
-  """Scalars for TensorBoard. Its own writers would import TensorFlow where that is installed; its record format does not."""
-
-  def __init__(self, folder: epath.Path):
-    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    self._event, self._summary = Event, Summary
-    folder.mkdir(parents=True, exist_ok=True)
-    # TensorBoard reads the files of a folder in the order of their names.
-    name = f'events.out.tfevents.{time.time_ns() // 1000:017d}.{socket.gethostname()}.{os.getpid()}'
-    self._file = (folder / name).open('wb')
-    self._records = RecordWriter(self._file)
-    self._write(self._event(wall_time=time.time(), file_version='brain.Event:2'))
-
-  def _write(self, event: Any) -> None:
-    self._records.write(event.SerializeToString())
-    self._file.flush()
-
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-    self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
-
-  def close(self) -> None:
-    self._records.close()
 
 
 def _start_wandb(config: Config, model_dir: epath.Path, start_step: int) -> Any:
@@ -105,48 +40,6 @@ def _start_wandb(config: Config, model_dir: epath.Path, start_step: int) -> Any:
     raise ConfigError(
         f"MetricsConfig.wandb_project = {config.metrics.wandb_project!r}: W&B did not start: {error} Run 'wandb login', set "
         "WANDB_MODE=offline, or MetricsConfig.wandb_project = ''.") from error
-
-
-class _Progress:
-  """A bar with rate and time left on a terminal; elsewhere a line from time to time."""
-
-  def __init__(self, start_step: int, total_steps: int):
-    self.total = total_steps
-    self.bar: Any = None
-    self.last_line = -math.inf
-    if sys.stderr.isatty():
-      import tqdm
-
-      self.bar = tqdm.tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, smoothing=0.1)
-
-  def show(self, step: int, values: Mapping[str, float], seconds_left: float | None) -> None:
-    if self.bar is not None:
-      self.bar.update(step - self.bar.n)
-      self.bar.set_postfix_str(f'loss {values["loss"]:.3f}', refresh=False)
-    elif step == self.total or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-      self.last_line = time.monotonic()
-      parts = [f'step {step}/{self.total}', f'loss {values["loss"]:.4f}']
-      if 'tokens_per_second' in values:
-        parts.append(f'{values["tokens_per_second"]:,.0f} tokens/s')
-      if seconds_left is not None and step < self.total:
-        parts.append(f'{_clock(seconds_left)} left')
-      self.note('  '.join(parts))
-
-  def note(self, text: str) -> None:
-    if self.bar is not None:
-      self.bar.write(text)
-    else:
-      print(text, flush=True)
-
-  def close(self) -> None:
-    if self.bar is not None:
-      self.bar.close()
-
-
-def _clock(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02d}:{seconds:02d}'
 
 
 def _finite(value: Any) -> Any:
@@ -197,13 +90,13 @@ class Writers:
     jsonl = model_dir / 'metrics.jsonl'
     cut_jsonl(jsonl, start_step)
     self._jsonl = jsonl.open('a')
-    self._events: dict[str, _EventFile] = {}
+    self._events: dict[str, EventFile] = {}
     self._event_dir = model_dir / 'tensorboard'
     if self._event_dir.exists():
       for path in self._event_dir.glob('*/events.out.tfevents.*'):
         cut_events(path, start_step)
     self._peak = flops.peak_flops(jax.devices()[0], config.metrics.peak_flops)
-    self._progress = _Progress(start_step, total_steps)
+    self._progress = Progress('', 'step', total_steps, start_step, interval=SECONDS_BETWEEN_LINES, lines=sys.stdout)
     if self._peak is None:
       self.note(f'No peak FLOP/s known for {jax.devices()[0].device_kind}: set MetricsConfig.peak_flops to have MFU reported.')
 
@@ -236,7 +129,11 @@ class Writers:
       self._tokens = self._seconds = 0.0
       self._steps = 0
     done, seconds = self._pace
-    self._progress.show(step, values, (self._total - step) * seconds / done if done else None)
+    loss = f'loss {values["loss"]:.4f}'
+    rate = f'  {values["tokens_per_second"]:,.0f} tokens/s' if 'tokens_per_second' in values else ''
+    # The time of an evaluation, and that of the first step, which compiles, say nothing about the steps to come.
+    seconds_left = (self._total - step) * seconds / done if done else None
+    self._progress.show(step, loss + rate, bar_detail=loss, seconds_left=seconds_left)
 
   def _throughput(self, values: Mapping[str, float]) -> dict[str, float]:
     """Rates since the last line; nothing before two steps were reported, because the first one compiles."""
@@ -272,7 +169,7 @@ class Writers:
     values = _scalars(values)
     if self._config.metrics.tensorboard:
       if split not in self._events:
-        self._events[split] = _EventFile(self._event_dir / split)
+        self._events[split] = EventFile(self._event_dir / split)
       self._events[split].write(step, values)
     if self._wandb is not None:
       self._wandb.log({f'{split}/{name}': value for name, value in values.items()}, step=step)
@@ -289,34 +186,31 @@ class Writers:
       self._wandb.finish()
 
 
-class Profile:
-  """A window of steps recorded by the JAX profiler into model_dir/profile, for TensorBoard or Perfetto."""
+class LateMetrics:
+  """The metrics of steps, read one step late: when the next step is already dispatched, so that the devices never wait."""
 
-  def __init__(self, model_dir: Any, config: MetricsConfig):
-    self._folder = str(resolve(model_dir) / 'profile')
-    self._first, self._steps = config.profile_start, config.profile_steps
-    self._running = False
+  def __init__(self, step: Step, frozen: Frozen, writers: Writers):
+    self._step, self._frozen, self._writers = step, frozen, writers
+    self._waiting: tuple[int, dict[str, jax.Array], Batch] | None = None
 
-  @contextlib.contextmanager
-  def step(self, step: int) -> Iterator[None]:
-    """Around the dispatch of the step after `step` updates."""
-    if step == self._first:
-      jax.profiler.start_trace(self._folder)
-      self._running = True
-    elif self._running and step > self._first + self._steps:
-      # One step late: only now is it sure that the window's last step, dispatched ahead, has run.
-      self.close()
-    with jax.profiler.StepTraceAnnotation('train', step_num=step) if self._running else contextlib.nullcontext():
-      yield
+  def add(self, number: int, values: dict[str, jax.Array], batch: Batch) -> None:
+    """Takes the metrics of a step, which need not have run yet, and the batch that it was given."""
+    self._waiting = number, values, batch
 
-  def close(self) -> None:
-    """Writes the trace, if one is being recorded."""
-    if self._running:
-      self._running = False
-      jax.profiler.stop_trace()
+  def report(self, state: State) -> None:
+    """Writes what waits. The state is of then or of now: one that is not finite has not changed since.
 
-  def __enter__(self) -> 'Profile':
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    self.close()
+    Raises:
+      FloatingPointError: a loss, gradient or parameter is not finite.
+    """
+    if self._waiting is None:
+      return
+    number, values, batch = self._waiting
+    self._waiting = None
+    numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
+    if numbers.pop('halted'):
+      raise FloatingPointError(
+          f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
+          f'finite is {self._step.explain(state, self._frozen, batch)}. The last checkpoint is intact. Try a lower '
+          'OptimizerConfig.learning_rate or more OptimizerConfig.warmup_steps.')
+    self._writers.step(number, numbers)

@@ -1,28 +1,31 @@
-"""A tree of parameters in two: what a step trains, and the rest."""
+"""A nested dict in two: the leaves that a predicate chooses, and the others."""
 
+from collections.abc import Callable
 from typing import Any
+
+from t5x_cpm.models.leaf import Leaf
 
 Tree = dict[str, Any]
 
 
-def split(tree: Tree, labels: Tree, label: Any = 'train') -> tuple[Tree, Tree]:
-  """The leaves with this label, and the others: nested dicts without the branches that would be empty.
+def split(tree: Tree, like: Tree, chosen: Callable[[Any], bool]) -> tuple[Tree, Tree]:
+  """The leaves that are chosen, and the others: nested dicts without the branches that would be empty.
 
   Args:
     tree: nested dict; anything that is not a dict is a leaf.
-    labels: of the same structure.
-    label: to look for.
+    like: a tree of the same structure, such as Model.leaves().
+    chosen: asked about each leaf of `like`.
   """
-  chosen: Tree = {}
-  rest: Tree = {}
+  yes: Tree = {}
+  no: Tree = {}
   for name, value in tree.items():
     if isinstance(value, dict):
-      parts = split(value, labels[name], label)
-      chosen |= {name: parts[0]} if parts[0] else {}
-      rest |= {name: parts[1]} if parts[1] else {}
+      inner = split(value, like[name], chosen)
+      yes |= {name: inner[0]} if inner[0] else {}
+      no |= {name: inner[1]} if inner[1] else {}
     else:
-      (chosen if labels[name] == label else rest)[name] = value
-  return chosen, rest
+      (yes if chosen(like[name]) else no)[name] = value
+  return yes, no
 
 
 def join(a: Tree, b: Tree) -> Tree:
@@ -31,3 +34,8 @@ def join(a: Tree, b: Tree) -> Tree:
   for name in a.keys() & b.keys():
     both[name] = join(a[name], b[name])
   return both
+
+
+def has_gradient(leaf: Leaf) -> bool:
+  """Whether a parameter changes by its gradient; the others are fixed, or change by a rule of their own."""
+  return leaf.update == 'gradient'

@@ -6,7 +6,7 @@ from etils import epath
 
 from t5x_cpm.checkpoints.run_directory import resolve
 from t5x_cpm.config import ConfigError
-from t5x_cpm.training.metrics import read_jsonl
+from t5x_cpm.training.records import read_jsonl
 
 
 def _records(model_dir: epath.Path) -> list[dict[str, Any]]:

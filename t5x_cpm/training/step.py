@@ -1,15 +1,21 @@
 """The training step: one pure function of (state, frozen, batch), built from configuration and mesh alone.
 
 Building touches no device and no data: training, ahead-of-time compilation, benchmarks and tests call the same function.
+
 The state is a plain dict: `step` (int32), `params`, `opt_state`, and `halted` (bool), which a loss or gradient that is not
 finite sets: from then on the state stays as it was before that step, so that the cause can be looked for. Parameters that an
 update made not finite set it too, and stay. Where weights lie in the memory of the hosts there are their `copies` too: see
 host_memory.
+
+What is frozen is a plain dict as well: {} where all parameters are trained, else {'base': the other ones}. A step reads it, and
+neither changes, donates nor saves it. The model sees frozen['base'] | state['params'], and over such a base it chooses experts
+as at inference: no token is dropped, no balance is asked for, and no bias moves.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +23,107 @@ import optax
 
 from t5x_cpm import backend
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.config import Config, ConfigError, row_features
+from t5x_cpm.checkpoints import arrays
+from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.models.layers import compute_dtype
 from t5x_cpm.training import host_memory, losses, optimizer, partition, stability
+from t5x_cpm.training import layout as layout_lib
+from t5x_cpm.training.gradients import Sums, gradients, loss_sums, means
+from t5x_cpm.training.layout import Batch, Frozen, Layout, State, shardings_of
+from t5x_cpm.training.optimizer import keep
 
-State = dict[str, Any]
-Batch = dict[str, Any]
-ENCODER_FEATURES = ('encoder_input_tokens', 'encoder_segment_ids', 'encoder_positions')
-DECODER_FEATURES = (
-    'decoder_input_tokens', 'decoder_target_tokens', 'decoder_segment_ids', 'decoder_positions', 'decoder_loss_weights')
+
+def update(layout: Layout, state: State, grads: Any, norm: jax.Array, halted: jax.Array) -> tuple[State, jax.Array]:
+  """The optimizer's step.
+
+  Returns:
+    The new `params` and `opt_state` (and `copies`), which are the old ones where the run has halted, and the sum of the squares
+    of the parameters.
+  """
+  trained, rest = layout.split(state['params'])
+  config = layout.config
+  if config.mesh.host_gib:
+    shardings = shardings_of({name: layout.abstract_state[name] for name in ('params', 'opt_state')})
+    shardings['params'] = layout.split(shardings['params'])[0]
+    decay = optimizer.weight_decays(config.optimizer, layout.trained)
+    new, squares = host_memory.update(
+        layout.tx, grads, state['opt_state'], trained, shardings, decay, layout.dtype, norm=norm, halted=halted)
+    return (new | {'params': partition.join(new['params'], rest)}), squares + optax.tree.norm(rest, squared=True)
+  updates, opt_state = layout.tx.update(grads, state['opt_state'], trained, norm=norm, halted=halted)
+  params = partition.join(keep(halted, trained, optax.apply_updates(trained, updates)), rest)
+  return {'params': params, 'opt_state': opt_state}, optax.tree.norm(params, squared=True)
+
+
+def metrics(
+    layout: Layout, step: jax.Array, batch: Batch, sums: Sums, norm: jax.Array, squares: jax.Array) -> dict[str, jax.Array]:
+  """What a step reports: means over the batch, norms of gradients and parameters, the learning rate, and tokens.
+
+  Args:
+    layout: of the step.
+    step: updates done before.
+    batch: the whole batch.
+    sums: from `gradients`.
+    norm: of the gradients.
+    squares: the sum of the squares of the parameters.
+  """
+  return means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
+      'gradient_norm': norm,
+      'parameter_norm': jnp.sqrt(squares),
+      'learning_rate': jnp.asarray(layout.schedule(step), jnp.float32),
+      'encoder_tokens': (batch['encoder_segment_ids'] != 0).sum(),
+      'decoder_tokens': (batch['decoder_segment_ids'] != 0).sum(),
+  }
+
+
+def train_step(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+  """One update of the state, and its metrics."""
+  grads, sums = gradients(layout, state, frozen, batch)
+  if layout.gradient_shardings is not None:  # a device updates its part alone, so it needs that part of the sum alone
+    grads = jax.lax.with_sharding_constraint(grads, layout.gradient_shardings)
+  norm, halted, check = optax.tree.norm(grads), state['halted'], layout.config.train.check_finite
+  if check:
+    halted |= ~jnp.isfinite(means(sums.pairs)['loss']) | ~jnp.isfinite(norm)
+  new, squares = update(layout, state, grads, norm, halted)
+  if not layout.base:
+    new['params'] = keep(halted, new['params'], layout.model.advance(new['params'], sums.updates))
+  reported = metrics(layout, state['step'], batch, sums, norm, squares)
+  new['step'] = keep(halted, state['step'], state['step'] + 1)
+  if check:
+    halted |= ~jnp.isfinite(squares)  # the update itself did it: reported by this step, before anything is saved
+  return new | {'halted': halted}, reported | {'halted': halted}
+
+
+def evaluate(layout: Layout, params: Any, frozen: Frozen, batch: Batch) -> losses.Pairs:
+  """Sums over the batch, outside training."""
+  with mesh_lib.inside(layout.mesh):
+    return loss_sums(layout, params, frozen, batch, None)[2].pairs
+
+
+def explain(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> str | None:
+  """The name of the first tensor that is not finite among parameters, loss and gradients of a step, which is not taken."""
+  grads, sums = jax.jit(functools.partial(gradients, layout))(state, frozen, batch)
+  axes = jax.tree.map(lambda leaf: leaf.axes, {'base': layout.base, 'state': layout.leaves, 'trained': layout.trained})
+  suspects = (
+      ({'parameter': frozen.get('base', {}) | state['params']}, {'parameter': axes['base'] | axes['state']}),
+      ({'loss': means(sums.pairs)['loss']}, {'loss': ()}),
+      ({'gradient': grads}, {'gradient': axes['trained']}))
+  return next(filter(None, (stability.first_bad_tensor(*suspect) for suspect in suspects)), None)
+
+
+def fresh_state(layout: Layout, key: jax.Array) -> State:
+  """A state as a checkpoint holds it, before the first step: only what is trained of fresh parameters."""
+  params = {name: value for name, value in layout.model.init(key).items() if name in layout.leaves}
+  opt_state = layout.tx.init(layout.split(params)[0])
+  return {'step': jnp.int32(0), 'params': params, 'opt_state': opt_state, 'halted': jnp.bool(False)}
+
+
+def check_frozen(layout: Layout, frozen: Frozen) -> None:
+  """Raises ConfigError where what is frozen has other arrays than the step was built for; types may differ."""
+  wanted, given = arrays.named(layout.abstract_frozen), arrays.named(frozen)
+  for name in sorted(wanted.keys() | given.keys()):
+    a, b = ('no such array' if name not in leaves else list(leaves[name].shape) for leaves in (wanted, given))
+    if a != b:
+      raise ConfigError(f'frozen/{name}: expected {a}, given {b}. Give what `build(..., trained=...)` leaves out, and no more.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +132,15 @@ class Step:
 
   Attributes:
     model: the model.
-    fn: (state, frozen, batch) -> (state, metrics); jit-compiled, donates the state. `frozen` are parameters that are read
-      but neither donated nor saved; a plain training run has none, {}.
-    evaluate: (host_memory.working(state), batch) -> sums over the batch: loss, correct, weight.
+    fn: (state, frozen, batch) -> (state, metrics); jit-compiled, donates the state alone.
+    evaluate: (host_memory.working(state), frozen, batch) -> sums over the batch: loss, correct, weight.
     explain: (state, frozen, batch) -> the name of the first tensor that is not finite among parameters, loss and gradients
       of a step, which is not taken; None where there is none.
-    init: key -> a fresh state, laid out on the mesh.
+    init: (key, frozen={}) -> a fresh state, laid out on the mesh. Raises ConfigError where `frozen` is not what belongs to it.
     complete: what host_memory.saved leaves of a state -> the state.
+    axes: logical axes of host_memory.saved(state): a tree of tuples of names.
     abstract_state: shapes, dtypes and shardings of the state.
+    abstract_frozen: the same of what is frozen; its arrays may also be given in another type.
     abstract_batch: the same of a batch.
     schedule: step -> learning rate.
   """
@@ -50,201 +148,54 @@ class Step:
   model: encoder_decoder.Model
   fn: Callable[..., tuple[State, dict[str, jax.Array]]]
   evaluate: Callable[..., dict[str, jax.Array]]
-  explain: Callable[..., str | None]
-  init: Callable[[jax.Array], State]
+  explain: Callable[[State, Frozen, Batch], str | None]
+  init: Callable[..., State]
   complete: Callable[[State], State]
+  axes: State
   abstract_state: State
+  abstract_frozen: Frozen
   abstract_batch: Batch
   schedule: Callable[[Any], Any]
 
 
-class Sums(NamedTuple):
-  """What adds up over the parts of a batch: pairs (sum, weight) for metrics, those of each layer, and for Model.advance."""
-
-  pairs: losses.Pairs
-  layers: losses.Pairs
-  updates: dict[str, jax.Array]
-
-
-def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a training batch."""
-  B, S, T = config.train.batch_size, config.task.encoder_length, config.task.decoder_length
-  shapes = {name: jax.ShapeDtypeStruct((B, S), jnp.int32) for name in ENCODER_FEATURES}
-  shapes |= {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in DECODER_FEATURES}
-  shapes['decoder_loss_weights'] = jax.ShapeDtypeStruct((B, T), jnp.float32)
-  return shapes | {name: jax.ShapeDtypeStruct((B,), jnp.int32) for name in row_features.names(config)}
-
-
-def means(pairs: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-  """Sums divided by their weights."""
-  return {name: total / weight for name, (total, weight) in pairs.items()}
-
-
-def _microbatches(batch: Batch, count: int, together: int) -> Batch:
-  """[B, ...] -> [count, B / count, ...]. Rows, `together` at a time, are dealt out in turn: a device keeps rows of its own."""
-
-  def deal(x: jax.Array) -> jax.Array:
-    rows, rest = x.shape[0], x.shape[1:]
-    hands = x.reshape(rows // (count * together), count, together, *rest)
-    return jnp.moveaxis(hands, 1, 0).reshape(count, rows // count, *rest)
-
-  return jax.tree.map(deal, batch)
-
-
-def build(config: Config, mesh: jax.sharding.Mesh) -> Step:
+def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] | None = None) -> Step:
   """Builds the step of a configuration for a mesh.
 
+  Args:
+    config: of the run.
+    mesh: to run on.
+    trained: names of the top-level subtrees of the parameters that the state holds and the step trains; the others are the
+      frozen base, which the caller gives to each call. None: all are trained, and nothing is frozen.
+
   Raises:
-    ConfigError: a dimension that the mesh does not divide; a head_dim, batch or schedule that cannot work.
+    ConfigError: a dimension that the mesh does not divide; a head_dim, batch or schedule that cannot work; a name in `trained`
+      that is no subtree.
   """
-  model = encoder_decoder.build(config.model)
-  abstract_params, axes = model.abstract()
-  param_rules, optimizer_rules = mesh_lib.STATE_RULES[config.mesh.sharding]
-  for rules in (param_rules, optimizer_rules):
-    mesh_lib.check_tree_divides(mesh, abstract_params, axes, rules)
-  rows = config.train.batch_size // config.train.microbatches
-  mesh_lib.check_divides(mesh, (rows,), ('batch',), 'a microbatch')
-  group_rows = model.group_rows(
-      config.train.batch_size, encoder=config.task.encoder_length, decoder=config.task.decoder_length)
-  if rows % group_rows:
-    raise ConfigError(
-        f'TrainConfig.microbatches = {config.train.microbatches}: by MoEConfig.group_size = {config.model.moe.group_size}, '
-        f'{group_rows} rows are routed together, which does not divide the {rows} rows of a microbatch. Change one of them.')
-  labels = model.labels()
-  trained_axes = partition.split(axes, labels)[0]
-  trained_shapes = partition.split(abstract_params, labels)[0]
-  tx = optimizer.make(config.optimizer, config.train.steps, trained_axes, trained_shapes)
-  dtype = compute_dtype(config.model)
-  decay = optimizer.weight_decays(config.optimizer, trained_shapes)
-  schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
-
-  def loss_sums(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Sums]:
-    """The sum of the losses of the targets, the auxiliary losses of the layers, and what else adds up."""
-    logits, auxiliary, layers, updates = model.apply(params, batch, key=key, train=key is not None)
-    total, pairs = losses.cross_entropy(
-        logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], config.optimizer.z_loss)
-    pairs |= {name: (value, jnp.ones_like(value)) for name, value in auxiliary.items()}
-    return total, sum(auxiliary.values(), jnp.zeros_like(total)), Sums(pairs, layers, updates)
-
-  def gradients(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
-    """Gradients of the mean loss over the weighted targets of the whole batch, and what else adds up."""
-    trained, rest = partition.split(params, labels)
-    weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1e-9)
-
-    def part(trained: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
-      def objective(trained: Any) -> tuple[jax.Array, Sums]:
-        total, auxiliary, sums = loss_sums(partition.join(trained, rest), batch, key)
-        return total / weight + auxiliary / config.train.microbatches, sums
-
-      found, sums = jax.grad(objective, has_aux=True)(trained)
-      return jax.tree.map(lambda gradient, shape: gradient.astype(shape.dtype), found, trained_shapes), sums
-
-    count = config.train.microbatches
-    if count == 1:
-      return part(trained, batch, key)
-
-    def body(carry: Any, inputs: Any) -> tuple[Any, None]:
-      index, micro = inputs
-      return jax.tree.map(jnp.add, carry, part(trained, micro, jax.random.fold_in(key, index))), None
-
-    micro = _microbatches(batch, count, group_rows)
-    shapes: Any = jax.eval_shape(part, trained, jax.tree.map(lambda x: x[0], micro), key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, (jnp.arange(count), micro))[0]
-
-  def key_of(step: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(config.train.seed), step)
-
-  def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-    del frozen  # nothing of a plain run is frozen
-    with mesh_lib.inside(mesh):
-      grads, sums = gradients(host_memory.working(state), batch, key_of(state['step']))
-    if optimizer_rules is not mesh_lib.RULES:  # a device updates its part alone, so it needs that part of the sum alone
-      grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
-    trained, rest = partition.split(state['params'], labels)
-    norm, loss = optax.tree.norm(grads), means(sums.pairs)['loss']
-    halted = state['halted']
-    if config.train.check_finite:
-      halted |= ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
-
-    def keep(old: Any, new: Any) -> Any:
-      return jax.tree.map(lambda a, b: a if a is b else jnp.where(halted, a, b), old, new)
-
-    if config.mesh.host_gib:
-      places = {'params': partition.split(state_shardings['params'], labels)[0], 'opt_state': state_shardings['opt_state']}
-      new, squares = host_memory.update(
-          tx, grads, state['opt_state'], trained, places, decay, dtype, norm=norm, halted=halted)
-      params, squares = partition.join(new['params'], rest), squares + optax.tree.norm(rest, squared=True)
-    else:
-      updates, opt_state = tx.update(grads, state['opt_state'], trained, norm=norm, halted=halted)
-      params = partition.join(keep(trained, optax.apply_updates(trained, updates)), rest)
-      new, squares = {'opt_state': opt_state}, optax.tree.norm(params, squared=True)
-    new |= {'step': keep(state['step'], state['step'] + 1), 'params': keep(params, model.advance(params, sums.updates))}
-    metrics = means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
-        'gradient_norm': norm,
-        'parameter_norm': jnp.sqrt(squares),
-        'learning_rate': jnp.asarray(schedule(state['step']), jnp.float32),
-        'encoder_tokens': (batch['encoder_segment_ids'] != 0).sum(),
-        'decoder_tokens': (batch['decoder_segment_ids'] != 0).sum(),
-    }
-    if config.train.check_finite:
-      halted |= ~jnp.isfinite(squares)  # the update itself did it: reported by this step, before anything is saved
-    return new | {'halted': halted}, metrics | {'halted': halted}
-
-  def evaluate(params: Any, batch: Batch) -> losses.Pairs:
-    with mesh_lib.inside(mesh):
-      return loss_sums(params, batch, None)[2].pairs
-
-  @jax.jit
-  def causes(state: State, batch: Batch) -> tuple[Any, Any]:
-    with mesh_lib.inside(mesh):
-      grads, sums = gradients(host_memory.working(state), batch, key_of(state['step']))
-    return means(sums.pairs)['loss'], grads
-
-  def explain(state: State, frozen: Any, batch: Batch) -> str | None:
-    del frozen
-    loss, grads = causes(state, batch)
-    suspects = ({'parameter': state['params']}, {'loss': loss}, {'gradient': grads})
-    return next(filter(None, map(stability.first_bad_tensor, suspects)), None)
-
-  def init_state(key: jax.Array) -> State:
-    params = model.init(key)
-    opt_state = tx.init(partition.split(params, labels)[0])
-    return {'step': jnp.int32(0), 'params': params, 'opt_state': opt_state, 'halted': jnp.bool(False)}
-
-  def complete(state: State) -> State:
-    return host_memory.complete(state, state_shardings, dtype)
-
-  abstract = jax.eval_shape(init_state, jax.random.key(0))
-  # Without shardings jit would put all moments on one device.
-  state_shardings = mesh_lib.shardings(mesh, {'step': (), 'params': axes, 'halted': ()}, param_rules)
-  moments = optimizer.state_axes(tx, trained_shapes, trained_axes)
-  state_shardings['opt_state'] = mesh_lib.shardings(mesh, moments, optimizer_rules)
-  if config.mesh.host_gib:
-    state_shardings = host_memory.place(abstract, state_shardings, axes, config.mesh.host_gib, dtype)
-    abstract = jax.eval_shape(complete, abstract)
-  gradient_shardings = mesh_lib.shardings(mesh, trained_axes, optimizer_rules)
+  layout = layout_lib.make(config, mesh, trained)
+  state, frozen, batch = (shardings_of(tree) for tree in (
+      layout.abstract_state, layout.abstract_frozen, layout.abstract_batch))
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  shapes = batch_shapes(config)
-  batch_shardings = mesh_lib.shardings(mesh, {name: ('batch', 'length')[:shape.ndim] for name, shape in shapes.items()})
-
   options = backend.compiler_options(config.train.deterministic)
+  complete = functools.partial(host_memory.complete, shardings=state, dtype=layout.dtype)
+  make_state = jax.jit(functools.partial(fresh_state, layout), out_shardings=host_memory.saved(state))
 
-  def on_mesh(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+  def init(key: jax.Array, given: Frozen | None = None) -> State:
+    check_frozen(layout, given or {})
+    return complete(make_state(key))
 
   return Step(
-      model=model,
+      model=layout.model,
       fn=jax.jit(
-          train_step, donate_argnums=0, in_shardings=(state_shardings, None, batch_shardings),
-          out_shardings=(state_shardings, everywhere),
-          compiler_options=options),
+          functools.partial(train_step, layout), donate_argnums=0, in_shardings=(state, frozen, batch),
+          out_shardings=(state, everywhere), compiler_options=options),
       evaluate=jax.jit(
-          evaluate, in_shardings=(host_memory.working(state_shardings), batch_shardings), out_shardings=everywhere,
-          compiler_options=options),
-      explain=explain,
-      init=lambda key: complete(jax.jit(init_state, out_shardings=host_memory.saved(state_shardings))(key)),
+          functools.partial(evaluate, layout), in_shardings=(host_memory.working(state), frozen, batch),
+          out_shardings=everywhere, compiler_options=options),
+      explain=functools.partial(explain, layout),
+      init=init,
       complete=complete,
-      abstract_state=on_mesh(abstract, state_shardings),
-      abstract_batch=on_mesh(shapes, batch_shardings),
-      schedule=schedule)
+      axes=layout.axes,
+      abstract_state=layout.abstract_state,
+      abstract_frozen=layout.abstract_frozen,
+      abstract_batch=layout.abstract_batch,
+      schedule=layout.schedule)

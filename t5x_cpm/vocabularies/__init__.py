@@ -1,4 +1,7 @@
-"""Text to ids and back: CPM-2, CPM-1 and plain SentencePiece vocabularies. Pure Python; libraries are loaded when used.
+"""Text to ids and back: CPM-2, CPM-1 and plain SentencePiece vocabularies.
+
+`load` gives a `Vocabulary` by its name, `load_saved` one that was saved with a model or a cache. Nothing here trains a
+vocabulary or knows about batches, models or TensorFlow. The libraries that a vocabulary needs are imported when it is used.
 
 A vocabulary is named by a spec, KIND:FILE or KIND:FILE?option=value:
 

@@ -1,4 +1,4 @@
-"""What every vocabulary gives: attributes, encoding with blanks, decoding, saving. See `vocabulary` for the kinds."""
+"""What every vocabulary offers: attributes, encoding with blanks, decoding, saving."""
 
 import abc
 import functools
@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from t5x_cpm import files
 from t5x_cpm.config import ConfigError
 
 BLANK = '<span>'
@@ -23,13 +24,14 @@ class Vocabulary(abc.ABC):
   Attributes:
     spec: what `load` was given.
     kind: 'cpm2', 'cpm1' or 'sentencepiece'.
-    files: paths it was read from.
-    size: number of ids.
-    pad_id, unk_id: of padding, and of what the vocabulary cannot write.
-    bos_id: what a decoder starts from (T5: the padding id).
-    eos_id: end of a document.
-    sentinels: ids of the marks of masked spans, in order of use; printed '<s_0>', '<s_1>', ...
-    fingerprint: hash of all that determines ids.
+    files: the paths that it was read from.
+    size: how many ids there are.
+    pad_id: the id of padding.
+    unk_id: the id of what the vocabulary cannot write.
+    bos_id: the id that a decoder starts from (T5: the padding id).
+    eos_id: the id that ends a document.
+    sentinels: the ids that mark masked spans, in order of use; printed '<s_0>', '<s_1>', ...
+    fingerprint: a hash of everything that determines ids.
   """
 
   kind: str
@@ -94,12 +96,13 @@ class Vocabulary(abc.ABC):
     name = pathlib.Path(self.files[0]).name
     target = directory / name
     if not (target.exists() and target.read_bytes() == read(self.files[0])):
-      target.write_bytes(read(self.files[0]))
-    (directory / 'vocabulary.json').write_text(json.dumps({'kind': self.kind, 'file': name, 'options': self.options}) + '\n')
+      files.write_atomically(target, read(self.files[0]))
+    about = json.dumps({'kind': self.kind, 'file': name, 'options': self.options}) + '\n'
+    files.write_atomically(directory / 'vocabulary.json', about.encode())
 
 
 class Words(dict[str, str]):
-  """Word -> its tokens, computed when asked for the first time."""
+  """Word -> its tokens, which are found when they are asked for the first time."""
 
   _REMEMBERED = 1 << 19
 
@@ -121,7 +124,7 @@ def no_options(spec: str, options: dict[str, str]) -> None:
 
 
 def read(path: str) -> bytes:
-  """The content of a vocabulary's file.
+  """Reads the file of a vocabulary.
 
   Raises:
     ConfigError: it cannot be read.

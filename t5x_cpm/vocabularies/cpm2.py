@@ -1,7 +1,7 @@
 """CPM-2's vocabularies: a list of pieces, matched longest first in each word of the text.
 
-Inside, a token is the character chr(id) and a sequence of tokens a string: strings are joined and substituted much faster
-than lists of numbers are. The tokens of a word come out of a table, so that a word is matched once.
+Inside, a token is the character chr(id) and a sequence of tokens is a string, because strings are joined and substituted much
+faster than lists of numbers. The tokens of a word come out of a table, so that each word is matched only once.
 """
 
 import array
@@ -29,10 +29,10 @@ _BATCH = 1 << 20  # characters
 
 
 class Cpm2(Vocabulary):
-  """CPM-2's: a list of pieces, matched longest first in each word."""
+  """The vocabulary of CPM-2: a list of pieces, matched longest first in each word."""
 
   kind = 'cpm2'
-  _longest_word = 200  # a longer one is unknown
+  _longest_word = 200  # characters; a longer word is unknown
 
   def __init__(self, path: str, options: dict[str, str]):
     super().__init__(path, options)
@@ -180,8 +180,8 @@ class Cpm2(Vocabulary):
 class Lossless(Cpm2):
   """A bilingual vocabulary with byte pieces: decode(encode(text)) == text for every text that UTF-8 can hold.
 
-  A space is left out only between two tokens of ASCII letters and digits, and put back there and nowhere else; of two such
-  words that touch, the second is written with '##'. What has no piece is written as its UTF-8 bytes.
+  A space is left out only between two tokens of ASCII letters and digits, and is put back there and nowhere else. Where two
+  such words touch, the second is written with '##'. A character without a piece is written as its UTF-8 bytes.
   """
 
   _longest_word = 1 << 60
@@ -235,7 +235,7 @@ def _is_chinese(piece: str) -> bool:
 
 
 def _prefixes(tokens: dict[str, str]) -> dict[str, str]:
-  """The same with the beginnings of pieces in it, which have no token, so that a search knows when to stop."""
+  """Adds the beginnings of all pieces, which have no token, so that a search knows when to stop."""
   begun = {piece[:end]: '' for piece in tokens for end in range(1, len(piece))}
   return begun | tokens
 
@@ -250,7 +250,7 @@ def _is_latin(character: str) -> bool:
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-  """Lists of ids have no cycles; Python's collector would walk through them again and again, a tenth of the time."""
+  """Stops Python's collector: lists of ids have no cycles, and walking through them over and over takes a tenth of the time."""
   enabled = gc.isenabled()
   gc.disable()
   try:
@@ -267,7 +267,7 @@ def _numbers(tokens: str) -> list[int]:
 
 
 def _any(members: list[bool]) -> str:
-  """An expression for one token that is a member."""
+  """A regular expression that matches one token whose entry in `members` is true."""
   ranges = []
   for joins, group in itertools.groupby(enumerate(members), lambda item: item[1]):
     if joins:

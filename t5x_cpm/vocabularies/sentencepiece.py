@@ -1,4 +1,4 @@
-"""CPM-1's vocabulary and plain SentencePiece. The library is loaded when a vocabulary is."""
+"""CPM-1's vocabulary, and plain SentencePiece. The library is imported when a vocabulary is loaded."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ from t5x_cpm.vocabularies.base import MARKS, SPECIALS, UNMARKS, Vocabulary, no_o
 
 
 class Cpm1(Vocabulary):
-  """CPM-1's: words from jieba, joined with spaces, in SentencePiece. It has no sentinels: CPM-1 is decoder-only."""
+  """The vocabulary of CPM-1: jieba's words, joined with spaces, in SentencePiece. CPM-1 is decoder-only: no sentinels."""
 
   kind = 'cpm1'
 
@@ -28,7 +28,7 @@ class Cpm1(Vocabulary):
     self.sentinels = ()
 
   def encode(self, text: str) -> list[int]:
-    # Not word by word: SentencePiece adds up in 32 bits, so that of nearly equal ways the text before decides.
+    # Not word by word: SentencePiece adds up in 32 bits, so that the text before may decide between nearly equal ways.
     return _encode(self._model, ' '.join([' '.join(words) for words in word_cut.cut(text.translate(MARKS))]))
 
   def decode(self, ids: Iterable[int]) -> str:

@@ -30,7 +30,7 @@ _LONGEST = 1000  # characters given to the model at once, far above what text ha
 
 _ASCII = 'a-zA-Z0-9+#&._%\\-'
 _CHUNK_END = re.compile(f'[^\u4e00-\u9fd5{_ASCII}\r]')
-# Words for jieba that rjieba would join with a neighbour, surrogates, which it refuses, and the separator used below.
+# What jieba takes as words and rjieba would join with a neighbour; surrogates, which rjieba refuses; the separator used below.
 _ALONE = re.compile('([\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f\ud800-\udfff\0])')
 # Step 4, on words with NUL between them; of ASCII, rjieba's step 2 joins letters and digits only. The first expression finds
 # where that and jieba's expression, the third, may differ. The second takes all neighbours; no word of the dictionary

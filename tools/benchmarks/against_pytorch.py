@@ -97,7 +97,7 @@ def gradients(model_config: ModelConfig) -> tuple[Any, ...]:
   backend.keep_memory()
   model = encoder_decoder.build(model_config)
   batch, key = jax.device_put(random_batch(ROWS)), jax.random.key(1)
-  trained, rest = partition.split(jax.jit(model.init)(jax.random.key(0)), model.labels())
+  trained, rest = partition.split(jax.jit(model.init)(jax.random.key(0)), model.leaves(), partition.has_gradient)
 
   def loss(trained: Any, rest: Any, batch: Any) -> Any:
     logits, auxiliary, _, _ = model.apply(partition.join(trained, rest), batch, key=key, train=True)

@@ -1,0 +1,118 @@
+"""Objective 'pairs': inputs and targets as they are, several pairs in a row."""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from t5x_cpm.config import Config
+from t5x_cpm.data import cache as cache_lib
+from t5x_cpm.data import index, objectives
+from t5x_cpm.data.objectives import Segments
+from t5x_cpm.data.rows import Packed
+from t5x_cpm.vocabularies import Vocabulary
+
+MOST_CLASSES = 2048  # sizes that are classes of their own
+
+
+def _sides(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """The lengths [n, 2] of both sides, in chunks: as they are, and once cut to leave a slot for the end of sequence."""
+  for begin in range(0, len(inputs_D), index.CHUNK):
+    end = begin + index.CHUNK
+    sides = np.stack([inputs_D[begin:end], targets_D[begin:end]], axis=1).astype(np.int64)
+    yield sides, np.minimum(sides, np.array(room) - 1)
+
+
+def _size_classes(counts: np.ndarray, room: tuple[int, int], most: int) -> tuple[np.ndarray, np.ndarray]:
+  """The `most` most frequent sizes are classes of their own, the others are rounded up, so that packing stays quick.
+
+  Args:
+    counts: [encoder slots, decoder slots] how many pairs have each size.
+    room: encoder and decoder slots of a row.
+    most: how many sizes stay exact.
+
+  Returns:
+    The size of each class [C, 2], and the class of each size, of the shape of `counts`.
+  """
+  used = np.argwhere(counts)
+  rare = np.ones(len(used), bool)
+  rare[np.argsort(-counts[tuple(used.T)], kind='stable')[:most]] = False
+  step = np.maximum(np.array(room) // 32, 1)
+  rounded = np.where(rare[:, None], np.minimum(-(-used // step) * step, room), used)
+  sizes, class_of = np.unique(rounded, axis=0, return_inverse=True)
+  classes = np.zeros(counts.shape, np.int64)
+  classes[tuple(used.T)] = class_of.reshape(-1)
+  return sizes, classes
+
+
+def _chunks(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
+            classes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Chunks of pairs, as `index.sort_by_class` takes them."""
+  first = np.zeros(2, np.int64)
+  for sides, kept in _sides(inputs_D, targets_D, room):
+    start = first + np.cumsum(sides, axis=0) - sides
+    first = first + sides.sum(axis=0)
+    yield classes[kept[:, 0] + 1, kept[:, 1] + 1], np.concatenate([start, kept], axis=1)
+
+
+def _make_table(prefix: pathlib.Path, *, name: str, inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
+                most_classes: int) -> dict:
+  exact = np.zeros((room[0] + 1, room[1] + 1), np.int64)
+  truncated = 0
+  for sides, kept in _sides(inputs_D, targets_D, room):
+    truncated += int((sides != kept).any(axis=1).sum())
+    exact += np.bincount((kept[:, 0] + 1) * (room[1] + 1) + kept[:, 1] + 1, minlength=exact.size).reshape(exact.shape)
+  sizes, classes = _size_classes(exact, room, most_classes)
+  counts = index.sort_by_class(prefix, functools.partial(_chunks, inputs_D, targets_D, room, classes), len(sizes), columns=4)
+  return {'name': name, 'sizes': sizes.tolist(), 'counts': counts.tolist(), 'truncated': truncated}
+
+
+def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
+          most_classes: int = MOST_CLASSES) -> dict:
+  """The pairs of a split by size: `members` holds the first token of both sides and their lengths once cut to fit.
+
+  Sizes count one end of sequence on each side.
+
+  Args:
+    directory: the folder of the tables of a cache.
+    split: 'train' or 'validation'.
+    inputs_D: tokens of the inputs of each pair.
+    targets_D: tokens of its targets.
+    room: encoder and decoder slots of a row.
+    most_classes: how many sizes are classes of their own.
+
+  Returns:
+    {'name': the name of the table, 'sizes': [C, 2], 'counts': [C], 'truncated': pairs that had to be cut}.
+  """
+  name = f'{split}.pairs-{room[0]}-{room[1]}'
+  return index.store(directory, name, functools.partial(_make_table, name=name, inputs_D=inputs_D, targets_D=targets_D,
+                                                        room=room, most_classes=most_classes))
+
+
+class Pairs(Packed):
+  """Rows of pairs: nothing is masked, each side ends with an end of sequence, and what does not fit is cut off."""
+
+  def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
+    super().__init__(cache, split, config, vocabulary)
+    found = table(self.folder, split, cache.lengths(split, 'inputs'), cache.lengths(split, 'targets'), self.room)
+    self.left_out, self.facts = 0, {'truncated': found['truncated']}
+    self._pack(np.array(found['sizes'], np.int64).reshape(-1, 2), np.array(found['counts'], np.int64),
+               index.load(self.folder, found['name'], 'members', np.int64, columns=4))
+
+  def _slots_used(self) -> np.ndarray:
+    """Counted from the pairs themselves, because the sizes of classes may be rounded up."""
+    used = np.full(2, len(self.members), np.int64)
+    for i in range(0, len(self.members), index.CHUNK):
+      used += self.members[i:i + index.CHUNK, 2:].sum(axis=0)
+    return used
+
+  def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:
+    del class_ids, keys
+    sides = []
+    for side, feature in enumerate(('inputs', 'targets')):
+      start, length = members[:, side], members[:, 2 + side]
+      sides.append(objectives.append(self.tokens[feature][objectives.ranges(start, length)], length, self.vocabulary.eos_id))
+    (inputs, inputs_length), (targets, targets_length) = sides
+    shifted = objectives.shift_right(targets, targets_length, self.vocabulary.bos_id)
+    return Segments(inputs_length, inputs, targets_length, shifted, targets)

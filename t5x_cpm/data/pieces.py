@@ -1,0 +1,168 @@
+"""Objectives 'isolated' and 't5': documents are cut into pieces, and each piece is corrupted by itself."""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data import cache as cache_lib
+from t5x_cpm.data import index, objectives, packing
+from t5x_cpm.data.objectives import Segments
+from t5x_cpm.data.rows import Packed
+from t5x_cpm.vocabularies import Vocabulary
+
+SHORTEST = 3  # tokens that the longest piece must have at least; a cut may leave pieces of 2
+
+
+def piece_counts(lengths_D: np.ndarray, longest: int) -> np.ndarray:
+  """How many pieces each document has: none if it is too short to be corrupted."""
+  return np.where(lengths_D < 2, 0, -(-lengths_D // longest))
+
+
+def cut(lengths_D: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Cuts documents into pieces of `longest` tokens and a rest; a rest of one token takes another from its neighbour.
+
+  Args:
+    lengths_D: tokens of each document; one below 2 gives no piece.
+    longest: at least SHORTEST.
+
+  Returns:
+    For each piece its document, where it starts there, and its length.
+  """
+  counts = piece_counts(lengths_D, longest)
+  document = np.repeat(np.arange(len(lengths_D)), counts)
+  start = objectives.ramp(counts) * longest
+  length = np.minimum(longest, lengths_D[document] - start)
+  short = np.flatnonzero(length == 1)
+  start[short] -= 1
+  length[short] += 1
+  length[short - 1] -= 1  # never the last piece of another document: a document of one token has no piece
+  return document, start, length
+
+
+def _blocks(lengths_D: np.ndarray, longest: int, with_end: bool) -> Iterator[tuple[int, np.ndarray]]:
+  """The lengths as they are stored, in blocks of at most about index.CHUNK pieces, each with the number of its first token."""
+  first = 0
+  for begin in range(0, len(lengths_D), index.CHUNK):
+    block = np.asarray(lengths_D[begin:begin + index.CHUNK], np.int64)
+    pieces_before = np.cumsum(piece_counts(block + with_end, longest))
+    inner = np.searchsorted(pieces_before, np.arange(index.CHUNK, pieces_before[-1], index.CHUNK))
+    borders = np.unique([0, *inner, len(block)])
+    for a, b in zip(borders, borders[1:]):
+      yield first, block[a:b]
+      first += int(block[a:b].sum())
+
+
+def histogram(lengths_D: np.ndarray, longest: int, with_end: bool) -> np.ndarray:
+  """[longest + 1] how many pieces of each length `table` would find."""
+  counts = np.zeros(longest + 1, np.int64)
+  for _, stored in _blocks(lengths_D, longest, with_end):
+    counts += np.bincount(cut(stored + with_end, longest)[2], minlength=longest + 1)
+  return counts
+
+
+def _chunks(lengths_D: np.ndarray, longest: int, with_end: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Chunks of pieces, as `index.sort_by_class` takes them."""
+  for first, stored in _blocks(lengths_D, longest, with_end):
+    document, start, length = cut(stored + with_end, longest)
+    ends = start + length > stored[document]
+    values = 2 * (first + objectives.exclusive_cumsum(stored)[document] + start) + ends
+    yield length.astype(np.uint16 if longest < 1 << 16 else np.int64), values[:, None]
+
+
+def _make_table(prefix: pathlib.Path, *, name: str, lengths_D: np.ndarray, longest: int, with_end: bool) -> dict:
+  counts = index.sort_by_class(prefix, functools.partial(_chunks, lengths_D, longest, with_end), longest + 1)
+  dropped = sum(int((np.asarray(lengths_D[i:i + index.CHUNK]) + int(with_end) < 2).sum())
+                for i in range(0, len(lengths_D), index.CHUNK))
+  return {'name': name, 'counts': counts.tolist(), 'dropped': dropped}
+
+
+def table(directory: pathlib.Path, split: str, lengths_D: np.ndarray, longest: int, with_end: bool) -> dict:
+  """The pieces of a split by length: `members` holds 2 * (first token) + (1 if the piece ends with the end of document).
+
+  Args:
+    directory: the folder of the tables of a cache.
+    split: 'train' or 'validation'.
+    lengths_D: tokens of the documents of the split, without an end of document.
+    longest: tokens of the largest piece.
+    with_end: whether every document is followed by an end of document, which is not in the cache.
+
+  Returns:
+    {'name': the name of the table, 'counts': pieces of each length, 'dropped': documents too short for a piece}.
+  """
+  name = f'{split}.pieces-{longest}-{int(with_end)}'
+  return index.store(directory, name, functools.partial(_make_table, name=name, lengths_D=lengths_D, longest=longest,
+                                                        with_end=with_end))
+
+
+class Pieces(Packed):
+  """Rows of corrupted pieces: 'isolated' has CPM-2's form, with an end of document, and 't5' that of T5, without."""
+
+  def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
+    """Opens a split of a cache.
+
+    Raises:
+      ConfigError: a row is too short for any piece.
+    """
+    super().__init__(cache, split, config, vocabulary)
+    self.t5 = self.task.objective == 't5'
+    longest = objectives.longest_piece(*self.room, self.task.noise_density, self.task.mean_span_length, len(self.sentinels),
+                                       self.t5)
+    if longest < SHORTEST:
+      raise ConfigError(f'TaskConfig.encoder_length = {self.room[0]} and decoder_length = {self.room[1]} do not hold a piece '
+                        f'of {SHORTEST} tokens with {len(self.sentinels)} sentinels: set longer ones.')
+    self.documents = cache.lengths(split, 'targets')
+    longest = self._choose_longest(longest)
+    found = table(self.folder, split, self.documents, longest, with_end=not self.t5)
+    self.noise, self.spans = objectives.noise_counts(_lengths(longest), self.task.noise_density, self.task.mean_span_length)
+    self.left_out = found['dropped']
+    self.facts = {'longest_piece': longest, 'too_short': self.left_out}
+    self._pack(self._sizes(longest), np.array(found['counts'], np.int64),
+               index.load(self.folder, found['name'], 'members', np.int64))
+
+  def _sizes(self, longest: int) -> np.ndarray:
+    """[longest + 1, 2] encoder and decoder slots of a piece of each length."""
+    return np.stack(objectives.corrupted_lengths(_lengths(longest), self.task.noise_density, self.task.mean_span_length,
+                                                 self.t5), axis=1)
+
+  def _choose_longest(self, longest: int) -> int:
+    """Shorter pieces if those that just fit leave over 10 % of the slots empty, as documents that are all of 300 tokens do.
+
+    Halves, thirds and quarters of the longest piece fill rows whatever the lengths of the documents; they are taken where
+    that saves 5 % of the rows.
+    """
+    name = (f'{self.split}.cut-{self.room[0]}-{self.room[1]}-{self.task.noise_density}-{self.task.mean_span_length}-'
+            f'{len(self.sentinels)}-{int(self.t5)}')
+    return index.store(self.folder, name, lambda prefix: {'longest': self._try_lengths(longest)})['longest']
+
+  def _try_lengths(self, longest: int) -> int:
+    rows = {}
+    for divisor in range(1, 5):
+      length = longest // divisor
+      if length < 8:
+        break
+      counts, sizes = histogram(self.documents, length, not self.t5), self._sizes(length)
+      rows[length] = packing.pack(sizes, counts, self.room, self.most).rows
+      if (counts @ sizes / self.room).max() >= 0.9 * rows[length]:
+        break
+    best = min(rows, key=rows.__getitem__, default=longest)
+    return best if best == longest or rows[best] < 0.95 * rows[longest] else longest
+
+  def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:
+    length, start, ends = class_ids, members >> 1, (members & 1).astype(bool)
+    token = objectives.ranges(start, length)
+    last = (np.cumsum(length) - 1)[ends]
+    token[last] -= 1  # the end of document is not in the cache
+    tokens = self.tokens['targets'][token].astype(np.int32)
+    tokens[last] = self.vocabulary.eos_id
+    noise, spans = self.noise[length], self.spans[length]
+    drawn = objectives.draw_spans(objectives.combine(keys, start), length, noise, spans)
+    return objectives.corrupt(tokens, length, drawn, noise, self.sentinels, start=self.vocabulary.bos_id,
+                              eos=self.vocabulary.eos_id if self.t5 else None)
+
+
+def _lengths(longest: int) -> np.ndarray:
+  """The length of a piece of each class; the classes 0 and 1, which would be too short, stay empty."""
+  return np.maximum(np.arange(longest + 1), 2)

@@ -1,0 +1,83 @@
+"""Files that are either complete or not there, and locks between processes.
+
+Paths are `pathlib.Path` or `epath.Path`. A path with '://' in it lies in a bucket, where an object appears only when it is
+complete and nothing can be locked.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+
+class LockedError(Exception):
+  """Another process holds a lock; the message names that process."""
+
+
+def move(temporary: Any, path: Any) -> None:
+  """Gives a finished local file its name, once its content is on the disk."""
+  with open(temporary, 'rb') as file:
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing(path: Any) -> Iterator[BinaryIO]:
+  """Opens a local file for writing that takes its name when the block ends, and that is removed if the block fails.
+
+  A reader, or a kill in between, meets the old content or the new one, never a part of it.
+  """
+  temporary = path.with_name(f'.{path.name}.tmp{os.getpid()}')  # two processes may write the same file
+  try:
+    with open(temporary, 'wb') as file:
+      yield file
+    move(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(temporary)
+    raise
+
+
+def write_atomically(path: Any, data: bytes) -> None:
+  """Writes a file such that a reader, or a kill in between, meets the old content or the new one."""
+  if '://' in str(path):
+    path.write_bytes(data)
+    return
+  with replacing(path) as file:
+    file.write(data)
+
+
+def write_json(path: Any, value: Any) -> None:
+  """Writes a value as JSON, atomically."""
+  write_atomically(path, json.dumps(value, ensure_ascii=False, indent=1).encode())
+
+
+@contextlib.contextmanager
+def lock(path: Any, *, wait: bool) -> Iterator[None]:
+  """Holds a lock file within the block. The system frees it when the process ends, however it ends.
+
+  On a file system without locks nothing is held: there the block runs as if it were alone.
+
+  Args:
+    path: the local file to lock; it is made if it is not there, and stays.
+    wait: whether to wait until no other process holds it.
+
+  Raises:
+    LockedError: another process holds it, and `wait` is False.
+    OSError: the file cannot be written.
+  """
+  with open(path, 'a+') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise LockedError(file.read().strip() or 'another process') from None
+    except OSError:
+      pass  # a file system without locks
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    yield

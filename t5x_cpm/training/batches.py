@@ -1,0 +1,77 @@
+"""Batches on the devices of the mesh, made in a thread that runs ahead of the loop."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_cpm.data.reader import Reader
+from t5x_cpm.training.step import Step
+
+
+def own_rows(step: Step) -> np.ndarray:
+  """The rows of a batch that the devices of this process hold, ascending."""
+  leaf = next(iter(step.abstract_batch.values()))
+  held = {index[0].indices(leaf.shape[0]) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+  return np.unique(np.concatenate([np.arange(*rows) for rows in held]))
+
+
+def put(step: Step, batch: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, jax.Array]:
+  """The batch on the devices of the mesh, of which this process has `rows`."""
+
+  def put_feature(name: str) -> jax.Array:
+    leaf, mine = step.abstract_batch[name], batch[name]
+
+    def of_device(index: Any) -> np.ndarray:
+      return mine[np.searchsorted(rows, np.arange(*index[0].indices(leaf.shape[0])))]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, of_device)
+
+  return {name: put_feature(name) for name in batch}
+
+
+@contextlib.contextmanager
+def prefetch(make: Callable[[int], Any], start: int, stop: int, ahead: int = 2) -> Iterator[Iterator[Any]]:
+  """make(start), ..., make(stop - 1), computed in a thread that runs at most `ahead` items before its reader."""
+  items: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+  closed = threading.Event()
+
+  def offer(item: Any) -> None:
+    while not closed.is_set():
+      with contextlib.suppress(queue.Full):
+        items.put(item, timeout=0.1)
+        return
+
+  def work() -> None:
+    try:
+      for index in range(start, stop):
+        if closed.is_set():
+          return
+        offer(make(index))
+    except BaseException as error:  # the loop raises it where it asks for the batch
+      offer(error)
+
+  def read() -> Iterator[Any]:
+    for _ in range(start, stop):
+      item = items.get()
+      if isinstance(item, BaseException):
+        raise item
+      yield item
+
+  thread = threading.Thread(target=work, name='input', daemon=True)
+  thread.start()
+  try:
+    yield read()
+  finally:
+    closed.set()
+    thread.join()
+
+
+def training_batches(step: Step, reader: Reader, start: int, stop: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
+  """The batches of the steps after `start`, ..., `stop - 1` updates: a context, in which they are an iterator."""
+  rows = own_rows(step)
+  return prefetch(lambda index: put(step, reader.batch(index, rows), rows), start, stop)

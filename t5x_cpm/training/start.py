@@ -1,0 +1,40 @@
+"""What a run starts from: fresh parameters or those of another run; what a later start is told."""
+
+from collections.abc import Callable
+
+import jax
+
+from t5x_cpm import vocabularies
+from t5x_cpm.checkpoints import arrays, run_directory
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.training import host_memory, optimizer
+from t5x_cpm.training.step import Frozen, State, Step
+
+
+def fresh(config: Config, step: Step, frozen: Frozen, vocabulary: vocabularies.Vocabulary) -> State:
+  """A state before the first step, with the parameters of another run where TrainConfig.init_from names one.
+
+  Raises:
+    ConfigError: that run has another vocabulary, or parameters that do not fit.
+  """
+  state = step.init(jax.random.key(config.train.seed), frozen)
+  if config.train.init_from:
+    source = run_directory.read_run(config.train.init_from)
+    theirs = source.info.get('vocabulary')
+    if theirs != vocabulary.fingerprint:
+      raise ConfigError(
+          f'TrainConfig.init_from = {config.train.init_from!r}: that run was trained with another vocabulary ({theirs}, this '
+          f'run has {vocabulary.fingerprint}). Set TaskConfig.vocabulary to the one in {config.train.init_from}/vocabulary.')
+    state['params'] = arrays.load_params(config.train.init_from, into=step.abstract_state['params'])
+    state = step.complete(host_memory.saved(state))
+  return state
+
+
+def tell_of_another_rate(config: Config, step: Step, before: Config, number: int, say: Callable[[str], None]) -> None:
+  """Says where a run that continues after `number` updates, as `before` until now, is so much longer that its rate changes."""
+  old, new = (float(schedule(number)) for schedule in (
+      optimizer.make_schedule(config.optimizer, before.train.steps), step.schedule))
+  if old != new:
+    say(f'OptimizerConfig.schedule = {config.optimizer.schedule!r} ends with the run: for TrainConfig.steps = '
+        f'{config.train.steps} instead of {before.train.steps} the learning rate goes from {old:.3g} to {new:.3g} here. '
+        'OptimizerConfig.decay_steps, set from the start, keeps it.')
