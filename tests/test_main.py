@@ -1,6 +1,7 @@
 """The command line: help, dry run, and what a mistake says. Runs in this process except where start-up itself is tested."""
 
 import errno
+import importlib.util
 import json
 import os
 import pathlib
@@ -290,3 +291,19 @@ def test_init_from_brings_the_model_and_the_vocabulary(call, tmp_path, named):
   assert 'TrainConfig.seed = 0' in out  # the rest is of this run
   # By the name it had there, or, where that was the task's own, from the model_dir.
   assert f'TaskConfig.vocabulary = {named or f"cpm2:{tmp_path}/run/vocabulary/vocab.txt"!r}' in out
+
+
+@pytest.mark.slow
+def test_examples_of_help_run(tmp_path):
+  """The examples of all modes, in the order of the table, from the top of a clone."""
+  for path in ROOT.iterdir():
+    if not path.name.startswith('.') and path.name not in ('runs', 'tour'):
+      (tmp_path / path.name).symlink_to(path)
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'T5X_CPM_CACHE': str(tmp_path / 'cache'), 'PYTHONPATH': str(ROOT)}
+  for mode in modes.MODES.values():
+    if mode.name == 'compile' and importlib.util.find_spec('libtpu') is None:
+      continue  # an extra
+    script = f't5x_cpm() {{ "{sys.executable}" -m t5x_cpm "$@"; }}\nset -euo pipefail\n{mode.example}'
+    done = subprocess.run(['bash', '-c', script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f'{mode.example}\n{done.stdout}\n{done.stderr}'
+  assert (tmp_path / 'runs' / 'answers.jsonl').exists() and (tmp_path / 'runs' / 'example_back' / 'config.json').exists()

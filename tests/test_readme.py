@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from t5x_cpm.cli import modes
 from t5x_cpm.config import gin
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -39,6 +40,12 @@ def test_the_table_of_models_is_true():
       assert c.moe.encoder_every == c.moe.decoder_every
       layers += f', {experts} experts ' + {1: 'each', 2: 'in every other'}[c.moe.encoder_every]
     assert row[1:] == (f'{c.vocab_size:,}', layers, str(c.d_model), str(c.d_ff), f'{c.num_heads} x {c.head_dim}'), name
+
+
+def test_the_table_of_modes_is_true():
+  table = re.search(r'^\| mode \| what it does \|\n(.*?)\n\n', README, re.MULTILINE | re.DOTALL)
+  assert table
+  assert set(re.findall(r'`(\w+)`', '\n'.join(row.split('|')[1] for row in table[1].splitlines()))) == set(modes.MODES)
 
 
 def test_blocks_define_what_they_use():

@@ -59,7 +59,8 @@ class Component:
 
   def init(self, rngs: nnx.Rngs) -> Params:
     """Fresh parameters, stacks included."""
-    return nnx.to_pure_dict(nnx.split(self._make_whole(rngs))[1])
+    with nnx.use_eager_sharding(False):
+      return nnx.to_pure_dict(nnx.split(self._make_whole(rngs))[1])
 
   def __call__(self, params: Params) -> Any:
     """The module with given parameters, of a stack one slice of them (or slices along axes that its methods know of)."""
@@ -75,7 +76,8 @@ class Component:
 
 
 def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-  return nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
+  with nnx.use_eager_sharding(False):  # `layers` says so as well, but only for the thread that imports it first
+    return nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
 
 
 def _stack_of(make: Callable[[nnx.Rngs], Any], name: str, size: int) -> Callable[[nnx.Rngs], Any]:
