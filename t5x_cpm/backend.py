@@ -45,11 +45,11 @@ def keep_memory() -> None:
   that the process keeps its peak. (Huge pages save as much while memory is plenty, and cost more where the kernel must first
   compact it.)
 
-  XLA:CPU frees them a little after the program's results are there. By then a program that was dispatched ahead has taken memory
-  of its own: training at 3.1 GB grew to 7.5 GB. So programs are not dispatched ahead, which gains nothing on a CPU.
+  XLA:CPU frees them a little after the program's results are there. By then a program that was dispatched ahead has taken
+  memory of its own: training at 3.1 GB grew to 7.5 GB. So programs are not dispatched ahead, which gains nothing on a CPU.
 
-  Call it only in a process that belongs to t5x_cpm alone, before JAX makes its client. It does nothing with other C libraries or
-  where there is an accelerator.
+  Call it only in a process that belongs to t5x_cpm alone, before JAX makes its client. It does nothing with other C libraries
+  or where there is an accelerator.
   """
   if os.environ.get('JAX_PLATFORMS', 'cpu') != 'cpu':
     return
