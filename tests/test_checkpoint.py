@@ -230,7 +230,7 @@ def test_chunks_are_those_of_earlier_checkpoints(name, router):
   wanted = jax.tree_util.tree_map_with_path(by_path, state)
   assert found == wanted
   kinds = {leaf.ndim: axes for leaf, axes in zip(jax.tree.leaves(state), jax.tree.leaves(
-      wanted, is_leaf=lambda x: isinstance(x, tuple)), strict=True) if axes}
+      wanted, is_leaf=lambda x: type(x) is tuple), strict=True) if axes}
   assert kinds == {2: (0,), 3: (0,), 4: (0, 1)}
 
 

@@ -209,7 +209,7 @@ def test_every_kind_of_head_gives_their_logits(golden, tied, scaled):
   config, given = huggingface.head_to_ours(dataclasses.replace(golden.config, tie_embeddings=scaled), weights)
   params = huggingface.to_params(config, given)
   x = np.random.default_rng(5).standard_normal((1, 2, config.d_model)).astype(np.float32)
-  got = encoder_decoder.build(config)._logits(params, jnp.asarray(x))
+  got = encoder_decoder.build(config).logits(params, jnp.asarray(x))
   want = x * (config.d_model**-0.5 if scaled else 1) @ head.T
   assert config.tie_embeddings == (tied and scaled)
   assert_equal('logits', got, want)

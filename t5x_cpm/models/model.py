@@ -77,11 +77,13 @@ class Model:
     layers: its layers by stack, in order.
   """
 
-  def __init__(self, config: ModelConfig, stacks: Sequence[str], components: Sequence[Component], experts: Experts):
+  def __init__(self, config: ModelConfig, stacks: Sequence[str], components: Callable[[ModelConfig], Sequence[Component]],
+               experts: Experts):
+    """components: the modules of a configuration that can work. Raises ConfigError for one that cannot."""
     config.validate()
     routers.check(config.moe)
     self.config, self.stacks, self._experts = config, tuple(stacks), experts
-    self.components = {one.path: one for one in components}
+    self.components = {one.path: one for one in components(config)}
     self.layers = {stack: table(config, stack, self.components) for stack in stacks}
 
   # Parameters.
