@@ -334,6 +334,7 @@ SMALL = ('--gin_file=gin/runs/pretrain.gin', '--gin_file=gin/models/cpm2_tiny.gi
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @needs_libtpu
 def test_host_memory_takes_what_the_device_gives(tmp_path):
   plain = compiled(tmp_path, *SMALL)
@@ -347,6 +348,7 @@ def test_host_memory_takes_what_the_device_gives(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @needs_libtpu
 def test_slices_exchange_gradients_alone(tmp_path):
   """Summed up in each slice first: a chip of four sends a quarter of them, twice a half of it in each of two slices."""
@@ -361,6 +363,7 @@ def test_slices_exchange_gradients_alone(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @needs_libtpu
 @pytest.mark.parametrize('what', ['train', 'encode', 'decode'])
 def test_experts_compile_for_a_slice(tmp_path, what):
@@ -372,6 +375,7 @@ def test_experts_compile_for_a_slice(tmp_path, what):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @pytest.mark.skipif(importlib.util.find_spec('jax_cuda12_plugin') is None, reason="no CUDA plugin (pip install -e '.[gpu]')")
 def test_a_step_compiles_for_gpus_without_one(tmp_path):
   made = compiled(
@@ -381,6 +385,7 @@ def test_a_step_compiles_for_gpus_without_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @needs_libtpu
 def test_a_row_of_the_readme_is_what_compile_says(tmp_path):
   line = next(line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith('| `cpm2_11b` | v5p:2x2x2 |'))

@@ -150,6 +150,7 @@ def check_auxiliary_losses(reference: Reference) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 def test_switch_transformers(switch):
   assert switch.config.moe.num_experts == 4
   check_figures(switch)
@@ -272,6 +273,7 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path, golden, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 @pytest.mark.parametrize('seed, changes', [
     (11, {}),
     (12, {'feed_forward_proj': 'relu', 'tie_word_embeddings': True}),
@@ -286,6 +288,7 @@ def test_live_against_transformers(seed, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 def test_live_against_switch_transformers():
   pytest.importorskip('torch')
   pytest.importorskip('transformers')
@@ -296,6 +299,7 @@ def test_live_against_switch_transformers():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 @pytest.mark.parametrize('file', golden_t5.GOLDEN)
 def test_golden_file_is_what_transformers_computes(file):
   pytest.importorskip('torch')
@@ -323,6 +327,7 @@ def read_by_transformers(folder: pathlib.Path, reference: Reference, kind: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 def test_transformers_reads_what_is_exported(tmp_path, golden, switch):
   for name in ('t5', 'switch'):
     (tmp_path / name).mkdir()
