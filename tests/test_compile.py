@@ -149,7 +149,8 @@ def test_inference_knows_the_domain_of_each_row(what):
   config = dataclasses.replace(
       test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, moe=moe), infer=InferConfig(batch_size=8))
   fn, arguments = plan._inference(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]), what)
-  assert arguments[1]['domain'].shape[-1] == 8
+  carried = arguments[1] if what == 'encode' else arguments[1]['row']
+  assert carried['domain'].shape[-1] == 8
   fn.trace(*arguments)
 
 
