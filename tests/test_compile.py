@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
@@ -150,7 +151,8 @@ def test_inference_knows_the_domain_of_each_row(what):
   config = dataclasses.replace(
       test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, moe=moe), infer=InferConfig(batch_size=8))
   fn, arguments = plan._inference(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]), what)
-  assert (arguments[1] if what == 'encode' else arguments[1]['row'])['domain'].shape[-1] == 8
+  carried = arguments[1] if what == 'encode' else arguments[1]['row']
+  assert carried['domain'].shape[-1] == 8
   fn.trace(*arguments)
 
 
@@ -320,8 +322,11 @@ def test_what_a_search_writes_is_a_mesh_file(tmp_path, slices):
 def compiled(tmp_path, *arguments: str) -> dict:
   """What `compile` writes, in a process of its own: libtpu stays loaded."""
   output = tmp_path / 'plan.json'
+  # Without XLA:CPU's flags, of which libtpu does not know all, and without the other tests' cache of compiled programs.
+  environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
   done = subprocess.run(
-      [sys.executable, '-m', 't5x_cpm', 'compile', f'--output={output}', *arguments], cwd=ROOT, capture_output=True, text=True)
+      [sys.executable, '-m', 't5x_cpm', 'compile', f'--output={output}', *arguments], cwd=ROOT, env=environment,
+      capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   print(done.stdout)
   return json.loads(output.read_text())

@@ -33,5 +33,5 @@ if [ -z "$slow" ] || [ "$(cat "$passed" 2>/dev/null)" != "$tree" ]; then
 fi
 if [ -n "$slow" ]; then
   # Tests that share a long preparation, or that start as many processes as there are cores, are a group: one worker runs it.
-  "$PYTHON" -m pytest -m slow -q --durations=10 -n logical --maxprocesses 2 --dist loadgroup tests/test_readme.py tests  # the longest early
+  "$PYTHON" -m pytest -m slow -q --durations=10 -n logical --maxprocesses 2 --dist loadgroup
 fi
