@@ -136,7 +136,7 @@ def test_an_update_that_is_not_finite_is_never_saved_and_its_first_bad_tensor_is
   done = run(folder, 'overflow', 2, '--gin.OptimizerConfig.name=sgd', '--gin.OptimizerConfig.learning_rate=3e38',
              '--gin.OptimizerConfig.clip_norm=1000.0', '--gin.CheckpointConfig.every=1')
   assert done.returncode == 1 and 'error: step 1: loss' in done.stderr, done.stderr
-  assert 'the first tensor that is not finite is parameter/' in done.stderr and 'Traceback' not in done.stderr
+  assert 'the first tensor that is not finite is ' in done.stderr and 'Traceback' not in done.stderr
   assert not list((folder / 'overflow' / 'checkpoints').glob('[0-9]*'))
 
 
