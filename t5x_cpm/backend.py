@@ -18,7 +18,7 @@ _compiling_for: contextvars.ContextVar[str] = contextvars.ContextVar('_compiling
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-  """Within it programs are made for another platform than the one that JAX runs on."""
+  """A context in which programs are made for another platform than the one that JAX runs on."""
   token = _compiling_for.set(platform)
   try:
     yield
@@ -27,7 +27,7 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def on_cpu() -> bool:
-  """Whether computations run on CPU, or will."""
+  """Whether computations run on the CPU."""
   return _platform() == 'cpu'
 
 
@@ -38,18 +38,18 @@ def _platform() -> str:
 
 
 def keep_memory() -> None:
-  """Makes a process on the CPU use the memory of one step for the next.
+  """Makes a process on the CPU reuse the memory of one step for the next.
 
   XLA:CPU allocates the temporaries of a program, often hundreds of MB, anew for each execution. glibc would give them back to
   the kernel each time, which then clears every page again: measured 14 % of the CPU time of a training step. The price is
   that the process keeps its peak. (Huge pages save as much while memory is plenty, and cost more where the kernel must first
   compact it.)
 
-  XLA:CPU frees them a little after the program's results are there. A program that was dispatched ahead has taken memory of
-  its own by then: training at 3.1 GB grew to 7.5 GB. So programs are not dispatched ahead, where nothing is gained by it.
+  XLA:CPU frees them a little after the program's results are there. By then a program that was dispatched ahead has taken
+  memory of its own: training at 3.1 GB grew to 7.5 GB. So programs are not dispatched ahead, which gains nothing on a CPU.
 
-  Only for a process that is ours alone, before JAX makes its client; does nothing on other C libraries and beside an
-  accelerator.
+  Call it only in a process that belongs to t5x_cpm alone, before JAX makes its client. It does nothing with other C libraries
+  or where there is an accelerator.
   """
   if os.environ.get('JAX_PLATFORMS', 'cpu') != 'cpu':
     return
@@ -67,7 +67,7 @@ def keep_memory() -> None:
 
 
 def use_cpu_devices(count: int, processes: int = 1) -> None:
-  """Runs on the CPU as `count` devices, so that a mesh can be tried on any machine; 0 leaves everything as it is.
+  """Makes JAX run on the CPU as `count` devices, so that a mesh can be tried on any machine; 0 changes nothing.
 
   Raises:
     ConfigError: JAX has already started with other devices, or the processes cannot share so many evenly.
@@ -99,7 +99,7 @@ def compiler_options(deterministic: bool) -> dict[str, bool] | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps what C++ writes to the terminal out of it: libtpu and TensorFlow log that they find no device."""
+  """Keeps what C++ code logs out of the terminal: libtpu and TensorFlow complain there that they find no device."""
   saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(null, 2)
   try:
@@ -113,7 +113,7 @@ def quiet() -> Iterator[None]:
 def keep_compiled_programs() -> None:
   """Stores compiled programs in $T5X_CPM_CACHE/xla (default ~/.cache/t5x_cpm/xla), so that a second start is fast.
 
-  An own JAX_COMPILATION_CACHE_DIR is respected.
+  A user's own JAX_COMPILATION_CACHE_DIR is respected.
   """
   import jax
 

@@ -1,4 +1,4 @@
-"""The device mesh, and the only table that maps what an array axis means to the mesh axis that splits it."""
+"""The device mesh, and the only table that maps the meaning of an array's axis to the mesh axis that splits it."""
 
 import functools
 import math
@@ -14,7 +14,8 @@ from t5x_cpm.config import ConfigError, MeshConfig
 AXES = ('data', 'model', 'expert')
 Rules = dict[str, str | tuple[str, ...] | None]
 
-# Logical axis -> mesh axis (or axes). What is absent or None is not split. `heads` is the joint axis num_heads * head_dim.
+# Logical axis -> mesh axis (or axes). An axis that is absent or None is not split. `heads` is the joint axis of num_heads *
+# head_dim.
 RULES: Rules = {
     'batch': ('data', 'expert'),
     'rows': ('data', 'expert'),  # of a batch outside training
@@ -28,8 +29,9 @@ RULES: Rules = {
     'buckets': None,
 }
 
-# With MeshConfig.sharding, where parameters or the optimizer's state are split over data: each along d_model, over what its
-# other axes leave of these two (an expert's weights are already split over experts). They are gathered where they are used.
+# The rules where MeshConfig.sharding splits parameters or the optimizer's state over data: along d_model, over whichever of
+# these two mesh axes the array's other axes leave (an expert's weights are split over experts already). Weights are gathered
+# where they are used.
 OVER_DATA: Rules = RULES | {'embed': ('data', 'expert')}
 
 # MeshConfig.sharding -> rules of the parameters, and of the optimizer's state.
@@ -70,17 +72,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   if config.slices == 1:
     try:
       return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # an axis takes a part of a dimension of a torus, such as 32 of 4 x 4 x 4
+    except NotImplementedError:  # an axis that takes only some of a torus's dimension, such as 32 of 4 x 4 x 4
       split = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
       return Mesh(split, AXES, axis_types=types)
   if sizes[0] % config.slices:
     raise ConfigError(f'{given}, slices={config.slices}: the slices split the data axis, and do not divide its {sizes[0]}.')
-  by_process = getattr(devices[0], 'slice_index', None) is None  # elsewhere than on TPU, hosts stand for slices
+  by_process = getattr(devices[0], 'slice_index', None) is None  # without TPUs, the hosts are the slices
   try:
     array = mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // config.slices, sizes[1], sizes[2]), (config.slices, 1, 1), devices, process_is_granule=by_process,
         allow_split_physical_axes=True)
-  except (ValueError, NotImplementedError, AssertionError) as error:  # a slice that is no box fails an assertion
+  except (ValueError, NotImplementedError, AssertionError) as error:  # JAX asserts that a slice is a box
     kind = 'processes' if by_process else 'slices'
     count = len({device.process_index if by_process else device.slice_index for device in devices})
     raise ConfigError(f'{given}, slices={config.slices}: the devices lie in {count} {kind}, which have no such mesh. '
@@ -126,19 +128,19 @@ def check_divides(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None],
 
 
 def check_tree_divides(mesh: Mesh, abstract: Any, names_tree: Any, rules: Rules = RULES) -> None:
-  """check_divides() for every array of a tree, by its path."""
+  """Applies check_divides() to every array of a tree; errors name the array by its path."""
   names = jax.tree.leaves(names_tree, is_leaf=is_names)
   for (path, leaf), leaf_names in zip(jax.tree_util.tree_leaves_with_path(abstract), names, strict=True):
     check_divides(mesh, leaf.shape, leaf_names, jax.tree_util.keystr(path, simple=True, separator='/'), rules)
 
 
 def inside(mesh: Mesh) -> Any:
-  """A context for tracing: within it `shard` refers to this mesh."""
+  """A context for tracing, in which `shard` refers to this mesh."""
   return jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
 
 
 def traced(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-  """A function whose body is `inside` a mesh."""
+  """Wraps a function so that its body runs `inside` a mesh."""
   @functools.wraps(fn)
   def on_mesh(*args: Any, **kwargs: Any) -> Any:
     with inside(mesh):

@@ -30,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """The longest test begins early, so that no worker is left alone with it."""
+  items.sort(key=lambda item: item.name != 'test_blocks_run_in_order')
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
   """Real data sets in their original formats; a checkout of the project alone does not have them."""

@@ -27,7 +27,7 @@ def optimum(scores_TE):
 @pytest.mark.parametrize('T, E', [(512, 8), (2048, 32)])
 @pytest.mark.parametrize('common', [0.0, 0.7, 4.0])
 def test_near_the_optimum(T, E, common):
-  for seed in range(3):
+  for seed in range(3 if T < 1000 else 1):  # scipy takes seconds for the large one
     scores_TE = scores(T, E, seed, common)
     expert_T, rounds = jax.jit(balanced)(scores_TE, jnp.ones(T, bool))
     assert (np.bincount(expert_T, minlength=E) == T // E).all()

@@ -1,5 +1,6 @@
 """What depends on the platform."""
 
+import os
 import subprocess
 import sys
 
@@ -41,3 +42,14 @@ def test_deterministic_kernels_are_asked_for_on_gpus_alone():
   assert doubled(1.0) == 2.0
   with pytest.raises(jax.errors.JaxRuntimeError, match='xla_gpu_no_such_option'):
     jax.jit(lambda x: 2 * x, compiler_options={'xla_gpu_no_such_option': True})(1.0)
+
+
+@pytest.mark.parametrize('own', ['', 'mine'])
+def test_compiled_programs_are_kept_in_the_cache_or_where_the_user_says(tmp_path, own):
+  code = ('import jax; from t5x_cpm import backend; backend.keep_compiled_programs(); '
+          'jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0); jax.jit(lambda x: x + 1)(1)')
+  variables = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
+  variables |= {'T5X_CPM_CACHE': str(tmp_path / 'cache')} | ({'JAX_COMPILATION_CACHE_DIR': str(tmp_path / own)} if own else {})
+  subprocess.run([sys.executable, '-c', code], env=variables, check=True)
+  assert any((tmp_path / (own or 'cache/xla')).iterdir())
+  assert (tmp_path / 'cache').exists() == (not own)

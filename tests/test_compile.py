@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
@@ -150,7 +151,8 @@ def test_inference_knows_the_domain_of_each_row(what):
   config = dataclasses.replace(
       test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, moe=moe), infer=InferConfig(batch_size=8))
   fn, arguments = plan._inference(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]), what)
-  assert arguments[1]['domain'].shape[-1] == 8
+  carried = arguments[1] if what == 'encode' else arguments[1]['row']
+  assert carried['domain'].shape[-1] == 8
   fn.trace(*arguments)
 
 
@@ -320,8 +322,11 @@ def test_what_a_search_writes_is_a_mesh_file(tmp_path, slices):
 def compiled(tmp_path, *arguments: str) -> dict:
   """What `compile` writes, in a process of its own: libtpu stays loaded."""
   output = tmp_path / 'plan.json'
+  # Without XLA:CPU's flags, of which libtpu does not know all, and without the other tests' cache of compiled programs.
+  environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
   done = subprocess.run(
-      [sys.executable, '-m', 't5x_cpm', 'compile', f'--output={output}', *arguments], cwd=ROOT, capture_output=True, text=True)
+      [sys.executable, '-m', 't5x_cpm', 'compile', f'--output={output}', *arguments], cwd=ROOT, env=environment,
+      capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   print(done.stdout)
   return json.loads(output.read_text())
@@ -334,6 +339,7 @@ SMALL = ('--gin_file=gin/runs/pretrain.gin', '--gin_file=gin/models/cpm2_tiny.gi
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @needs_libtpu
 def test_host_memory_takes_what_the_device_gives(tmp_path):
   plain = compiled(tmp_path, *SMALL)
@@ -347,6 +353,7 @@ def test_host_memory_takes_what_the_device_gives(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @needs_libtpu
 def test_slices_exchange_gradients_alone(tmp_path):
   """Summed up in each slice first: a chip of four sends a quarter of them, twice a half of it in each of two slices."""
@@ -361,6 +368,7 @@ def test_slices_exchange_gradients_alone(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @needs_libtpu
 @pytest.mark.parametrize('what', ['train', 'encode', 'decode'])
 def test_experts_compile_for_a_slice(tmp_path, what):
@@ -372,6 +380,7 @@ def test_experts_compile_for_a_slice(tmp_path, what):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @pytest.mark.skipif(importlib.util.find_spec('jax_cuda12_plugin') is None, reason="no CUDA plugin (pip install -e '.[gpu]')")
 def test_a_step_compiles_for_gpus_without_one(tmp_path):
   made = compiled(
@@ -381,6 +390,7 @@ def test_a_step_compiles_for_gpus_without_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('compile')
 @needs_libtpu
 def test_a_row_of_the_readme_is_what_compile_says(tmp_path):
   line = next(line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith('| `cpm2_11b` | v5p:2x2x2 |'))

@@ -263,7 +263,8 @@ def model():
   from t5x_cpm.models import encoder_decoder
 
   config = ModelConfig(
-      vocab_size=97, d_model=32, d_ff=48, num_heads=2, head_dim=16, num_encoder_layers=2, num_decoder_layers=2, init_std=0.3)
+      vocab_size=97, d_model=32, d_ff=48, num_heads=2, head_dim=16, num_encoder_layers=2, num_decoder_layers=2, init_std=0.3,
+      layer_loop='scan')
   model = encoder_decoder.build(config)
   return model, model.prepare(jax.jit(model.init)(jax.random.key(0)))
 
@@ -303,7 +304,7 @@ def test_cached_decoding_is_teacher_forcing(model):
   np.testing.assert_allclose(greedy.score, log_probs.sum((1, 2)), atol=1e-4)
 
   # Every logit of every step, one token at a time and several in one call.
-  cache = model.start(params, batch, 20)
+  cache = jax.jit(model.start, static_argnums=2)(params, batch, 20)
   inputs = jnp.concatenate([jnp.full((3, 1), START), greedy.tokens[:, :-1]], 1)
   step, at, pieces = jax.jit(model.step), 0, []
   for width in (1, 1, 4, 1, 4, 1):

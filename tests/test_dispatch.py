@@ -1,6 +1,7 @@
 """Dispatch: both ways against a plain sum over one-hot choices, forward and backward."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,16 +54,34 @@ def routing_of(load, K, places, seed=0):
   return Routing(jnp.asarray(expert, jnp.int32), jnp.asarray(weight), E, places, None, {}, {})
 
 
-def compare(fn, want, *arguments):
-  """Values and gradients."""
-  def loss(which):
-    return lambda *a: jnp.sum(jnp.sin(which(*a)))
+@functools.cache
+def compiled(fn, count):
+  """(value, gradients with respect to the first `count` arguments) of a function."""
+  def loss(*a):
+    value = fn(*a)
+    return jnp.sum(jnp.sin(value)), value
 
-  np.testing.assert_allclose(fn(*arguments), want(*arguments), atol=1e-5)
-  count = tuple(range(len(arguments)))
-  got = jax.jit(jax.grad(loss(fn), count))(*arguments)
-  expected = jax.grad(loss(want), count)(*arguments)
+  def both(*a):
+    gradients, value = jax.grad(loss, tuple(range(count)), has_aux=True)(*a)
+    return value, gradients
+
+  return jax.jit(both)
+
+
+def compare(fn, want, count, *arguments):
+  """Values, and gradients with respect to the first `count` arguments."""
+  (value, got), (wanted, expected) = (compiled(which, count)(*arguments) for which in (fn, want))
+  np.testing.assert_allclose(value, wanted, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, expected)
+
+
+def dispatched(params, u_GTD, weight_GTK, routing):
+  return dispatch.dispatch(nnx.merge(GRAPH, params), u_GTD, dataclasses.replace(routing, weight_GTK=weight_GTK), 0.0, None)
+
+
+def one_hot(params, u_GTD, weight_GTK, routing):
+  routing = dataclasses.replace(routing, weight_GTK=weight_GTK)
+  return reference(params, u_GTD, routing, None if routing.capacity is None else dispatch.places_of(routing)[1])
 
 
 @pytest.mark.parametrize('load', ['random', 'empty', 'one'])
@@ -71,14 +90,7 @@ def compare(fn, want, *arguments):
 def test_dispatch_equals_one_hot(load, K, places):
   routing = routing_of(load, K, places)
   u_GTD = jnp.asarray(np.random.default_rng(1).standard_normal((G, T, D)), jnp.float32)
-  placed = None if places is None else dispatch.places_of(routing)[1]
-
-  def with_weights(weight):
-    return dataclasses.replace(routing, weight_GTK=weight)
-
-  compare(
-      lambda p, u, w: dispatch.dispatch(nnx.merge(GRAPH, p), u, with_weights(w), 0.0, None),
-      lambda p, u, w: reference(p, u, with_weights(w), placed), PARAMS, u_GTD, routing.weight_GTK)
+  compare(dispatched, one_hot, 3, PARAMS, u_GTD, routing.weight_GTK, routing)
 
 
 def test_places_are_taken_by_first_choices_in_order():
@@ -125,7 +137,7 @@ def test_grouped_product(counts):
     padded = jnp.concatenate([kernel, jnp.zeros_like(kernel[:1])])
     return jnp.einsum('AI,AIO->AO', x, padded[expert])
 
-  compare(lambda x, kernel: grouped.grouped_dot(x, kernel, jnp.asarray(counts)), want, x, kernel)
+  compare(lambda x, kernel: grouped.grouped_dot(x, kernel, jnp.asarray(counts)), want, 2, x, kernel)
 
 
 def test_dropout_of_experts_depends_on_the_token_alone():

@@ -66,7 +66,7 @@ def test_a_plain_loop_over_layers_decodes_like_the_model(moe):
 
 def test_the_table_of_layers_says_where_weights_lie():
   model, params = make(EXPERTS)
-  table = [(one.routed, {role: (part.path, row) for role, (part, row) in one.parts.items()}) for one in model.layers['decoder']]
+  table = [(one.routed, {role: (part.path, row) for role, (part, row) in one.roles.items()}) for one in model.layers['decoder']]
   assert table == [
       (False, {'block': ('decoder/layers', 0), 'experts': ('experts/decoder_dense', 0)}),
       (True, {'block': ('decoder/layers', 1), 'experts': ('experts/decoder', 0), 'router': ('decoder/routers', 0),

@@ -150,6 +150,7 @@ def check_auxiliary_losses(reference: Reference) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 def test_switch_transformers(switch):
   assert switch.config.moe.num_experts == 4
   check_figures(switch)
@@ -209,7 +210,7 @@ def test_every_kind_of_head_gives_their_logits(golden, tied, scaled):
   config, given = huggingface.head_to_ours(dataclasses.replace(golden.config, tie_embeddings=scaled), weights)
   params = huggingface.to_params(config, given)
   x = np.random.default_rng(5).standard_normal((1, 2, config.d_model)).astype(np.float32)
-  got = encoder_decoder.build(config)._logits(params, jnp.asarray(x))
+  got = encoder_decoder.build(config).logits(params, jnp.asarray(x))
   want = x * (config.d_model**-0.5 if scaled else 1) @ head.T
   assert config.tie_embeddings == (tied and scaled)
   assert_equal('logits', got, want)
@@ -272,6 +273,7 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path, golden, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 @pytest.mark.parametrize('seed, changes', [
     (11, {}),
     (12, {'feed_forward_proj': 'relu', 'tie_word_embeddings': True}),
@@ -286,6 +288,7 @@ def test_live_against_transformers(seed, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 def test_live_against_switch_transformers():
   pytest.importorskip('torch')
   pytest.importorskip('transformers')
@@ -296,6 +299,7 @@ def test_live_against_switch_transformers():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 @pytest.mark.parametrize('file', golden_t5.GOLDEN)
 def test_golden_file_is_what_transformers_computes(file):
   pytest.importorskip('torch')
@@ -323,6 +327,7 @@ def read_by_transformers(folder: pathlib.Path, reference: Reference, kind: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('torch')
 def test_transformers_reads_what_is_exported(tmp_path, golden, switch):
   for name in ('t5', 'switch'):
     (tmp_path / name).mkdir()

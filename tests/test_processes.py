@@ -276,6 +276,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('processes')
 def test_any_number_of_processes_trains_the_same_and_continues(folder):
   """12 steps by one process; the same by 2, then 4, then 1."""
   expected = losses(folder, 'one')
@@ -286,6 +287,7 @@ def test_any_number_of_processes_trains_the_same_and_continues(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('processes')
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_of_two_processes_that_loses_one_continues(folder, number):
   name = f'two_{number.name}'
@@ -307,6 +309,7 @@ def test_a_run_of_two_processes_that_loses_one_continues(folder, number):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('processes')
 def test_bad_input_ends_all_processes(folder):
   started = start_all(folder, 'refused', 5, 2, '--gin.ModelConfig.vocab_size=100')
   assert all(process.wait(60) in (2, group.LOST) for process in started)

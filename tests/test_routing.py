@@ -1,6 +1,7 @@
 """Routers: what each promises, one row of a table each, and that none of them sees padding or, at inference, the future."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -227,13 +228,22 @@ def batch(B=4, S=16, T=16, seed=0):
   return tokens | segments | {'domain': jnp.asarray(rng.integers(0, E, B))}
 
 
+@functools.cache
+def decoder(router, every, loop):
+  """A model, its parameters and its logits as a compiled function of a batch, for both tests of decoding."""
+  c = config(router, **({} if router == 'expert_choice' else {'shared_experts': 1}))
+  if every > 1:
+    c = dataclasses.replace(c, moe=dataclasses.replace(c.moe, encoder_every=every, decoder_every=every))
+  model = encoder_decoder.build(dataclasses.replace(c, layer_loop=loop))
+  params = jax.jit(model.init)(jax.random.key(0))
+  return model, params, jax.jit(lambda batch: model.apply(params, batch)[0])
+
+
 @pytest.mark.parametrize('router', ROUTERS)
 def test_a_decoder_sees_no_future_at_inference(router):
-  model = encoder_decoder.build(config(router))
-  params = model.init(jax.random.key(0))
+  apply = decoder(router, 1, 'scan')[2]
   a = batch()
   b = a | {'decoder_input_tokens': a['decoder_input_tokens'].at[:, 9:].add(1) % 50}
-  apply = jax.jit(lambda batch: model.apply(params, batch)[0])
   np.testing.assert_allclose(apply(a)[:, :9], apply(b)[:, :9], atol=1e-5)
   assert not np.allclose(apply(a)[:, 9:], apply(b)[:, 9:])
 
@@ -241,12 +251,9 @@ def test_a_decoder_sees_no_future_at_inference(router):
 @pytest.mark.parametrize('router, every, loop', [
     *((name, 1, 'scan') for name in ROUTERS if name != 'expert_choice'), ('switch', 2, 'scan'), ('switch', 2, 'unroll')])
 def test_decoding_by_steps_equals_teacher_forcing(router, every, loop):
-  c = config(router, shared_experts=1)
-  c = dataclasses.replace(c, moe=dataclasses.replace(c.moe, encoder_every=every, decoder_every=every), layer_loop=loop)
-  model = encoder_decoder.build(c)
-  params = model.init(jax.random.key(0))
-  a = batch(T=6)
-  want = jax.jit(lambda batch: model.apply(params, batch)[0])(a)
+  model, params, apply = decoder(router, every, loop)
+  a = batch()
+  want = apply(a)
   prepared = model.prepare(params)
   cache = jax.jit(model.start, static_argnums=2)(prepared, a, 6)
   step = jax.jit(model.step)

@@ -32,5 +32,6 @@ if [ -z "$slow" ] || [ "$(cat "$passed" 2>/dev/null)" != "$tree" ]; then
   echo "$tree" > "$passed"
 fi
 if [ -n "$slow" ]; then
-  "$PYTHON" -m pytest -m slow -q --durations=10
+  # Tests that share a long preparation, or that start as many processes as there are cores, are a group: one worker runs it.
+  "$PYTHON" -m pytest -m slow -q --durations=10 -n logical --maxprocesses 2 --dist loadgroup
 fi

@@ -67,7 +67,7 @@ class Component:
     return nnx.merge(self._graph, params)
 
   def of(self, params: Params) -> Any:
-    """The component's part of the parameters of a model."""
+    """The component's parameters among those of a model."""
     if not self.path:
       return {name: params[name] for name in self.leaves}
     for name in self.path.split('/'):
@@ -91,12 +91,12 @@ def _stack_of(make: Callable[[nnx.Rngs], Any], name: str, size: int) -> Callable
   return stack
 
 
-def placed(tree: Params, component: Component, part: Params) -> Params:
-  """A tree with a component's part put where it lies."""
+def placed(tree: Params, component: Component, subtree: Params) -> Params:
+  """A tree with a component's parameters put where it belongs."""
   names = component.path.split('/') if component.path else []
   for name in reversed(names):
-    part = {name: part}
-  return _merged(tree, part)
+    subtree = {name: subtree}
+  return _merged(tree, subtree)
 
 
 def _merged(a: Params, b: Params) -> Params:

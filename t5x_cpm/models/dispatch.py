@@ -26,15 +26,15 @@ def rows_together(rows: int, length: int, group_size: int) -> tuple[int, int]:
   """How rows are divided into groups: (rows of a group, groups of a row). One of the two is 1."""
   if length <= group_size:
     return min(1 << (group_size // length).bit_length() - 1, rows & -rows), 1  # a power of two that divides the batch
-  parts = next(parts for parts in range(-(-length // group_size), length + 1) if length % parts == 0)
-  return 1, parts
+  groups = next(groups for groups in range(-(-length // group_size), length + 1) if length % groups == 0)
+  return 1, groups
 
 
 def to_groups(x_BL: jax.Array, group_size: int) -> jax.Array:
   """[B, L, ...] -> [G, T, ...]."""
   B, L = x_BL.shape[:2]
-  rows, parts = rows_together(B, L, group_size)
-  return x_BL.reshape(B // rows * parts, rows * L // parts, *x_BL.shape[2:])
+  rows, groups = rows_together(B, L, group_size)
+  return x_BL.reshape(B // rows * groups, rows * L // groups, *x_BL.shape[2:])
 
 
 # Einsum within a capacity.
@@ -142,17 +142,17 @@ def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
   tokens = u_GTD.reshape(-1, D), expert_NK, weight_NK, seed_NK
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return _local(mlp, *tokens, num_experts=num_experts, rate=rate, parts=1).reshape(u_GTD.shape)
+    return _local(mlp, *tokens, num_experts=num_experts, rate=rate, shards=1).reshape(u_GTD.shape)
 
   graph, state = nnx.split(mlp)
   leaves = nnx.to_pure_dict(state)
   kernels = {name: mesh_lib.spec(('expert', *MLP_AXES[name])) for name in leaves}
   rows = mesh_lib.spec(('batch', None))
-  parts = mesh.shape[EXPERT]
+  shards = mesh.shape[EXPERT]
 
   def local(leaves: Any, *tokens: jax.Array) -> jax.Array:
     mlp = nnx.merge(graph, leaves)
-    return jax.lax.psum(_local(mlp, *tokens, num_experts=num_experts, rate=rate, parts=parts), MODEL)
+    return jax.lax.psum(_local(mlp, *tokens, num_experts=num_experts, rate=rate, shards=shards), MODEL)
 
   y_ND = jax.shard_map(
       local, mesh=mesh, in_specs=(kernels, rows, rows, rows, rows), out_specs=rows, check_vma=False)(leaves, *tokens)
@@ -160,23 +160,23 @@ def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
 
 
 def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, seed_NK: jax.Array, *, num_experts: int,
-           rate: float, parts: int) -> jax.Array:
-  """Computes the tokens of one device. The mesh axis `expert` has `parts` devices, which hold equally many experts."""
+           rate: float, shards: int) -> jax.Array:
+  """Computes the tokens of one device. The mesh axis `expert` has `shards` devices, which hold equally many experts."""
   K, D = expert_NK.shape[1], u_ND.shape[1]
   x_AD, expert_A, seed_A = jnp.repeat(u_ND, K, axis=0), expert_NK.reshape(-1), seed_NK.reshape(-1)
-  if parts == 1:
+  if shards == 1:
     y_AD = _by_expert(mlp, x_AD, expert_A, seed_A, num_experts, rate)
   else:
     # A device has room for every choice of every other device, because how many will come is not known at compile time.
-    A, mine = expert_A.shape[0], num_experts // parts
-    owner_A = expert_A // mine  # a row that goes nowhere has the owner `parts`
-    hot_AP = jax.nn.one_hot(owner_A, parts, dtype=jnp.int32)
+    A, mine = expert_A.shape[0], num_experts // shards
+    owner_A = expert_A // mine  # a row that goes nowhere has the owner `shards`
+    hot_AP = jax.nn.one_hot(owner_A, shards, dtype=jnp.int32)
     rank_A = jnp.sum((jnp.cumsum(hot_AP, axis=0) - hot_AP) * hot_AP, axis=1)
-    nowhere_A = parts * A + jnp.arange(A)
-    slot_A = jnp.where(owner_A < parts, owner_A * A + rank_A, nowhere_A)
+    nowhere_A = shards * A + jnp.arange(A)
+    slot_A = jnp.where(owner_A < shards, owner_A * A + rank_A, nowhere_A)
 
     def send(x_A: jax.Array, empty: Any) -> jax.Array:
-      room_S = jnp.full((parts * A, *x_A.shape[1:]), empty, x_A.dtype)
+      room_S = jnp.full((shards * A, *x_A.shape[1:]), empty, x_A.dtype)
       return exchange(room_S.at[slot_A].set(x_A, mode='drop', unique_indices=True))
 
     def exchange(x_S: jax.Array) -> jax.Array:

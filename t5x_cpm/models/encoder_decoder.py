@@ -34,7 +34,7 @@ class Model(model.Model):
   """An encoder and a decoder. See `model.Model` for parameters and single layers."""
 
   def __init__(self, config: ModelConfig, experts: Experts):
-    super().__init__(config, STACKS, components(config), experts)
+    super().__init__(config, STACKS, components, experts)
 
   # What stands before and after the layers.
 
@@ -86,7 +86,10 @@ class Model(model.Model):
 
   def decoder_output(self, params: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
     """Logits [B, T, V] in at least float32, from the output of the decoder's last layer."""
-    x_BTD = ctx.dropout(self.module('decoder/final_norm', params)(x_BTD), 'stack.output')
+    return self.logits(params, ctx.dropout(self.module('decoder/final_norm', params)(x_BTD), 'stack.output'))
+
+  def logits(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """The head: logits [B, T, V] in at least float32, from what the decoder's final norm gives."""
     wide = at_least_float32(x_BTD.dtype)
     if self.config.tie_embeddings:
       kernel = params['token_embedder']['embedding'].T

@@ -62,19 +62,19 @@ class Layer:
     config: of the model.
     stack: 'encoder' or 'decoder'.
     index: in its stack, from 0.
-    parts: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. For
+    roles: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. For
       each the component, and the row of this layer in it.
   """
 
   config: ModelConfig
   stack: str
   index: int
-  parts: dict[str, tuple[Component, int]]
+  roles: dict[str, tuple[Component, int]]
 
   @property
   def routed(self) -> bool:
     """Whether tokens go to experts; otherwise its feed-forward part is one network."""
-    return any(name == 'expert' for name, _ in self.parts['experts'][0].stacked)
+    return any(name == 'expert' for name, _ in self.roles['experts'][0].stacked)
 
   def weights(self, params: Params) -> Params:
     """The layer's own slice of a model's parameters, by role."""
@@ -85,7 +85,7 @@ class Layer:
         tree, row = tree[row], 0
       return jax.tree.map(lambda leaf: leaf[row], tree)
 
-    return {role: slice_of(component, row) for role, (component, row) in self.parts.items()}
+    return {role: slice_of(component, row) for role, (component, row) in self.roles.items()}
 
   def before(self, weights: Params, x_BTD: jax.Array, ctx: Context, cache: Cache | None = None) -> tuple[
       jax.Array, Cache | None, jax.Array, Routing | None]:
@@ -102,7 +102,7 @@ class Layer:
       returned too, a loop over layers would copy them for every token); the input u [B, T, D] of the feed-forward part; and
       which experts each token goes to, None where there are none.
     """
-    block = self.parts['block'][0](weights['block'])
+    block = self.roles['block'][0](weights['block'])
     h_BTD, written = block.attend(x_BTD, ctx, cache)
     u_BTD = block.mlp_norm(h_BTD)
     return h_BTD, written, u_BTD, self._route(weights, u_BTD, ctx) if self.routed else None
@@ -116,12 +116,12 @@ class Layer:
 
     row = {name: grouped(jnp.broadcast_to(values_B[:, None], u_BTD.shape[:2])) for name, values_B in ctx.row.items()}
     context = RouteContext(grouped(ctx.valid), grouped(ctx.ids), row, ctx.key_of('router'), ctx.train)
-    router = self.parts['router'][0](weights['router']) if 'router' in self.parts else None
+    router = self.roles['router'][0](weights['router']) if 'router' in self.roles else None
     return routers.route(moe.of(self.stack), moe, router, grouped(u_BTD), context)
 
   def experts(self, weights: Params, u_BTD: jax.Array, routing: Routing | None, ctx: Context) -> jax.Array:
     """The feed-forward part with all weights at hand: every token through one network, or through the experts it goes to."""
-    mlp = self.parts['experts'][0](weights['experts'])
+    mlp = self.roles['experts'][0](weights['experts'])
     if routing is None:
       return _dense(mlp, u_BTD, ctx)
     u_GTD = u_BTD.reshape(*routing.expert_GTK.shape[:2], -1)
@@ -130,13 +130,13 @@ class Layer:
 
   def after(self, weights: Params, h_BTD: jax.Array, u_BTD: jax.Array, y_BTD: jax.Array, ctx: Context) -> jax.Array:
     """The layer's output, from what `before` gave and the output y [B, T, D] of the feed-forward part."""
-    if 'shared' in self.parts:
-      y_BTD = y_BTD + _dense(self.parts['shared'][0](weights['shared']), u_BTD, ctx)
+    if 'shared' in self.roles:
+      y_BTD = y_BTD + _dense(self.roles['shared'][0](weights['shared']), u_BTD, ctx)
     return shard(h_BTD + ctx.dropout(y_BTD, 'mlp.output'), 'batch', 'length', 'embed')
 
   def cross_cache(self, weights: Params, encoded_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A decoder layer's keys and values [B, H, S, K] of the encoder's output."""
-    return self.parts['block'][0](weights['block']).cross_attention.keys_and_values(encoded_BSD)
+    return self.roles['block'][0](weights['block']).cross_attention.keys_and_values(encoded_BSD)
 
 
 def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context) -> jax.Array:
@@ -155,16 +155,16 @@ def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> 
   layers = []
   for index in range(config.num_layers(stack)):
     routed = bool(every) and index % every == every - 1
-    parts = {'block': (components[f'{stack}/layers'], index)}
+    roles = {'block': (components[f'{stack}/layers'], index)}
     if routed:
       row = index // every
-      parts['experts'] = components[f'experts/{stack}'], row
+      roles['experts'] = components[f'experts/{stack}'], row
       for role, path in (('router', f'{stack}/routers'), ('shared', f'experts/{stack}_shared')):
         if path in components:
-          parts[role] = components[path], row
+          roles[role] = components[path], row
     elif every:
-      parts['experts'] = components[f'experts/{stack}_dense'], index - index // every
+      roles['experts'] = components[f'experts/{stack}_dense'], index - index // every
     else:
-      parts['experts'] = components[f'experts/{stack}'], index
-    layers.append(Layer(config, stack, index, parts))
+      roles['experts'] = components[f'experts/{stack}'], index
+    layers.append(Layer(config, stack, index, roles))
   return tuple(layers)

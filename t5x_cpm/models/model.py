@@ -15,10 +15,10 @@ from flax import nnx
 
 from t5x_cpm.config import ConfigError, ModelConfig
 from t5x_cpm.config.row_features import ROW_FEATURES
-from t5x_cpm.models import component, dispatch, layer, routers, stacks
-from t5x_cpm.models.component import Component, Params
+from t5x_cpm.models import dispatch, routers, stacks
+from t5x_cpm.models.component import Component, Params, placed
 from t5x_cpm.models.context import Context
-from t5x_cpm.models.layer import Block, Layer
+from t5x_cpm.models.layer import Block, Layer, table
 from t5x_cpm.models.layers import MLP, RelativeBias, RMSNorm, compute_dtype
 from t5x_cpm.models.leaf import Leaf
 
@@ -31,9 +31,9 @@ def row_of(batch: dict[str, Any]) -> dict[str, jax.Array]:
   return {name: batch[name] for name in ROW_FEATURES if name in batch}
 
 
-def resident(one: Layer, weights: Params, u_BTD: jax.Array, routing: Any, ctx: Context) -> jax.Array:
+def resident(layer: Layer, weights: Params, u_BTD: jax.Array, routing: Any, ctx: Context) -> jax.Array:
   """The feed-forward part with all weights at hand."""
-  return one.experts(weights, u_BTD, routing, ctx)
+  return layer.experts(weights, u_BTD, routing, ctx)
 
 
 def stack_components(config: ModelConfig, stack: str) -> list[Component]:
@@ -77,12 +77,14 @@ class Model:
     layers: its layers by stack, in order.
   """
 
-  def __init__(self, config: ModelConfig, stacks: Sequence[str], components: Sequence[Component], experts: Experts):
+  def __init__(self, config: ModelConfig, stacks: Sequence[str], components: Callable[[ModelConfig], Sequence[Component]],
+               experts: Experts):
+    """components: the modules of a configuration that can work. Raises ConfigError for one that cannot."""
     config.validate()
     routers.check(config.moe)
     self.config, self.stacks, self._experts = config, tuple(stacks), experts
-    self.components = {one.path: one for one in components}
-    self.layers = {stack: layer.table(config, stack, self.components) for stack in stacks}
+    self.components = {one.path: one for one in components(config)}
+    self.layers = {stack: table(config, stack, self.components) for stack in stacks}
 
   # Parameters.
 
@@ -91,10 +93,10 @@ class Model:
     rngs = nnx.Rngs(params=key)
     return self._tree(lambda one: one.init(rngs))
 
-  def _tree(self, part: Callable[[Component], Params]) -> Params:
+  def _tree(self, subtree: Callable[[Component], Params]) -> Params:
     tree: Params = {}
     for one in self.components.values():
-      tree = component.placed(tree, one, part(one))
+      tree = placed(tree, one, subtree(one))
     return tree
 
   def leaves(self) -> Params:
@@ -123,13 +125,13 @@ class Model:
     """Parameters for many calls without gradient: cast once (but for routers), and unstacked where layers are not scanned."""
     dtype, scanned = compute_dtype(self.config), stacks.loop(self.config) == 'scan'
 
-    def part(one: Component) -> Any:
+    def prepared(one: Component) -> Any:
       tree = one.of(params)
       if one.cast:
         tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
       return stacks.unstack(tree) if one.stacked and not scanned else tree
 
-    return self._tree(part)
+    return self._tree(prepared)
 
   def group_rows(self, B: int, **lengths: int) -> int:
     """How many rows of a training batch are routed together.
@@ -145,14 +147,14 @@ class Model:
     for stack, length in lengths.items():
       if not config.every(stack):
         continue
-      rows, parts = dispatch.rows_together(B, length, config.group_size)
+      rows, groups = dispatch.rows_together(B, length, config.group_size)
       fewest = -(-length // config.group_size)
-      if parts >= 4 * fewest:  # the balance of a group of a few tokens is none
+      if groups >= 4 * fewest:  # the balance of a group of a few tokens is none
         raise ConfigError(
             f'TaskConfig.{stack}_length = {length}: its equal parts of at most MoEConfig.group_size = {config.group_size} '
-            f'tokens have {length // parts}, too few to be balanced over experts. Take a length such as '
+            f'tokens have {length // groups}, too few to be balanced over experts. Take a length such as '
             f'{length // fewest * fewest}, or another group_size.')
-      routers.get(config.of(stack)).capacity(config, rows * length // parts)
+      routers.get(config.of(stack)).capacity(config, rows * length // groups)
       together = math.lcm(together, rows)
     return together
 
@@ -191,16 +193,18 @@ class Model:
       The last layer's output; what has changed of the cache; and {'losses', 'metrics'} of the layers with experts, stacked.
     """
     period = self.layers[stack][:self.config.moe.every(stack) or 1]  # what repeats: layers, of which the last has experts
-    used = {one.path: one for part in period for one, _ in part.parts.values()}
-    trees = {path: one.of(params) for path, one in used.items()} | ({} if cache is None else {'cache': cache})
+    used = {component.path: component for layer in period for component, _ in layer.roles.values()}
+    trees = {path: component.of(params) for path, component in used.items()} | ({} if cache is None else {'cache': cache})
 
     def fn(x: jax.Array, given: stacks.Slices, index: Any) -> tuple[jax.Array, stacks.Slices]:
       outs: stacks.Slices = {'about': [{}]}
-      for within, one in enumerate(period):
-        weights = {role: given[whole.path][row] for role, (whole, row) in one.parts.items()}
+      for within, layer in enumerate(period):
+        # The rows of the first period's layers are also their places in the slices of any other period.
+        weights = {role: given[component.path][row] for role, (component, row) in layer.roles.items()}
         own = ctx.at_layer(index * len(period) + within)
-        h, written, u, routing = one.before(weights, x, own, given['cache'][within] if 'cache' in given else None)
-        x = one.after(weights, h, u, self._experts(one, weights, u, routing, own), own)
+        h, written, u, routing = layer.before(weights, x, own, given['cache'][within] if 'cache' in given else None)
+        y = self._experts(layer, weights, u, routing, own)
+        x = layer.after(weights, h, u, y, own)
         if written is not None:
           outs.setdefault('cache', []).append(written)
         if routing is not None:

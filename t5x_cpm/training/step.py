@@ -133,7 +133,7 @@ class Step:
   Attributes:
     model: the model.
     fn: (state, frozen, batch) -> (state, metrics); jit-compiled, donates the state alone.
-    evaluate: (host_memory.working(state), frozen, batch) -> sums over the batch: loss, correct, weight.
+    evaluate: (host_memory.working(state), frozen, batch) -> pairs (sum, weight) over the batch, by name: loss, accuracy, ...
     explain: (state, frozen, batch) -> the name of the first tensor that is not finite among parameters, loss and gradients
       of a step, which is not taken; None where there is none.
     init: (key, frozen={}) -> a fresh state, laid out on the mesh. Raises ConfigError where `frozen` is not what belongs to it.
