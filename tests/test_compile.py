@@ -151,8 +151,7 @@ def test_inference_knows_the_domain_of_each_row(what):
   config = dataclasses.replace(
       test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, moe=moe), infer=InferConfig(batch_size=8))
   fn, arguments = plan._inference(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]), what)
-  carried = arguments[1] if what == 'encode' else arguments[1]['row']
-  assert carried['domain'].shape[-1] == 8
+  assert (arguments[1] if what == 'encode' else arguments[1]['row'])['domain'].shape[-1] == 8
   fn.trace(*arguments)
 
 
@@ -324,9 +323,8 @@ def compiled(tmp_path, *arguments: str) -> dict:
   output = tmp_path / 'plan.json'
   # Without XLA:CPU's flags, of which libtpu does not know all, and without the other tests' cache of compiled programs.
   environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-  done = subprocess.run(
-      [sys.executable, '-m', 't5x_cpm', 'compile', f'--output={output}', *arguments], cwd=ROOT, env=environment,
-      capture_output=True, text=True)
+  command = [sys.executable, '-m', 't5x_cpm', 'compile', f'--output={output}', *arguments]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   print(done.stdout)
   return json.loads(output.read_text())
