@@ -139,7 +139,7 @@ def test_in_a_notebook(tmp_path):
   assert 'continuing run from step 3' in again
   assert 'SIGINT at step' in interrupted and 'saved, stopping' in interrupted and interrupted.rstrip().endswith('True')
   assert 'continuing run from step 5' in threaded
-  assert asked.startswith('7 1\n') and asked.rstrip().endswith('[7]')
+  assert '7 1\n' in asked and asked.rstrip().endswith('[7]')
   assert 'ConfigError' in wrong and 'Did you mean steps' in wrong
   assert list(small_training.losses(tmp_path, 'run')) == [1, 2, 3, 4, 5, 6, 7]
   stopped = max(small_training.losses(tmp_path, 'other'))

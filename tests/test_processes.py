@@ -15,6 +15,7 @@ import pytest
 from small_training import ROOT, command, environment, losses, wait_for_step, write_run
 
 from t5x_cpm import backend
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.cluster import group, launch
 from t5x_cpm.config import ConfigError
 
@@ -293,6 +294,9 @@ def test_a_run_of_two_processes_that_loses_one_continues(folder, number):
   name = f'two_{number.name}'
   started = start_all(folder, name, 200, 2)
   wait_for_step(folder, name, 6, started[0])
+  deadline = time.monotonic() + 120  # a checkpoint is written in the background
+  while not list((folder / name / 'checkpoints').glob(f'[0-9]*/{run_directory.COMMIT_MARK}')) and time.monotonic() < deadline:
+    time.sleep(0.02)
   started[1].send_signal(number)
   codes = [process.wait(60) for process in started]
   if number == signal.SIGKILL:
