@@ -16,7 +16,7 @@ setuptools.setup(
     version=re.search(r"__version__ = '(.*)'", (ROOT / 't5x_cpm' / '__init__.py').read_text())[1],
     description='Large encoder-decoder language models at a cost that a small team can pay: CPM-2 on JAX, gin and SeqIO.',
     license='Apache-2.0',
-    python_requires='>=3.11',
+    python_requires='>=3.11,<3.14',  # TensorFlow 2.21 has no package for a later one
     packages=setuptools.find_namespace_packages(include=['t5x_cpm', 't5x_cpm.*']),
     package_data={'': ['*.gin', '*.txt', '*.tsv', '*.md']},  # gin files, corpus and vocabulary
     install_requires=RUN,

@@ -90,8 +90,11 @@ def test_ruff():
   assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_types():
-  result = subprocess.run([sys.executable, '-m', 'mypy', 't5x_cpm'], cwd=ROOT, capture_output=True, text=True)
+# The oldest Python that setup.py allows, and this one.
+@pytest.mark.parametrize('version', sorted({'3.11', f'{sys.version_info.major}.{sys.version_info.minor}'}))
+def test_types(version):
+  command = [sys.executable, '-m', 'mypy', f'--python-version={version}', 't5x_cpm']
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 0, result.stdout + result.stderr
 
 
