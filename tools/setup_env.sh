@@ -36,7 +36,9 @@ PY
   if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
     echo 'installing (a few minutes the first time)'
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" || return 1
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e "$ROOT${extra:+[$extra]}" || return 1
+    # setuptools has come with the line above: none is downloaded for the build.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --use-pep517 --no-build-isolation \
+      -e "$ROOT${extra:+[$extra]}" || return 1
     echo "$want" > "$stamp"  # last, so that an install that was interrupted starts again
   fi
 }
