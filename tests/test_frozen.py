@@ -9,6 +9,7 @@ import pytest
 import test_step
 
 from t5x_cpm import mesh as mesh_lib
+from t5x_cpm import trees
 from t5x_cpm.checkpoints import arrays
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.config import Config, ConfigError, MeshConfig, MoEConfig
@@ -82,7 +83,7 @@ def test_a_base_may_have_another_type_and_is_split_like_the_parameters():
   built, params = build(test_step.CONFIG, ['lm_head'])
   wide = {name: tree for name, tree in params.items() if name != 'lm_head'}
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
-  assert arrays.named(built.abstract_frozen).keys() == arrays.named({'base': wide}).keys()
+  assert trees.named(built.abstract_frozen).keys() == trees.named({'base': wide}).keys()
   batch = test_step.random_batch(test_step.CONFIG, 0)
   results = []
   for base in (wide, narrow):

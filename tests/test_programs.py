@@ -10,6 +10,7 @@ import small_model
 
 from t5x_cpm import inference, vocabularies
 from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.checkpoints import arrays
 from t5x_cpm.config import Config, InferConfig, MeshConfig, ModelConfig, MoEConfig, TaskConfig
 from t5x_cpm.inference import decode, programs
 from t5x_cpm.inference.engine import Engine
@@ -48,12 +49,13 @@ class Plain:
     return self.model.encode(self.params, batch)
 
   def read(self, model_dir, step):
-    raise NotImplementedError
+    self.params = self.model.prepare(arrays.load_params(model_dir, step=step))
 
 
 def test_an_engine_knows_no_difference_between_programs(tmp_path):
   vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}')
-  engine = inference.load(small_model.model_dir(tmp_path, vocabulary))
+  model_dir = small_model.model_dir(tmp_path, vocabulary, steps=(3, 5))
+  engine = inference.load(model_dir, step=3)
   other = Engine(Plain(engine.program.functions.model, engine.program.params), vocabulary, engine.config)
   texts = ['一<span>丁', 'abc']
   for rule in ({}, {'rule': 'beam', 'beam_size': 2}, {'rule': 'sample', 'seed': 3}):
@@ -62,9 +64,15 @@ def test_an_engine_knows_no_difference_between_programs(tmp_path):
     assert [answer.score for answer in ours] == pytest.approx([answer.score for answer in theirs], rel=1e-4)
     ours, theirs = (list(one.stream(texts[0], max_new_tokens=4, **rule)) for one in (engine, other))
     assert ours == theirs
-  assert engine.score(texts, ['丁', 'a']) == pytest.approx(other.score(texts, ['丁', 'a']), rel=1e-4)
   for a, b in zip(engine.encode(texts), other.encode(texts)):
     assert abs(a - b).max() < 1e-4
+  scores = engine.score(texts, ['丁', 'a'])
+  assert scores == pytest.approx(other.score(texts, ['丁', 'a']), rel=1e-4)
+  for one in (engine, other):
+    one.read(model_dir, 5)
+  assert engine.step == other.step == 5
+  assert engine.score(texts, ['丁', 'a']) == pytest.approx(other.score(texts, ['丁', 'a']), rel=1e-4)
+  assert engine.score(texts, ['丁', 'a']) != pytest.approx(scores, rel=1e-2), 'both read the same step'
 
 
 @pytest.mark.parametrize('loop', ['scan', 'unroll'])
@@ -81,7 +89,8 @@ def test_rows_heads_and_parameters_are_split_over_the_mesh(loop):
   mesh = MeshConfig(data=2, model=2, expert=2, sharding='full')
   config = Config(model=dataclasses.replace(MODEL, layer_loop=loop), mesh=mesh,
                   task=TaskConfig(encoder_length=24, decoder_length=12), infer=InferConfig(batch_size=8))
-  functions = programs.build(config, jax.sharding.AbstractMesh((2, 2, 2), mesh_lib.AXES))
+  auto = (jax.sharding.AxisType.Auto,) * 3  # JAX 0.12 has Explicit where nothing is said
+  functions = programs.build(config, jax.sharding.AbstractMesh((2, 2, 2), mesh_lib.AXES, axis_types=auto))
   params, batch = functions.abstract_arguments('encode')
   _, cache, tokens, _ = functions.abstract_arguments('decode')
   local = lambda x: x.sharding.shard_shape(x.shape)  # noqa: E731

@@ -13,20 +13,11 @@ from test_train import folder  # noqa: F401  the fixture: a run file over the sh
 import t5x_cpm.inference
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import InferConfig, MoEConfig, OptimizerConfig
-from t5x_cpm.training import partition
 
 
 def with_experts(config=test_step.CONFIG, microbatches=1, **moe):
   model = dataclasses.replace(config.model, moe=MoEConfig(num_experts=4, group_size=24, **moe))
   return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, microbatches=microbatches))
-
-
-def test_split_and_join_are_inverse():
-  tree = {'a': {'b': 1, 'c': {'d': 2}}, 'e': {'f': 3}, 'g': 4}
-  labels = {'a': {'b': 'train', 'c': {'d': 'frozen'}}, 'e': {'f': 'state'}, 'g': 'train'}
-  chosen, rest = partition.split(tree, labels, lambda label: label == 'train')
-  assert (chosen, rest) == ({'a': {'b': 1}, 'g': 4}, {'a': {'c': {'d': 2}}, 'e': {'f': 3}})
-  assert partition.join(chosen, rest) == partition.join(rest, chosen) == tree
 
 
 @pytest.mark.parametrize('dispatch, router', [('einsum', 'loss_free'), ('dropless', 'top_k')])

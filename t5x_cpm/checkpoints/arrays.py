@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from t5x_cpm import trees
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
 from t5x_cpm.mesh import is_names
@@ -34,12 +35,6 @@ def quiet_orbax() -> Iterator[None]:
     yield
   finally:
     logger.removeFilter(keep)
-
-
-def named(tree: Any) -> dict[str, Any]:
-  """'a/b/c' -> leaf."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
 def save_args(tree: Any, axes: Any = None) -> Any:
@@ -74,7 +69,7 @@ def stored(path: epath.Path) -> dict[str, Any]:
   import orbax.checkpoint as ocp
 
   try:
-    return named(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+    return trees.named(ocp.PyTreeCheckpointHandler().metadata(path).tree)
   except (OSError, ValueError) as error:
     raise damaged(path, error) from error
 
@@ -131,17 +126,6 @@ def _renamed(names: list[str], rename: Mapping[str, str | None], path: epath.Pat
   return result
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for name, leaf in leaves.items():
-    *parents, last = name.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = leaf
-  return tree
-
-
 def load_params(
     model_dir: Any, *, step: int | None = None, into: Any = None, rename: Mapping[str, str | None] | None = None,
     shardings: Any = None) -> Any:
@@ -169,19 +153,19 @@ def load_params(
   saved = {name[len(prefix):]: leaf for name, leaf in stored(path).items() if name.startswith(prefix)}
   new_names = _renamed(list(saved), rename or {}, path)
   renamed = {new: saved[old] for old, new in new_names.items()}
-  wanted = renamed if into is None else named(into)
+  wanted = renamed if into is None else trees.named(into)
   hint = 'Set ModelConfig as it was, or give `rename` (with None for what is to be left out).'
   compare(renamed, wanted, path, hint, dtypes=False)
 
   one_sharding = shardings is None or isinstance(shardings, jax.sharding.Sharding)
-  given = dict.fromkeys(wanted, shardings) if one_sharding else named(shardings)
+  given = dict.fromkeys(wanted, shardings) if one_sharding else trees.named(shardings)
   default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = {}
   for old, new in new_names.items():
     sharding = given[new] or (getattr(wanted[new], 'sharding', None) if into is not None else None) or default
     abstract[old] = jax.ShapeDtypeStruct(saved[old].shape, wanted[new].dtype, sharding=sharding)
-  loaded = named(read(path, {'params': _nested(abstract)})['params'])
+  loaded = trees.named(read(path, {'params': trees.nested(abstract)})['params'])
   params = {new: loaded[old] for old, new in new_names.items()}
   if into is None:
-    return _nested(params)
+    return trees.nested(params)
   return jax.tree.unflatten(jax.tree.structure(into), [params[name] for name in wanted])

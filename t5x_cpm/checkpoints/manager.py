@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from t5x_cpm import files
+from t5x_cpm import files, trees
 from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
 from t5x_cpm.config import CheckpointConfig, Config
@@ -194,7 +194,7 @@ class Manager:
     step = run_directory.choose(self.model_dir, step)
     path = self.model_dir / 'checkpoints' / str(step) / 'state'
     hint = 'It was written with another model or optimizer: set ModelConfig and OptimizerConfig as they were.'
-    arrays.compare(arrays.stored(path), arrays.named(abstract_state), path, hint, dtypes=True)
+    arrays.compare(arrays.stored(path), trees.named(abstract_state), path, hint, dtypes=True)
     return arrays.read(path, abstract_state)
 
 

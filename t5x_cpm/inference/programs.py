@@ -23,9 +23,6 @@ Batch = dict[str, Any]
 Params = Any
 Measure = Callable[[jax.Array, Batch], Any]
 
-# The logical axes of a cache. All leaves of one of its parts have the same.
-_CACHE_AXES = {'layers': (None, *encoder_decoder.CACHE_AXES), 'encoder_valid': (None, 'batch'), 'row': (None, 'batch')}
-
 
 class Program(Protocol):
   """A model that is ready to run. Batches are dicts of arrays [B, ...], where B is a number that `whole` returns.
@@ -123,7 +120,7 @@ class Functions:
       return self.params, batch
     cache = jax.eval_shape(functools.partial(self.model.start, max_len=T), self.params, batch)
     tokens = jax.ShapeDtypeStruct((B, 1), jnp.int32, sharding=rows)
-    return self.params, _abstract(cache, mesh_lib.shardings(self.mesh, _CACHE_AXES)), tokens, tokens
+    return self.params, _abstract(cache, mesh_lib.shardings(self.mesh, encoder_decoder.CACHE_AXES)), tokens, tokens
 
 
 class Resident:
@@ -223,7 +220,7 @@ def build(config: Config, mesh: Any) -> Functions:
   stored = mesh_lib.shardings(mesh, axes, rules)
   prepared = jax.eval_shape(model.prepare, shapes)
   params = _in_form_of(prepared, stored)
-  rows, cache = _sharding(mesh, 'batch'), mesh_lib.shardings(mesh, _CACHE_AXES)
+  rows, cache = _sharding(mesh, 'batch'), mesh_lib.shardings(mesh, encoder_decoder.CACHE_AXES)
 
   def jit(fn: Callable[..., Any], given: tuple[Any, ...], result: Any, **options: Any) -> Callable[..., Any]:
     """Compiles fn; a sharding of None is left to the compiler, so that what another program returned fits."""

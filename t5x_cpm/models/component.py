@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from t5x_cpm import trees
 from t5x_cpm.models.leaf import Leaf
 
 Params = dict[str, Any]
@@ -59,7 +60,7 @@ class Component:
 
   def init(self, rngs: nnx.Rngs) -> Params:
     """Fresh parameters, stacks included."""
-    with nnx.use_eager_sharding(False):
+    with nnx.use_eager_sharding(False):  # or the names of logical axes would be looked up in a mesh
       return nnx.to_pure_dict(nnx.split(self._make_whole(rngs))[1])
 
   def __call__(self, params: Params) -> Any:
@@ -76,7 +77,7 @@ class Component:
 
 
 def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-  with nnx.use_eager_sharding(False):  # `layers` says so as well, but only for the thread that imports it first
+  with nnx.use_eager_sharding(False):
     return nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
 
 
@@ -96,8 +97,4 @@ def placed(tree: Params, component: Component, subtree: Params) -> Params:
   names = component.path.split('/') if component.path else []
   for name in reversed(names):
     subtree = {name: subtree}
-  return _merged(tree, subtree)
-
-
-def _merged(a: Params, b: Params) -> Params:
-  return a | {name: _merged(a[name], value) if name in a and isinstance(value, dict) else value for name, value in b.items()}
+  return trees.merged(tree, subtree)

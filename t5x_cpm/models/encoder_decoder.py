@@ -17,7 +17,8 @@ from t5x_cpm.models.model import Experts, resident, row_of, stack_components, su
 Batch = dict[str, Any]
 
 STACKS = ('encoder', 'decoder')
-CACHE_AXES = ('batch', 'heads', None, None)  # of one layer's keys and values
+# The logical axes of what `start` returns. Every leaf below one of these names has the same.
+CACHE_AXES = {'layers': (None, 'batch', 'heads', None, None), 'encoder_valid': (None, 'batch'), 'row': (None, 'batch')}
 
 
 def components(config: ModelConfig) -> list[Component]:
@@ -135,12 +136,12 @@ class Model(model.Model):
 
   def cross_cache(self, params: Params, encoded_BSD: jax.Array, max_len: int) -> Any:
     """The cache of the decoder's layers before the first token: of its own keys and values [B, H, max_len, K] nothing yet."""
-    one = self.layers['decoder'][0]
+    one, axes = self.layers['decoder'][0], CACHE_AXES['layers'][1:]
 
     def of_layer(block: Params) -> Cache:
-      keys, values = (shard(x, *CACHE_AXES) for x in one.cross_cache({'block': block}, encoded_BSD))
+      keys, values = (shard(x, *axes) for x in one.cross_cache({'block': block}, encoded_BSD))
       B, H, _, K = keys.shape
-      empty = shard(jnp.zeros((B, H, max_len, K), keys.dtype), *CACHE_AXES)
+      empty = shard(jnp.zeros((B, H, max_len, K), keys.dtype), *axes)
       return {'self_key': empty, 'self_value': empty, 'cross_key': keys, 'cross_value': values}
 
     return stacks.each(of_layer, params['decoder']['layers'])

@@ -17,9 +17,6 @@ from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.models.products import dense
 
-# With eager sharding, creating a Param with logical names would ask for a mesh that has those names.
-nnx.use_eager_sharding(False)
-
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {  # name -> (function, gated)
     'gated_gelu': (lambda x: jax.nn.gelu(x, approximate=True), True),
     'gated_silu': (jax.nn.silu, True),

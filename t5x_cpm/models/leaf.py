@@ -38,6 +38,10 @@ class Leaf:
     return tuple(axis for axis in self.axes[:count] if axis)
 
   @property
+  def has_gradient(self) -> bool:
+    return self.update == 'gradient'
+
+  @property
   def size(self) -> int:
     """How many numbers it holds."""
     return math.prod(self.shape)

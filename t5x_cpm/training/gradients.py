@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.training import host_memory, losses, partition
+from t5x_cpm import trees
+from t5x_cpm.training import host_memory, losses
 from t5x_cpm.training.layout import Batch, Frozen, Layout, State
 
 
@@ -43,7 +44,7 @@ def _microbatch_gradients(layout: Layout, trained: Any, rest: Any, frozen: Froze
   """Gradients of the losses of some rows, divided by the weight of all rows, and what else adds up."""
 
   def objective(trained: Any) -> tuple[jax.Array, Sums]:
-    total, auxiliary, sums = loss_sums(layout, partition.join(trained, rest), frozen, batch, key)
+    total, auxiliary, sums = loss_sums(layout, trees.merged(trained, rest), frozen, batch, key)
     loss = total / weight
     return (loss if layout.base else loss + auxiliary / layout.config.train.microbatches), sums
 

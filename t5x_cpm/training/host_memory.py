@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t5x_cpm import trees
+from t5x_cpm.chips import GiB
 from t5x_cpm.models.leaf import Leaf
-from t5x_cpm.training import partition
 from t5x_cpm.training.optimizer import Optimizer, keep
 
-GiB = 2.0**30
 HOST = 'pinned_host'
 # Logical axes of weights that compute in the compute dtype alone, once for each token: a gradient in it loses nothing.
 KERNELS = {'heads', 'mlp'}
@@ -47,16 +47,16 @@ def move(abstract: Any, shardings: Any, leaves: Any, gib: float, dtype: Any) -> 
     return 'layers' in leaf.stacked and bool(KERNELS & set(leaf.axes)) and jnp.dtype(leaf.dtype).itemsize > dtype.itemsize
 
   moments, left = _moved(abstract['opt_state'], shardings['opt_state'], math.inf if gib < 0 else gib)
-  kernels = partition.split(abstract['params'], leaves, may_move)[0]
-  here, rest = partition.split(shardings['params'], leaves, may_move)
-  moved = shardings | {'opt_state': moments, 'params': partition.join(_moved(kernels, here, left)[0], rest)}
+  kernels = trees.split(abstract['params'], leaves, may_move)[0]
+  here, rest = trees.split(shardings['params'], leaves, may_move)
+  moved = shardings | {'opt_state': moments, 'params': trees.merged(_moved(kernels, here, left)[0], rest)}
   away = _away(moved['params'], moved['params'])
   return moved | ({'copies': jax.tree.map(lambda s: s.with_memory_kind('device'), away)} if away else {})
 
 
 def _away(tree: Any, shardings: Any) -> Any:
   """The leaves of a tree like the parameters that lie in the memory of the hosts."""
-  return partition.split(tree, shardings, lambda sharding: sharding.memory_kind == HOST)[0]
+  return trees.split(tree, shardings, lambda sharding: sharding.memory_kind == HOST)[0]
 
 
 def is_away(x: Any) -> bool:
@@ -93,11 +93,7 @@ def complete(state: Any, shardings: Any, dtype: Any) -> Any:
 
 def working(state: Any) -> Any:
   """The parameters to compute with, all on the devices. Works on shardings too."""
-  return _overlay(state['params'], state.get('copies', {}))
-
-
-def _overlay(tree: Any, over: Any) -> Any:
-  return tree | {name: _overlay(tree[name], value) if isinstance(value, dict) else value for name, value in over.items()}
+  return trees.merged(state['params'], state.get('copies', {}))
 
 
 def update(tx: Optimizer, gradients: Any, state: Any, params: Any, shardings: Any, decay: Any, dtype: Any, *, norm: jax.Array,

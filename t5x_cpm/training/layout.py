@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from t5x_cpm import mesh as mesh_lib
+from t5x_cpm import trees
 from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.layers import compute_dtype
-from t5x_cpm.training import host_memory, optimizer, partition
+from t5x_cpm.training import host_memory, optimizer
 
 State = dict[str, Any]
 Frozen = dict[str, Any]
@@ -65,7 +66,7 @@ class Layout:
 
   def split(self, params: Any) -> tuple[Any, Any]:
     """The parameters of a state in two: what is trained, and what is fixed or changes by a rule of its own."""
-    return partition.split(params, self.leaves, partition.has_gradient)
+    return trees.split(params, self.leaves, lambda leaf: leaf.has_gradient)
 
 
 def shardings_of(abstract: Any) -> Any:
@@ -136,7 +137,7 @@ def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | Non
     mesh_lib.check_tree_divides(mesh, _abstract(everything), _axes(everything), rules)
   group_rows = _group_rows(config, model, mesh)
   leaves, base = _in_two(everything, trained)
-  by_gradient = partition.split(leaves, leaves, partition.has_gradient)[0]
+  by_gradient = trees.split(leaves, leaves, lambda leaf: leaf.has_gradient)[0]
   tx = optimizer.make(config.optimizer, config.train.steps, by_gradient)
 
   axes: State = {'step': (), 'params': _axes(leaves), 'opt_state': tx.axes, 'halted': ()}

@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_cpm import backend
+from t5x_cpm import backend, trees
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.checkpoints import arrays
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import host_memory, losses, optimizer, partition, stability
+from t5x_cpm.training import host_memory, losses, optimizer, stability
 from t5x_cpm.training import layout as layout_lib
 from t5x_cpm.training.gradients import Sums, gradients, loss_sums, means
 from t5x_cpm.training.layout import Batch, Frozen, Layout, State, shardings_of
@@ -48,9 +47,9 @@ def update(layout: Layout, state: State, grads: Any, norm: jax.Array, halted: ja
     decay = optimizer.weight_decays(config.optimizer, layout.trained)
     new, squares = host_memory.update(
         layout.tx, grads, state['opt_state'], trained, shardings, decay, layout.dtype, norm=norm, halted=halted)
-    return (new | {'params': partition.join(new['params'], rest)}), squares + optax.tree.norm(rest, squared=True)
+    return (new | {'params': trees.merged(new['params'], rest)}), squares + optax.tree.norm(rest, squared=True)
   updates, opt_state = layout.tx.update(grads, state['opt_state'], trained, norm=norm, halted=halted)
-  params = partition.join(keep(halted, trained, optax.apply_updates(trained, updates)), rest)
+  params = trees.merged(keep(halted, trained, optax.apply_updates(trained, updates)), rest)
   return {'params': params, 'opt_state': opt_state}, optax.tree.norm(params, squared=True)
 
 
@@ -119,7 +118,7 @@ def fresh_state(layout: Layout, key: jax.Array) -> State:
 
 def check_frozen(layout: Layout, frozen: Frozen) -> None:
   """Raises ConfigError where what is frozen has other arrays than the step was built for; types may differ."""
-  wanted, given = arrays.named(layout.abstract_frozen), arrays.named(frozen)
+  wanted, given = trees.named(layout.abstract_frozen), trees.named(frozen)
   for name in sorted(wanted.keys() | given.keys()):
     a, b = ('no such array' if name not in leaves else list(leaves[name].shape) for leaves in (wanted, given))
     if a != b:

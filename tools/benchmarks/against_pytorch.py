@@ -91,16 +91,17 @@ def gradients(model_config: ModelConfig) -> tuple[Any, ...]:
   """The function of loss and gradients, without an optimizer, and its arguments."""
   import jax
 
+  from t5x_cpm import trees
   from t5x_cpm.models import encoder_decoder
-  from t5x_cpm.training import losses, partition
+  from t5x_cpm.training import losses
 
   backend.keep_memory()
   model = encoder_decoder.build(model_config)
   batch, key = jax.device_put(random_batch(ROWS)), jax.random.key(1)
-  trained, rest = partition.split(jax.jit(model.init)(jax.random.key(0)), model.leaves(), partition.has_gradient)
+  trained, rest = trees.split(jax.jit(model.init)(jax.random.key(0)), model.leaves(), lambda leaf: leaf.has_gradient)
 
   def loss(trained: Any, rest: Any, batch: Any) -> Any:
-    logits, auxiliary, _, _ = model.apply(partition.join(trained, rest), batch, key=key, train=True)
+    logits, auxiliary, _, _ = model.apply(trees.merged(trained, rest), batch, key=key, train=True)
     total, _ = losses.cross_entropy(logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'])
     return total / (ROWS * T) + sum(auxiliary.values())
 
