@@ -29,10 +29,34 @@ _MADE = re.compile('__[0-9a-f]{8}$')  # ends the SeqIO names of the tasks of the
 _modules: dict[str, str] = {}  # modules that register tasks -> a digest of their code
 
 
+def _registered() -> set[str]:
+  seqio = sys.modules.get('seqio')  # nobody can have registered a task without importing it
+  return set() if seqio is None else {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+
+
 def listing() -> dict[str, str]:
   """Every name that TaskConfig.name may have, with a line about each."""
   texts = {name: row.text for name, row in ROWS.items()} | _FREE
   return texts | {name: 'registered with SeqIO' for name in sorted(_registered() - set(texts)) if not _MADE.search(name)}
+
+
+def _unknown(name: str) -> ConfigError:
+  known = list(listing())
+  near = difflib.get_close_matches(re.sub(r'\W', '_', name), known, n=3, cutoff=0.5)
+  hint = f'did you mean {" or ".join(near)}?' if near else f'expected one of {", ".join(known)}.'
+  return ConfigError(f'TaskConfig.name = {name!r} is not registered; {hint} `t5x_cpm tasks` lists them; a task of your own '
+                     'module needs --import=MODULE.')
+
+
+def _code(name: str) -> str:
+  """A digest of those Python files of a module's package that have been imported."""
+  package = name.partition('.')[0]
+  digest = hashlib.blake2b(digest_size=8)
+  for module in sorted(sys.modules):
+    file = getattr(sys.modules[module], '__file__', None)
+    if f'{module}.'.startswith(f'{package}.') and file and file.endswith('.py'):
+      digest.update(pathlib.Path(file).read_bytes())
+  return digest.hexdigest()
 
 
 def remember_modules(names: list[str]) -> None:
@@ -53,9 +77,69 @@ def import_modules(names: list[str]) -> None:
   remember_modules(names)
 
 
+def _row(config: Config) -> Row | MixtureRow | None:
+  name = config.task.name
+  if name == 'local' or name.startswith('local:'):
+    return local.row(name, config.local_task)
+  if name.startswith('tfds:'):
+    return pretrain.tfds_row(name)
+  return ROWS.get(name)
+
+
+def _named(config: Config, name: str) -> Config:
+  return dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
+
+
+def _rates(row: MixtureRow, config: Config) -> dict[str, float]:
+  return local.rates(config.local_task) if row.kind == 'local' else dict(row.rates)
+
+
+def _documents(row: Row, config: Config) -> Documents | None:
+  if row.kind == 'tfds':
+    return None
+  return local.documents(row.name, config) if row.kind == 'local' else quickstart.documents(row)
+
+
 def in_any_process(config: Config) -> bool:
   """Whether another process can make the task of `config` too."""
   return _row(config) is not None or bool(_modules)
+
+
+def _absolute(path: str) -> str:
+  """An absolute path, so that the same words in another folder name another cache."""
+  return path if '://' in path else os.path.abspath(os.path.expanduser(path))
+
+
+def get(config: Config) -> Any:
+  """Makes the seqio.Task or seqio.Mixture that `config.task` names. Imports TensorFlow, from which GPUs are hidden.
+
+  Raises:
+    ConfigError: there is no such task (the message has near names), no vocabulary, or no file.
+  """
+  row = _row(config)
+  if row is None and config.task.name not in _registered():
+    raise _unknown(config.task.name)
+  source = _documents(row, config) if isinstance(row, Row) else None  # before TensorFlow, so that a wrong glob is told at once
+  from t5x_cpm.tasks import make
+  if row is None:
+    return make.registered(config.task.name)
+  if isinstance(row, MixtureRow):
+    return make.mixture(config.task.name, [(get(_named(config, name)), rate) for name, rate in _rates(row, config).items()])
+  return make.task(row, source, vocabulary(config))
+
+
+def vocabulary(config: Config) -> vocabularies.Vocabulary:
+  """The vocabulary of a run: TaskConfig.vocabulary, or the task's own."""
+  row = _row(config)
+  if row is None:
+    provider = get(config)
+    from t5x_cpm.tasks import make
+    return make.vocabulary_of(provider, config)
+  spec = config.task.vocabulary or (row.vocabulary if row else '')
+  if not spec:
+    raise ConfigError(f'task {config.task.name!r} has no vocabulary of its own: set TaskConfig.vocabulary, for example to '
+                      "'cpm2:FILE' or 'sentencepiece:FILE'.")
+  return vocabularies.load(spec)
 
 
 def identity(config: Config) -> dict:
@@ -85,40 +169,6 @@ def identity(config: Config) -> dict:
   return result
 
 
-def _absolute(path: str) -> str:
-  """An absolute path, so that the same words in another folder name another cache."""
-  return path if '://' in path else os.path.abspath(os.path.expanduser(path))
-
-
-def _code(name: str) -> str:
-  """A digest of those Python files of a module's package that have been imported."""
-  package = name.partition('.')[0]
-  digest = hashlib.blake2b(digest_size=8)
-  for module in sorted(sys.modules):
-    file = getattr(sys.modules[module], '__file__', None)
-    if f'{module}.'.startswith(f'{package}.') and file and file.endswith('.py'):
-      digest.update(pathlib.Path(file).read_bytes())
-  return digest.hexdigest()
-
-
-def get(config: Config) -> Any:
-  """Makes the seqio.Task or seqio.Mixture that `config.task` names. Imports TensorFlow, from which GPUs are hidden.
-
-  Raises:
-    ConfigError: there is no such task (the message has near names), no vocabulary, or no file.
-  """
-  row = _row(config)
-  if row is None and config.task.name not in _registered():
-    raise _unknown(config.task.name)
-  source = _documents(row, config) if isinstance(row, Row) else None  # before TensorFlow, so that a wrong glob is told at once
-  from t5x_cpm.tasks import make
-  if row is None:
-    return make.registered(config.task.name)
-  if isinstance(row, MixtureRow):
-    return make.mixture(config.task.name, [(get(_named(config, name)), rate) for name, rate in _rates(row, config).items()])
-  return make.task(row, source, vocabulary(config))
-
-
 def parts(config: Config) -> dict[str, float] | None:
   """The tasks of a mixture with their rates; None for a task. Imports TensorFlow only for what other modules registered."""
   row = _row(config)
@@ -140,53 +190,3 @@ def tokens(config: Config) -> Source:
   provider = get(config)
   from t5x_cpm.tasks import make
   return make.TaskTokens(provider, config.task.name)
-
-
-def _documents(row: Row, config: Config) -> Documents | None:
-  if row.kind == 'tfds':
-    return None
-  return local.documents(row.name, config) if row.kind == 'local' else quickstart.documents(row)
-
-
-def _rates(row: MixtureRow, config: Config) -> dict[str, float]:
-  return local.rates(config.local_task) if row.kind == 'local' else dict(row.rates)
-
-
-def vocabulary(config: Config) -> vocabularies.Vocabulary:
-  """The vocabulary of a run: TaskConfig.vocabulary, or the task's own."""
-  row = _row(config)
-  if row is None:
-    provider = get(config)
-    from t5x_cpm.tasks import make
-    return make.vocabulary_of(provider, config)
-  spec = config.task.vocabulary or (row.vocabulary if row else '')
-  if not spec:
-    raise ConfigError(f'task {config.task.name!r} has no vocabulary of its own: set TaskConfig.vocabulary, for example to '
-                      "'cpm2:FILE' or 'sentencepiece:FILE'.")
-  return vocabularies.load(spec)
-
-
-def _named(config: Config, name: str) -> Config:
-  return dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
-
-
-def _row(config: Config) -> Row | MixtureRow | None:
-  name = config.task.name
-  if name == 'local' or name.startswith('local:'):
-    return local.row(name, config.local_task)
-  if name.startswith('tfds:'):
-    return pretrain.tfds_row(name)
-  return ROWS.get(name)
-
-
-def _registered() -> set[str]:
-  seqio = sys.modules.get('seqio')  # nobody can have registered a task without importing it
-  return set() if seqio is None else {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-
-
-def _unknown(name: str) -> ConfigError:
-  known = list(listing())
-  near = difflib.get_close_matches(re.sub(r'\W', '_', name), known, n=3, cutoff=0.5)
-  hint = f'did you mean {" or ".join(near)}?' if near else f'expected one of {", ".join(known)}.'
-  return ConfigError(f'TaskConfig.name = {name!r} is not registered; {hint} `t5x_cpm tasks` lists them; a task of your own '
-                     'module needs --import=MODULE.')

@@ -40,43 +40,6 @@ class _Report:
       self.progress.close()
 
 
-def build(config: Config, path: pathlib.Path, source: Source, vocabulary: Vocabulary, described: dict, *,
-          progress: bool) -> None:
-  """Makes the cache of one task.
-
-  Args:
-    config: the configuration of the run.
-    path: the folder of the cache; no other process works there.
-    source: the documents.
-    vocabulary: what makes the tokens.
-    described: what cache.json says about the source. A build that was interrupted goes on only if it is the same.
-    progress: show it on stderr.
-
-  Raises:
-    ConfigError: the task has neither a split train nor validation.
-    DataError: a document that cannot be read.
-  """
-  name = config.task.name
-  units = [Unit(split, shard, source.shards[split]) for split in cache.SPLITS for shard in range(source.shards.get(split, 0))]
-  if not units:
-    raise ConfigError(f'task {name!r} has the splits {sorted(source.shards)}: expected train or validation.')
-  _continue_or_start(path, {'units': [unit.name for unit in units], 'source': described,
-                            'vocabulary': vocabulary.fingerprint})
-  missing = [unit for unit in units if not unit.is_done(path)]
-  report = _Report(name, len(units), len(missing), progress)
-  processes = min(config.task.cache_processes or _cores(), len(missing))
-  if processes > 1 and len(missing) > 2 and tasks.in_any_process(config):  # starting a process takes a second
-    cache_workers.run(config, path, missing, processes, report)
-  else:
-    for unit in missing:
-      cache_units.write(source, unit, path, vocabulary, lambda documents: report(documents, False))
-      report(0, True)
-  report.close()
-  splits, checksum = _join(path, units, source.features)
-  cache.finish(path, name, vocabulary, splits, source.features, checksum, described)
-  _clean(path)
-
-
 def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
@@ -120,3 +83,40 @@ def _clean(path: pathlib.Path) -> None:
   for pattern in ('*-of-*', '.*.tmp*', 'plan.json'):
     for file in path.glob(pattern):
       file.unlink()
+
+
+def build(config: Config, path: pathlib.Path, source: Source, vocabulary: Vocabulary, described: dict, *,
+          progress: bool) -> None:
+  """Makes the cache of one task.
+
+  Args:
+    config: the configuration of the run.
+    path: the folder of the cache; no other process works there.
+    source: the documents.
+    vocabulary: what makes the tokens.
+    described: what cache.json says about the source. A build that was interrupted goes on only if it is the same.
+    progress: show it on stderr.
+
+  Raises:
+    ConfigError: the task has neither a split train nor validation.
+    DataError: a document that cannot be read.
+  """
+  name = config.task.name
+  units = [Unit(split, shard, source.shards[split]) for split in cache.SPLITS for shard in range(source.shards.get(split, 0))]
+  if not units:
+    raise ConfigError(f'task {name!r} has the splits {sorted(source.shards)}: expected train or validation.')
+  _continue_or_start(path, {'units': [unit.name for unit in units], 'source': described,
+                            'vocabulary': vocabulary.fingerprint})
+  missing = [unit for unit in units if not unit.is_done(path)]
+  report = _Report(name, len(units), len(missing), progress)
+  processes = min(config.task.cache_processes or _cores(), len(missing))
+  if processes > 1 and len(missing) > 2 and tasks.in_any_process(config):  # starting a process takes a second
+    cache_workers.run(config, path, missing, processes, report)
+  else:
+    for unit in missing:
+      cache_units.write(source, unit, path, vocabulary, lambda documents: report(documents, False))
+      report(0, True)
+  report.close()
+  splits, checksum = _join(path, units, source.features)
+  cache.finish(path, name, vocabulary, splits, source.features, checksum, described)
+  _clean(path)

@@ -30,6 +30,14 @@ _SILENT = {'kind': 'RuntimeError', 'error': 'a cache worker ended without a mess
 _Messages = queue.Queue[tuple[subprocess.Popen, dict[str, Any]]]
 
 
+def _listen(process: subprocess.Popen, read_end: int, messages: _Messages) -> None:
+  with os.fdopen(read_end) as lines:
+    for line in lines:
+      messages.put((process, json.loads(line)))
+  if process.stdin and not process.stdin.closed:
+    messages.put((process, _SILENT))
+
+
 def _start(job: str, messages: _Messages) -> subprocess.Popen:
   """Starts a worker, and a thread that puts its messages into the queue."""
   environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), 'CUDA_VISIBLE_DEVICES': '',
@@ -42,14 +50,6 @@ def _start(job: str, messages: _Messages) -> subprocess.Popen:
   assert process.stdin
   process.stdin.write(job + '\n')
   return process
-
-
-def _listen(process: subprocess.Popen, read_end: int, messages: _Messages) -> None:
-  with os.fdopen(read_end) as lines:
-    for line in lines:
-      messages.put((process, json.loads(line)))
-  if process.stdin and not process.stdin.closed:
-    messages.put((process, _SILENT))
 
 
 def _assign(process: subprocess.Popen, waiting: collections.deque[Unit]) -> None:

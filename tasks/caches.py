@@ -92,6 +92,18 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def _build_task(config: Config, path: pathlib.Path, progress: bool) -> None:
+  if (path / 'cache.json').is_file():
+    print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)
+    shutil.rmtree(path)
+  try:
+    source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
+    cache_build.build(config, path, source, vocabulary, describe_source(source, vocabulary), progress=progress)
+  except OSError as error:
+    raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}. Set TaskConfig.cache_dir or '
+                      '$T5X_CPM_CACHE to a folder with more room.') from error
+
+
 def build(config: Config, *, progress: bool = True) -> pathlib.Path:
   """Makes the cache of `config.task`, or of every task of a mixture, unless it is there.
 
@@ -124,15 +136,3 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
         built.append((name, rate, build(part, progress=progress)))
       cache.finish_mixture(path, config.task.name, built)
   return path
-
-
-def _build_task(config: Config, path: pathlib.Path, progress: bool) -> None:
-  if (path / 'cache.json').is_file():
-    print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)
-    shutil.rmtree(path)
-  try:
-    source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
-    cache_build.build(config, path, source, vocabulary, describe_source(source, vocabulary), progress=progress)
-  except OSError as error:
-    raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}. Set TaskConfig.cache_dir or '
-                      '$T5X_CPM_CACHE to a folder with more room.') from error

@@ -36,6 +36,13 @@ class Source(Protocol):
     """The tokens of a shard, by batches: for each feature the flat ids and the lengths, without end of document."""
 
 
+def encode(vocabulary: Vocabulary, texts: Sequence[str]) -> Side:
+  """Flat ids of some texts, and their lengths."""
+  ids: list[Any] = vocabulary.encode_batch(list(texts))
+  lengths = np.array([len(x) for x in ids], np.int64)
+  return np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+
 class Documents:
   """The documents of a task, shard by shard.
 
@@ -60,10 +67,3 @@ class Documents:
     """The tokens of a shard, by batches: for each feature the flat ids and the lengths."""
     for block in self.texts(split, [shard], skipped):
       yield [encode(vocabulary, side) for side in zip(*block)]
-
-
-def encode(vocabulary: Vocabulary, texts: Sequence[str]) -> Side:
-  """Flat ids of some texts, and their lengths."""
-  ids: list[Any] = vocabulary.encode_batch(list(texts))
-  lengths = np.array([len(x) for x in ids], np.int64)
-  return np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths

@@ -16,6 +16,11 @@ SUFFIXES = ('.txt', '.jsonl', '.txt.gz', '.jsonl.gz')
 _TEXT = 'your own files'
 
 
+def rates(config: LocalTaskConfig) -> dict[str, float]:
+  """The rate of each task 'local:NAME'; all equal where none are given."""
+  return {f'local:{name}': float(config.rates.get(name, 1.0)) for name in config.files}
+
+
 def row(name: str, config: LocalTaskConfig) -> Row | MixtureRow:
   """The row of 'local' or 'local:NAME'."""
   if not config.files:
@@ -27,11 +32,6 @@ def row(name: str, config: LocalTaskConfig) -> Row | MixtureRow:
     known = sorted(config.files) if isinstance(config.files, dict) else 'one glob'
     raise ConfigError(f'TaskConfig.name = {name!r}: LocalTaskConfig.files has {known}.')
   return Row(name, _TEXT, 'local', metrics=('exact_match', 'char_f1'))
-
-
-def rates(config: LocalTaskConfig) -> dict[str, float]:
-  """The rate of each task 'local:NAME'; all equal where none are given."""
-  return {f'local:{name}': float(config.rates.get(name, 1.0)) for name in config.files}
 
 
 def part(name: str, config: LocalTaskConfig) -> LocalTaskConfig:
@@ -47,6 +47,25 @@ def part(name: str, config: LocalTaskConfig) -> LocalTaskConfig:
     raise ConfigError(f'LocalTaskConfig.validation_files = {held_out!r}: expected a dict of name -> glob, as in '
                       'LocalTaskConfig.files.')
   return dataclasses.replace(config, files=config.files[key], rates={}, validation_files=held_out)
+
+
+def find(pattern: str, field: str, pairs: bool) -> list[str]:
+  """The files of a glob, in a fixed order.
+
+  Raises:
+    ConfigError: there are none, or one of them is of a kind that cannot be read.
+  """
+  pattern = os.path.expanduser(pattern)
+  files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+  if not files:
+    raise ConfigError(f'LocalTaskConfig.{field} = {pattern!r} matches no file (current folder: {os.getcwd()}).')
+  for path in files:
+    if not path.endswith(SUFFIXES):
+      raise ConfigError(f'LocalTaskConfig.{field}: {path} ends in none of {", ".join(SUFFIXES)}.')
+    if pairs and '.jsonl' not in os.path.basename(path):
+      raise ConfigError(f"LocalTaskConfig.{field}: {path}: TaskConfig.objective = 'pairs' reads .jsonl files, with inputs and "
+                        'targets.')
+  return files
 
 
 def documents(name: str, config: Config) -> Documents:
@@ -77,22 +96,3 @@ def documents(name: str, config: Config) -> Documents:
   shards = {split: len(parts) for split, parts in ranges.items() if parts}
   every = sorted({path for paths in found.values() for path in paths})
   return Documents(read, shards, ['inputs', 'targets'] if pairs else ['targets'], every, patterns)
-
-
-def find(pattern: str, field: str, pairs: bool) -> list[str]:
-  """The files of a glob, in a fixed order.
-
-  Raises:
-    ConfigError: there are none, or one of them is of a kind that cannot be read.
-  """
-  pattern = os.path.expanduser(pattern)
-  files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-  if not files:
-    raise ConfigError(f'LocalTaskConfig.{field} = {pattern!r} matches no file (current folder: {os.getcwd()}).')
-  for path in files:
-    if not path.endswith(SUFFIXES):
-      raise ConfigError(f'LocalTaskConfig.{field}: {path} ends in none of {", ".join(SUFFIXES)}.')
-    if pairs and '.jsonl' not in os.path.basename(path):
-      raise ConfigError(f"LocalTaskConfig.{field}: {path}: TaskConfig.objective = 'pairs' reads .jsonl files, with inputs and "
-                        'targets.')
-  return files

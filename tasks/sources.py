@@ -69,22 +69,6 @@ class TextSource(seqio.DataSource):
     return dataset.map(lambda x: {name: x[:, i] for i, name in enumerate(features)}).unbatch()
 
 
-def tokenize(vocabulary: Vocabulary, features: Sequence[str]) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
-  """A preprocessor that turns texts into ids, many at a time, and keeps the text as `<feature>_pretokenized`.
-
-  Args:
-    vocabulary: what makes the ids.
-    features: the names of the texts.
-  """
-
-  return functools.partial(_tokenize, vocabulary=vocabulary, features=features)
-
-
-def _tokenize(dataset: tf.data.Dataset, vocabulary: Vocabulary, features: Sequence[str]) -> tf.data.Dataset:
-  batched = dataset.batch(documents.BATCH).map(functools.partial(_encode_batch, vocabulary=vocabulary, features=features))
-  return batched.unbatch().map(functools.partial(_dense, features=features))
-
-
 def _encode_batch(batch: dict[str, tf.Tensor], vocabulary: Vocabulary, features: Sequence[str]) -> dict[str, Any]:
   def encode(texts: tf.Tensor) -> documents.Side:
     return documents.encode(vocabulary, [text.decode() for text in texts.numpy()])
@@ -102,3 +86,19 @@ def _encode_batch(batch: dict[str, tf.Tensor], vocabulary: Vocabulary, features:
 def _dense(example: dict[str, Any], features: Sequence[str]) -> dict[str, Any]:
   ids = {f: example[f].to_tensor() if isinstance(example[f], tf.RaggedTensor) else example[f] for f in features}
   return example | {feature: tf.ensure_shape(value, [None]) for feature, value in ids.items()}
+
+
+def _tokenize(dataset: tf.data.Dataset, vocabulary: Vocabulary, features: Sequence[str]) -> tf.data.Dataset:
+  batched = dataset.batch(documents.BATCH).map(functools.partial(_encode_batch, vocabulary=vocabulary, features=features))
+  return batched.unbatch().map(functools.partial(_dense, features=features))
+
+
+def tokenize(vocabulary: Vocabulary, features: Sequence[str]) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+  """A preprocessor that turns texts into ids, many at a time, and keeps the text as `<feature>_pretokenized`.
+
+  Args:
+    vocabulary: what makes the ids.
+    features: the names of the texts.
+  """
+
+  return functools.partial(_tokenize, vocabulary=vocabulary, features=features)

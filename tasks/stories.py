@@ -168,6 +168,37 @@ TEMPLATES = {
 }
 
 
+def _operands(operation: str, pick: Callable[[Sequence], Any]) -> tuple[int, int]:
+  """Two numbers with a result from 0 to 99; never 'them' or 'each' of a single thing."""
+  limit = pick([20] * 7 + [99] * 3)
+  if operation == 'multiply':
+    return pick([(a, b) for a in range(2, 10) for b in range(2, min(12, limit // a) + 1)])
+  total = pick(range(3, limit + 1))
+  if operation == 'subtract':
+    return total, pick(range(1, total + 1))
+  a = pick(range(1, total - 1))
+  return a, total - a
+
+
+def _count(language: str, number: int, word: tuple[str, str]) -> str:
+  if language == 'zh':
+    return f'{number}{word[1]}{word[0]}'
+  return f'{number} {word[0] if number == 1 else word[1]}'
+
+
+def _fields(language: str, words: dict[str, Any], unit: str, a: int, b: int, result: int) -> dict[str, str]:
+  """What the templates may name: p, q two persons; A, B, C the operands and the result with their unit; the rest as called."""
+  fields = {name: words[name] for name in ('when', 'place', 'outdoors', 'town', 'topic')}
+  fields.update(p=words['person'], q=words['other'], a=str(a), b=str(b), box=words['box'][0])
+  fields.update({name: _count(language, n, words[unit]) for name, n in (('A', a), ('B', b), ('C', result))})
+  fields['boxes'] = _count(language, a, words['box'])
+  noun, second = words[unit]
+  good, goods = words['goods']
+  if language == 'en':
+    return fields | {'items': second, 'good': good, 'goods': goods}
+  return fields | {'noun': noun, 'm': second, 'items': second + noun, 'good': goods + good}
+
+
 def story(index: int, language: str) -> Story:
   """Makes one story.
 
@@ -201,34 +232,3 @@ def story(index: int, language: str) -> Story:
   body, question, conclusion = (text.format_map(fields) for text in template[2:])
   space = ' ' if language == 'en' else ''
   return Story(f'{body}{space}{conclusion}', f'{body}{space}{question}', fields['C'], operands, template.operation)
-
-
-def _operands(operation: str, pick: Callable[[Sequence], Any]) -> tuple[int, int]:
-  """Two numbers with a result from 0 to 99; never 'them' or 'each' of a single thing."""
-  limit = pick([20] * 7 + [99] * 3)
-  if operation == 'multiply':
-    return pick([(a, b) for a in range(2, 10) for b in range(2, min(12, limit // a) + 1)])
-  total = pick(range(3, limit + 1))
-  if operation == 'subtract':
-    return total, pick(range(1, total + 1))
-  a = pick(range(1, total - 1))
-  return a, total - a
-
-
-def _count(language: str, number: int, word: tuple[str, str]) -> str:
-  if language == 'zh':
-    return f'{number}{word[1]}{word[0]}'
-  return f'{number} {word[0] if number == 1 else word[1]}'
-
-
-def _fields(language: str, words: dict[str, Any], unit: str, a: int, b: int, result: int) -> dict[str, str]:
-  """What the templates may name: p, q two persons; A, B, C the operands and the result with their unit; the rest as called."""
-  fields = {name: words[name] for name in ('when', 'place', 'outdoors', 'town', 'topic')}
-  fields.update(p=words['person'], q=words['other'], a=str(a), b=str(b), box=words['box'][0])
-  fields.update({name: _count(language, n, words[unit]) for name, n in (('A', a), ('B', b), ('C', result))})
-  fields['boxes'] = _count(language, a, words['box'])
-  noun, second = words[unit]
-  good, goods = words['goods']
-  if language == 'en':
-    return fields | {'items': second, 'good': good, 'goods': goods}
-  return fields | {'noun': noun, 'm': second, 'items': second + noun, 'good': goods + good}

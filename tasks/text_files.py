@@ -17,6 +17,16 @@ _BOM = b'\xef\xbb\xbf'
 _BLANK_LINE = re.compile(rb'\n[ \t\r]*\n')
 
 
+def _end_of_match(f, pattern: re.Pattern) -> int:
+  """Bytes from here to the end of the first match, or of the file."""
+  seen = b''
+  while block := f.read(1 << 16):
+    seen += block
+    if match := pattern.search(seen):
+      return match.end()
+  return len(seen)
+
+
 def ranges(files: list[str], document: str) -> list[tuple[str, int, int]]:
   """Cuts files into (path, first byte, last byte + 1), at the borders of documents; a .gz file is one range.
 
@@ -39,54 +49,6 @@ def ranges(files: list[str], document: str) -> list[tuple[str, int, int]]:
           borders.append(f.tell() + _end_of_match(f, pattern))
       result += [(path, begin, end) for begin, end in zip(borders, [*borders[1:], size]) if begin < end]
   return result
-
-
-def _end_of_match(f, pattern: re.Pattern) -> int:
-  """Bytes from here to the end of the first match, or of the file."""
-  seen = b''
-  while block := f.read(1 << 16):
-    seen += block
-    if match := pattern.search(seen):
-      return match.end()
-  return len(seen)
-
-
-def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple[str, ...],
-         skipped: collections.Counter) -> Iterator[tuple[str, ...]]:
-  """The documents of a range: one text, or inputs and targets. Blank lines and empty documents are left out.
-
-  Args:
-    path: the file.
-    begin: the first byte, at the start of a document.
-    end: the last byte + 1, or -1 for the end of the file.
-    config: `text_document` and `skip_malformed` are read.
-    fields: the fields of a JSON line that have the texts; a .txt file has one text, whatever it is called here.
-    skipped: counts the documents that are left out, by reason.
-
-  Raises:
-    DataError: a line is not UTF-8, or not a JSON object with these fields, and it is not to be skipped.
-  """
-  reader = _json_lines if '.jsonl' in path.rsplit('/', 1)[-1] else _texts
-  opener = gzip.open if path.endswith('.gz') else open
-  try:
-    with opener(path, 'rb') as f:
-      f.seek(begin)
-      for number, raw in reader(_lines(f, end - begin if end >= 0 else -1), config):
-        try:
-          document = _parse(raw, fields) if reader is _json_lines else (_decode(raw),)
-        except MalformedError as error:
-          if not config.skip_malformed:
-            line = number + error.line + _newlines(path, begin)
-            raise DataError(f'{path}:{line}: {error}. Mend the line, or set LocalTaskConfig.skip_malformed = True to leave '
-                            'such lines out.') from None
-          skipped['malformed'] += 1
-          continue
-        if all(text.strip() for text in document):
-          yield document
-        else:
-          skipped['empty'] += 1
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise DataError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
 
 
 class MalformedError(Exception):
@@ -153,15 +115,6 @@ def _decode(raw: bytes) -> str:
     raise MalformedError(f'byte {column} of the line (0x{raw[error.start]:02x}) is not valid UTF-8', line) from None
 
 
-def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
-  return json_texts(_decode(raw), fields, 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields')
-
-
-def json_texts(line: str, fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
-  """The texts in some fields of a JSON object. Arguments and errors as of `json_object` and `texts_of`."""
-  return texts_of(json_object(line, fields), fields, hint)
-
-
 def json_object(line: str, fields: tuple[str, ...]) -> dict[str, Any]:
   """A JSON object, of which `fields` are wanted. Raises MalformedError where the line is none."""
   try:
@@ -195,6 +148,53 @@ def texts_of(value: dict[str, Any], fields: tuple[str, ...], hint: str) -> tuple
     if any('\ud800' <= c <= '\udfff' for c in value[field]):
       raise MalformedError(f'{field!r} holds half of a surrogate pair')
   return tuple(value[field] for field in fields)
+
+
+def json_texts(line: str, fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
+  """The texts in some fields of a JSON object. Arguments and errors as of `json_object` and `texts_of`."""
+  return texts_of(json_object(line, fields), fields, hint)
+
+
+def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
+  return json_texts(_decode(raw), fields, 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields')
+
+
+def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple[str, ...],
+         skipped: collections.Counter) -> Iterator[tuple[str, ...]]:
+  """The documents of a range: one text, or inputs and targets. Blank lines and empty documents are left out.
+
+  Args:
+    path: the file.
+    begin: the first byte, at the start of a document.
+    end: the last byte + 1, or -1 for the end of the file.
+    config: `text_document` and `skip_malformed` are read.
+    fields: the fields of a JSON line that have the texts; a .txt file has one text, whatever it is called here.
+    skipped: counts the documents that are left out, by reason.
+
+  Raises:
+    DataError: a line is not UTF-8, or not a JSON object with these fields, and it is not to be skipped.
+  """
+  reader = _json_lines if '.jsonl' in path.rsplit('/', 1)[-1] else _texts
+  opener = gzip.open if path.endswith('.gz') else open
+  try:
+    with opener(path, 'rb') as f:
+      f.seek(begin)
+      for number, raw in reader(_lines(f, end - begin if end >= 0 else -1), config):
+        try:
+          document = _parse(raw, fields) if reader is _json_lines else (_decode(raw),)
+        except MalformedError as error:
+          if not config.skip_malformed:
+            line = number + error.line + _newlines(path, begin)
+            raise DataError(f'{path}:{line}: {error}. Mend the line, or set LocalTaskConfig.skip_malformed = True to leave '
+                            'such lines out.') from None
+          skipped['malformed'] += 1
+          continue
+        if all(text.strip() for text in document):
+          yield document
+        else:
+          skipped['empty'] += 1
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise DataError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
 
 
 def held_out(document: tuple[str, ...], fraction: float) -> bool:

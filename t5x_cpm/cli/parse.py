@@ -99,6 +99,15 @@ class _Once(argparse.Action):
     setattr(namespace, self.dest, values)
 
 
+def _epilog(mode: Mode) -> str:
+  parts = []
+  if mode.gin:
+    names = textwrap.fill(', '.join(mode.gin), WIDTH - 2, initial_indent='  ', subsequent_indent='  ')
+    parts.append(f'gin classes (their fields: t5x_cpm fields CLASS)\n{names}')
+  parts.append('example\n' + textwrap.indent(mode.example, '  '))
+  return '\n\n'.join(parts)
+
+
 def _parser(mode: Mode) -> argparse.ArgumentParser:
   parser = _Parser(
       prog=f't5x_cpm {mode.name}', description=mode.text[0].upper() + mode.text[1:] + '.', epilog=_epilog(mode), add_help=False,
@@ -122,15 +131,6 @@ def _parser(mode: Mode) -> argparse.ArgumentParser:
       group.add_argument(f'--{flag.name}', action='store_true', help=text)
   group.add_argument('--help', '-h', action='store_true', help='print this text')
   return parser
-
-
-def _epilog(mode: Mode) -> str:
-  parts = []
-  if mode.gin:
-    names = textwrap.fill(', '.join(mode.gin), WIDTH - 2, initial_indent='  ', subsequent_indent='  ')
-    parts.append(f'gin classes (their fields: t5x_cpm fields CLASS)\n{names}')
-  parts.append('example\n' + textwrap.indent(mode.example, '  '))
-  return '\n\n'.join(parts)
 
 
 def print_table(rows: Iterable[tuple[str, str]], width: int = 24) -> None:

@@ -39,6 +39,30 @@ def _number(name: str, text: str) -> int | None:
   return int(text) if text else None
 
 
+def _launched(coordinator: str | None) -> tuple[Place | None, str]:
+  """What the launcher of this process says, and the name of the launcher. (None, '') if there is none that we know."""
+  if int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1)) > 1 and 'OMPI_MCA_orte_hnp_uri' not in os.environ and not coordinator:
+    raise ProcessError('Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT, HOST being the first host.')
+  if 'OMPI_COMM_WORLD_SIZE' in os.environ and coordinator:  # Open MPI of any version
+    values = [int(os.environ[f'OMPI_COMM_WORLD_{name}']) for name in ('SIZE', 'RANK', 'LOCAL_RANK')]
+    return Place(coordinator, values[0], values[1], (values[2],)), 'Open MPI'
+  # jax.distributed.initialize() would find the same, but only while it connects, which takes for ever if one is missing.
+  from jax._src.clusters import ClusterEnv
+
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # JAX warns in a pod without the package kubernetes, where flags serve
+      found, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+          coordinator, None, None, None, None, SECONDS_TO_CONNECT)
+  except (RuntimeError, OSError, KeyError, ValueError) as error:
+    raise ProcessError(f'the environment looks like that of a cluster, but does not say where this process stands: {error}. '
+                       'Give --coordinator, --num_processes and --process_id.') from error
+  if found is None or count is None or index is None:
+    return None, ''
+  launcher = 'SLURM' if 'SLURM_PROCID' in os.environ else 'the environment'
+  return Place(found, count, index, tuple(devices) if devices else None), launcher
+
+
 def find_place(coordinator: str = '', num_processes: str = '', process_id: str = '') -> Place | None:
   """Finds out which process this is: from flags and, for what they leave out, SLURM, Open MPI or the TPU's metadata (GCE, GKE).
 
@@ -74,30 +98,6 @@ def find_place(coordinator: str = '', num_processes: str = '', process_id: str =
   if index >= count:
     raise ProcessError(f'--process_id={index}: expected a number below --num_processes={count}; the first is 0.')
   return Place(coordinator, count, index)
-
-
-def _launched(coordinator: str | None) -> tuple[Place | None, str]:
-  """What the launcher of this process says, and the name of the launcher. (None, '') if there is none that we know."""
-  if int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1)) > 1 and 'OMPI_MCA_orte_hnp_uri' not in os.environ and not coordinator:
-    raise ProcessError('Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT, HOST being the first host.')
-  if 'OMPI_COMM_WORLD_SIZE' in os.environ and coordinator:  # Open MPI of any version
-    values = [int(os.environ[f'OMPI_COMM_WORLD_{name}']) for name in ('SIZE', 'RANK', 'LOCAL_RANK')]
-    return Place(coordinator, values[0], values[1], (values[2],)), 'Open MPI'
-  # jax.distributed.initialize() would find the same, but only while it connects, which takes for ever if one is missing.
-  from jax._src.clusters import ClusterEnv
-
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # JAX warns in a pod without the package kubernetes, where flags serve
-      found, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
-          coordinator, None, None, None, None, SECONDS_TO_CONNECT)
-  except (RuntimeError, OSError, KeyError, ValueError) as error:
-    raise ProcessError(f'the environment looks like that of a cluster, but does not say where this process stands: {error}. '
-                       'Give --coordinator, --num_processes and --process_id.') from error
-  if found is None or count is None or index is None:
-    return None, ''
-  launcher = 'SLURM' if 'SLURM_PROCID' in os.environ else 'the environment'
-  return Place(found, count, index, tuple(devices) if devices else None), launcher
 
 
 def join(place: Place, config: ProcessesConfig, settings: list[str]) -> Group:

@@ -87,6 +87,17 @@ class _Delegate(config_parser.ParserDelegate):
     return _Reference(scoped_configurable_name)
 
 
+def shipped_files(folder: str) -> list[str]:
+  """Names of the gin files of the package in 'models', 'runs' or 'mesh', without '.gin'."""
+  return sorted(file.stem for file in (PACKAGE / folder).glob('*.gin'))
+
+
+def summary(folder: str, name: str) -> str:
+  """The first comment line of a gin file of the package."""
+  first = (PACKAGE / folder / f'{name}.gin').read_text(encoding='utf-8').partition('\n')[0]
+  return first.removeprefix('#').strip()
+
+
 def find(path: str) -> Any:
   """The file of a gin path: as given (also gs://...), else in the package, where a leading 'gin/' is optional.
 
@@ -112,15 +123,10 @@ def find(path: str) -> Any:
   raise ConfigError(f'gin file {path!r} not found; searched {searched}.{hint}')
 
 
-def shipped_files(folder: str) -> list[str]:
-  """Names of the gin files of the package in 'models', 'runs' or 'mesh', without '.gin'."""
-  return sorted(file.stem for file in (PACKAGE / folder).glob('*.gin'))
-
-
-def summary(folder: str, name: str) -> str:
-  """The first comment line of a gin file of the package."""
-  first = (PACKAGE / folder / f'{name}.gin').read_text(encoding='utf-8').partition('\n')[0]
-  return first.removeprefix('#').strip()
+def _items(value: Any) -> list[Any]:
+  if isinstance(value, dict):
+    return [*value.keys(), *value.values()]
+  return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def _refuse(value: Any, where: str) -> None:
@@ -131,12 +137,6 @@ def _refuse(value: Any, where: str) -> None:
         "as in OptimizerConfig.name = 'adafactor'.")
   for item in _items(value):
     _refuse(item, where)
-
-
-def _items(value: Any) -> list[Any]:
-  if isinstance(value, dict):
-    return [*value.keys(), *value.values()]
-  return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def _read_file(path: str, included: bool = False) -> list[_Binding]:

@@ -97,6 +97,26 @@ def token_dtype(vocabulary: vocabularies.Vocabulary) -> str:
   return 'uint16' if vocabulary.size <= 1 << 16 else 'uint32'
 
 
+def finish(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, features: list[str],
+           checksum: str = '', source: dict | None = None) -> None:
+  """Makes a folder with files of tokens and lengths a cache: saves the vocabulary and, last, cache.json.
+
+  Args:
+    path: the folder.
+    task: the name of the task.
+    vocabulary: what made the tokens.
+    splits: {split: {'documents': how many, 'tokens': {feature: how many}, 'skipped': {reason: documents left out}}}.
+    features: ['targets'] or ['inputs', 'targets'].
+    checksum: a digest of the tokens; a run is resumed only with an equal one.
+    source: what the cache was made from, as `tasks.caches` describes it.
+  """
+  vocabulary.save(path / 'vocabulary')
+  files.write_json(path / 'cache.json', {
+      'format': FORMAT, 'task': task, 'features': features, 'dtype': token_dtype(vocabulary), 'checksum': checksum,
+      'vocabulary': vocabulary.fingerprint, 'splits': splits,
+      'source': source or {'patterns': [], 'files': [], 'vocabulary': []}})
+
+
 def write(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, **facts) -> None:
   """Writes the cache of a task from arrays.
 
@@ -116,26 +136,6 @@ def write(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, sp
       split: {'documents': len(next(iter(features.values()))[1]),
               'tokens': {feature: int(np.sum(lengths)) for feature, (_, lengths) in features.items()}}
       for split, features in splits.items()}, list(next(iter(splits.values()))), **facts)
-
-
-def finish(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, features: list[str],
-           checksum: str = '', source: dict | None = None) -> None:
-  """Makes a folder with files of tokens and lengths a cache: saves the vocabulary and, last, cache.json.
-
-  Args:
-    path: the folder.
-    task: the name of the task.
-    vocabulary: what made the tokens.
-    splits: {split: {'documents': how many, 'tokens': {feature: how many}, 'skipped': {reason: documents left out}}}.
-    features: ['targets'] or ['inputs', 'targets'].
-    checksum: a digest of the tokens; a run is resumed only with an equal one.
-    source: what the cache was made from, as `tasks.caches` describes it.
-  """
-  vocabulary.save(path / 'vocabulary')
-  files.write_json(path / 'cache.json', {
-      'format': FORMAT, 'task': task, 'features': features, 'dtype': token_dtype(vocabulary), 'checksum': checksum,
-      'vocabulary': vocabulary.fingerprint, 'splits': splits,
-      'source': source or {'patterns': [], 'files': [], 'vocabulary': []}})
 
 
 def finish_mixture(path: pathlib.Path, task: str, parts: list[tuple[str, float, pathlib.Path]]) -> None:

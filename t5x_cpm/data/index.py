@@ -18,6 +18,34 @@ from t5x_cpm.data import cache, objectives
 CHUNK = 1 << 21  # documents, or pieces of documents, that are looked at together
 
 
+def _remove_abandoned(directory: pathlib.Path) -> None:
+  """Removes the unfinished files of processes that are gone."""
+  for path in directory.glob('tmp-*'):
+    owner = int(path.name.split('-')[1])
+    try:
+      os.kill(owner, 0)
+    except ProcessLookupError:
+      path.unlink(missing_ok=True)
+    except PermissionError:
+      pass  # the process is alive and another user's
+
+
+def _make(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dict]) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  _remove_abandoned(directory)
+  mark = f'tmp-{os.getpid()}-'
+  prefix = directory / f'{mark}{name}'
+  try:
+    facts = make(prefix)
+    pathlib.Path(f'{prefix}.json').write_text(json.dumps(facts))
+    written = sorted(directory.glob(f'{prefix.name}.*'), key=lambda path: path.suffix == '.json')
+    for path in written:  # the .json comes last, because it says that the others are complete
+      files.move(path, directory / path.name.removeprefix(mark))
+  finally:
+    for path in directory.glob(f'{prefix.name}.*'):
+      path.unlink()
+
+
 def store(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dict]) -> dict:
   """Makes a table unless it is there, and returns what is known about it.
 
@@ -41,34 +69,6 @@ def store(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dic
       raise ConfigError(f'the index of the cache could not be written to {directory}: {error.strerror or error}. Set '
                         'TaskConfig.cache_dir or $T5X_CPM_CACHE to a folder of your own with more room.') from error
   return json.loads(done.read_text())
-
-
-def _make(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dict]) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
-  _remove_abandoned(directory)
-  mark = f'tmp-{os.getpid()}-'
-  prefix = directory / f'{mark}{name}'
-  try:
-    facts = make(prefix)
-    pathlib.Path(f'{prefix}.json').write_text(json.dumps(facts))
-    written = sorted(directory.glob(f'{prefix.name}.*'), key=lambda path: path.suffix == '.json')
-    for path in written:  # the .json comes last, because it says that the others are complete
-      files.move(path, directory / path.name.removeprefix(mark))
-  finally:
-    for path in directory.glob(f'{prefix.name}.*'):
-      path.unlink()
-
-
-def _remove_abandoned(directory: pathlib.Path) -> None:
-  """Removes the unfinished files of processes that are gone."""
-  for path in directory.glob('tmp-*'):
-    owner = int(path.name.split('-')[1])
-    try:
-      os.kill(owner, 0)
-    except ProcessLookupError:
-      path.unlink(missing_ok=True)
-    except PermissionError:
-      pass  # the process is alive and another user's
 
 
 def load(directory: pathlib.Path, name: str, file: str, dtype, columns: int = 0) -> np.ndarray:

@@ -81,22 +81,6 @@ def noise_counts(lengths: np.ndarray, density: float, mean: float) -> tuple[np.n
   return noise, np.minimum(spans, np.minimum(noise, lengths - noise))
 
 
-def draw_spans(keys_P: np.ndarray, lengths_P: np.ndarray, noise_P: np.ndarray, spans_P: np.ndarray) -> Spans:
-  """Draws the noise mask of every piece: all segmentations of its noise and of the rest are equally likely.
-
-  A piece starts with tokens that stay and ends with noise, as in T5.
-
-  Args:
-    keys_P: uint64; the mask of a piece is a function of its key.
-    lengths_P: how many tokens each piece has, below MAX_PIECE.
-    noise_P: how many of them are noise, from `noise_counts`.
-    spans_P: how many spans the noise has, from `noise_counts`.
-  """
-  parts = [_draw(keys_P[i:i + _CHUNK], lengths_P[i:i + _CHUNK], noise_P[i:i + _CHUNK], spans_P[i:i + _CHUNK])
-           for i in range(0, len(keys_P), _CHUNK)]
-  return parts[0] if len(parts) == 1 else Spans(*(np.concatenate(column) for column in zip(*parts)))
-
-
 def _draw(keys_P, lengths_P, noise_P, spans_P) -> Spans:
   # Segments 0..P-1 are the tokens that stay, P..2P-1 the noise. A segment of m tokens falls into k parts by k-1 of its
   # m-1 inner borders: those with the smallest hashes. One sort of (segment, hash, border) ranks all of them.
@@ -123,6 +107,22 @@ def _draw(keys_P, lengths_P, noise_P, spans_P) -> Spans:
   K = len(starts) // 2
   kept, noise = slice(0, K), slice(K, None)
   return Spans(np.asarray(spans_P, np.int64), ends[kept] + starts[noise], (ends - starts)[noise], starts[noise])
+
+
+def draw_spans(keys_P: np.ndarray, lengths_P: np.ndarray, noise_P: np.ndarray, spans_P: np.ndarray) -> Spans:
+  """Draws the noise mask of every piece: all segmentations of its noise and of the rest are equally likely.
+
+  A piece starts with tokens that stay and ends with noise, as in T5.
+
+  Args:
+    keys_P: uint64; the mask of a piece is a function of its key.
+    lengths_P: how many tokens each piece has, below MAX_PIECE.
+    noise_P: how many of them are noise, from `noise_counts`.
+    spans_P: how many spans the noise has, from `noise_counts`.
+  """
+  parts = [_draw(keys_P[i:i + _CHUNK], lengths_P[i:i + _CHUNK], noise_P[i:i + _CHUNK], spans_P[i:i + _CHUNK])
+           for i in range(0, len(keys_P), _CHUNK)]
+  return parts[0] if len(parts) == 1 else Spans(*(np.concatenate(column) for column in zip(*parts)))
 
 
 def noise_mask(lengths_P: np.ndarray, spans: Spans) -> np.ndarray:
@@ -181,6 +181,18 @@ def shift_right(targets: np.ndarray, lengths_P: np.ndarray, start: int) -> np.nd
   return inputs
 
 
+def append(tokens: np.ndarray, lengths_P: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+  """Adds one token to the end of every piece."""
+  longer = lengths_P + 1
+  out = np.empty(len(tokens) + len(lengths_P), np.int32)
+  last = np.cumsum(longer) - 1
+  old = np.ones(len(out), bool)
+  old[last] = False
+  out[old] = tokens
+  out[last] = token
+  return out, longer
+
+
 def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: np.ndarray, sentinels: np.ndarray, *,
             start: int, eos: int | None = None) -> Segments:
   """Replaces every noise span by a sentinel and collects the noise as the targets.
@@ -208,18 +220,6 @@ def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: 
     encoder, encoder_lengths = append(encoder, encoder_lengths, eos)
   lengths, targets = span_targets(tokens_N[is_noise], noise_P, spans, sentinels, eos)
   return Segments(encoder_lengths, encoder, lengths, shift_right(targets, lengths, start), targets)
-
-
-def append(tokens: np.ndarray, lengths_P: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-  """Adds one token to the end of every piece."""
-  longer = lengths_P + 1
-  out = np.empty(len(tokens) + len(lengths_P), np.int32)
-  last = np.cumsum(longer) - 1
-  old = np.ones(len(out), bool)
-  old[last] = False
-  out[old] = tokens
-  out[last] = token
-  return out, longer
 
 
 def corrupted_lengths(lengths: np.ndarray, density: float, mean: float, t5: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,10 @@ from t5x_cpm.data import objectives
 _ROUNDS = 4
 
 
+def _draw(key, round_number, value):
+  return (objectives.combine(key ^ np.uint64(round_number), value) >> np.uint64(2)).astype(np.int64)
+
+
 def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.ndarray:
   """Where `index` goes in the permutation of 0..size-1 that `key` names.
 
@@ -44,10 +48,6 @@ def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.nd
   return out
 
 
-def _draw(key, round_number, value):
-  return (objectives.combine(key ^ np.uint64(round_number), value) >> np.uint64(2)).astype(np.int64)
-
-
 class Packing(NamedTuple):
   """Rows described by patterns. Q patterns, G groups: a group is so many pieces of one class in one pattern."""
 
@@ -68,6 +68,23 @@ class Packing(NamedTuple):
     member = self.group_member[group] + number * copies
     return (np.repeat(np.repeat(np.arange(len(rows)), groups), copies), np.repeat(self.group_class[group], copies),
             np.repeat(member, copies) + objectives.ramp(copies))
+
+
+def _finish(lines: np.ndarray, nodes: list[tuple[int, int, int]], classes: int) -> Packing:
+  groups: list[tuple[int, int]] = []
+  first_group = [0]
+  member: list[int] = []
+  used = [0] * classes
+  for rows, node in lines[:, 3:].tolist():
+    while node >= 0:
+      node, class_id, copies = nodes[node]
+      groups.append((class_id, copies))
+      member.append(used[class_id])
+      used[class_id] += rows * copies
+    first_group.append(len(groups))
+  table = np.array(groups, np.int64).reshape(-1, 2)
+  return Packing(int(lines[:, 3].sum()), np.concatenate([[0], np.cumsum(lines[:, 3])]), np.array(first_group),
+                 table[:, 0], table[:, 1], np.array(member, np.int64))
 
 
 def pack(sizes: np.ndarray, counts: np.ndarray, room: tuple[int, int], most: int) -> Packing:
@@ -120,23 +137,6 @@ def pack(sizes: np.ndarray, counts: np.ndarray, room: tuple[int, int], most: int
     result.append(untouched[untouched[:, 3] > 0])
     lines = np.concatenate(result)
   return _finish(lines, nodes, len(sizes))
-
-
-def _finish(lines: np.ndarray, nodes: list[tuple[int, int, int]], classes: int) -> Packing:
-  groups: list[tuple[int, int]] = []
-  first_group = [0]
-  member: list[int] = []
-  used = [0] * classes
-  for rows, node in lines[:, 3:].tolist():
-    while node >= 0:
-      node, class_id, copies = nodes[node]
-      groups.append((class_id, copies))
-      member.append(used[class_id])
-      used[class_id] += rows * copies
-    first_group.append(len(groups))
-  table = np.array(groups, np.int64).reshape(-1, 2)
-  return Packing(int(lines[:, 3].sum()), np.concatenate([[0], np.cumsum(lines[:, 3])]), np.array(first_group),
-                 table[:, 0], table[:, 1], np.array(member, np.int64))
 
 
 def rate_counts(rates: list[float], longest: int = 1000) -> list[int]:

@@ -97,6 +97,11 @@ def table(directory: pathlib.Path, split: str, lengths_D: np.ndarray, longest: i
                                                         with_end=with_end))
 
 
+def _lengths(longest: int) -> np.ndarray:
+  """The length of a piece of each class; the classes 0 and 1, which would be too short, stay empty."""
+  return np.maximum(np.arange(longest + 1), 2)
+
+
 class Pieces(Packed):
   """Rows of corrupted pieces: 'isolated' has CPM-2's form, with an end of document, and 't5' that of T5, without."""
 
@@ -161,8 +166,3 @@ class Pieces(Packed):
     drawn = objectives.draw_spans(objectives.combine(keys, start), length, noise, spans)
     return objectives.corrupt(tokens, length, drawn, noise, self.sentinels, start=self.vocabulary.bos_id,
                               eos=self.vocabulary.eos_id if self.t5 else None)
-
-
-def _lengths(longest: int) -> np.ndarray:
-  """The length of a piece of each class; the classes 0 and 1, which would be too short, stay empty."""
-  return np.maximum(np.arange(longest + 1), 2)

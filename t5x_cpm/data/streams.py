@@ -73,6 +73,17 @@ def _mask(tokens_N: np.ndarray, lengths_P: np.ndarray, documents_P: np.ndarray, 
                 first - noise_before + np.arange(len(first)), noise_before)
 
 
+def _tightest(places: np.ndarray, total: int, sentinels: int) -> int:
+  """The width of the narrowest window with a span too many, 0 if there is none.
+
+  A window needs one sentinel for each span and one to close, and windows go on over the end of the stream.
+  """
+  ring = np.concatenate([places, places[:sentinels] + total])
+  if len(ring) < sentinels:
+    return 0
+  return int((ring[sentinels - 1:] - ring[:len(ring) - sentinels + 1]).min()) + 1
+
+
 def _make_table(prefix: pathlib.Path, *, name: str, tokens: np.ndarray, lengths_D: np.ndarray, masking: Masking) -> dict:
   lengths = np.asarray(lengths_D, np.int64)
   offsets = objectives.exclusive_cumsum(lengths)
@@ -89,17 +100,6 @@ def _make_table(prefix: pathlib.Path, *, name: str, tokens: np.ndarray, lengths_
   places = np.fromfile(f'{prefix}.places', np.int64)
   return {'name': name, 'context': context, 'spans': len(places), 'dropped': len(lengths) - kept,
           'tightest': _tightest(places, context, masking.sentinels)}
-
-
-def _tightest(places: np.ndarray, total: int, sentinels: int) -> int:
-  """The width of the narrowest window with a span too many, 0 if there is none.
-
-  A window needs one sentinel for each span and one to close, and windows go on over the end of the stream.
-  """
-  ring = np.concatenate([places, places[:sentinels] + total])
-  if len(ring) < sentinels:
-    return 0
-  return int((ring[sentinels - 1:] - ring[:len(ring) - sentinels + 1]).min()) + 1
 
 
 def table(directory: pathlib.Path, split: str, tokens: np.ndarray, lengths_D: np.ndarray, masking: Masking) -> dict:

@@ -18,6 +18,21 @@ UNMARKS = str.maketrans({SPACE: ' ', LINE_FEED: '\n'})
 SPECIALS = ('<unk>', '<s>', '</s>', '<pad>', '<eod>')
 
 
+def read(path: str) -> bytes:
+  """Reads the file of a vocabulary.
+
+  Raises:
+    ConfigError: it cannot be read.
+  """
+  from etils import epath
+
+  try:
+    return epath.Path(path).expanduser().read_bytes()
+  except OSError as error:
+    raise ConfigError(
+        f'vocabulary file {path} cannot be read: {error.strerror or error}. Check TaskConfig.vocabulary.') from None
+
+
 class Vocabulary(abc.ABC):
   """What a tokenizer knows.
 
@@ -121,18 +136,3 @@ def no_options(spec: str, options: dict[str, str]) -> None:
   """Raises ConfigError for an option."""
   if options:
     raise ConfigError(f'{spec}: vocabularies of this kind have no options.')
-
-
-def read(path: str) -> bytes:
-  """Reads the file of a vocabulary.
-
-  Raises:
-    ConfigError: it cannot be read.
-  """
-  from etils import epath
-
-  try:
-    return epath.Path(path).expanduser().read_bytes()
-  except OSError as error:
-    raise ConfigError(
-        f'vocabulary file {path} cannot be read: {error.strerror or error}. Check TaskConfig.vocabulary.') from None

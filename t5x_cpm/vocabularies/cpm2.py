@@ -28,6 +28,81 @@ _SEPARATOR, _SEPARATOR_TOKEN = '\uffff', '\U0010ffff'  # between the texts of a 
 _BATCH = 1 << 20  # characters
 
 
+def _is_chinese(piece: str) -> bool:
+  """The released code's test: a Chinese character in it, or the space."""
+  return piece == SPACE or _HAN.search(piece) is not None
+
+
+def _is_latin(character: str) -> bool:
+  return character.isascii() and character.isalnum()
+
+
+def _continues(piece: str) -> bool:
+  return len(piece) > 2 and piece.startswith('##')
+
+
+def _read_pieces(path: str) -> list[str]:
+  content = read(path)
+  try:
+    text = content.decode('utf-8')
+  except UnicodeDecodeError as error:
+    line = content.count(b'\n', 0, error.start) + 1
+    raise ConfigError(f'{path}:{line}: not UTF-8; expected one piece a line. Check TaskConfig.vocabulary.') from None
+  text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as some editors save it
+  pieces = text.removesuffix('\n').split('\n')  # not splitlines(): a piece may be another kind of line break
+  seen: dict[str, int] = {}
+  for number, piece in enumerate(pieces, 1):
+    if not piece:
+      raise ConfigError(f'{path}:{number}: an empty line; expected one piece a line.')
+    if piece in seen:
+      raise ConfigError(f'{path}:{number}: the piece {piece!r} stands in line {seen[piece]} too.')
+    seen[piece] = number
+  return pieces
+
+
+def _sentinels(path: str, index: dict[str, int]) -> tuple[int, ...]:
+  numbers = {int(match[1]): token for piece, token in index.items() if (match := _SENTINEL.fullmatch(piece))}
+  for number in range(max(len(numbers), 1)):
+    if number not in numbers:
+      raise ConfigError(f'{path}: sentinel <s_{number}> is missing; {len(numbers)} are there, expected <s_0>, <s_1> ... '
+                        'without a gap.')
+  return tuple(numbers[number] for number in range(len(numbers)))
+
+
+def _prefixes(tokens: dict[str, str]) -> dict[str, str]:
+  """Adds the beginnings of all pieces, which have no token, so that a search knows when to stop."""
+  begun = {piece[:end]: '' for piece in tokens for end in range(1, len(piece))}
+  return begun | tokens
+
+
+def _numbers(tokens: str) -> list[int]:
+  ids = array.array('I' if array.array('I').itemsize == 4 else 'L')
+  ids.frombytes(tokens.encode(f'utf-32-{sys.byteorder[0]}e', 'surrogatepass'))
+  return ids.tolist()
+
+
+def _any(members: list[bool]) -> str:
+  """A regular expression that matches one token whose entry in `members` is true."""
+  ranges = []
+  for joins, group in itertools.groupby(enumerate(members), lambda item: item[1]):
+    if joins:
+      tokens = [token for token, _ in group]
+      ranges.append(f'{re.escape(chr(tokens[0]))}-{re.escape(chr(tokens[-1]))}')
+  return f'[{"".join(ranges)}]' if ranges else '(?!.).'
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+  """Stops Python's collector: lists of ids have no cycles, and walking through them over and over takes a tenth of the time."""
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if enabled:
+      gc.enable()
+
+
 class Cpm2(Vocabulary):
   """The vocabulary of CPM-2: a list of pieces, matched longest first in each word."""
 
@@ -227,78 +302,3 @@ class Lossless(Cpm2):
     except UnicodeEncodeError:  # half of a surrogate pair
       octets = b'\xef\xbf\xbd'
     return ''.join(self._byte[value] for value in octets)
-
-
-def _is_chinese(piece: str) -> bool:
-  """The released code's test: a Chinese character in it, or the space."""
-  return piece == SPACE or _HAN.search(piece) is not None
-
-
-def _prefixes(tokens: dict[str, str]) -> dict[str, str]:
-  """Adds the beginnings of all pieces, which have no token, so that a search knows when to stop."""
-  begun = {piece[:end]: '' for piece in tokens for end in range(1, len(piece))}
-  return begun | tokens
-
-
-def _continues(piece: str) -> bool:
-  return len(piece) > 2 and piece.startswith('##')
-
-
-def _is_latin(character: str) -> bool:
-  return character.isascii() and character.isalnum()
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-  """Stops Python's collector: lists of ids have no cycles, and walking through them over and over takes a tenth of the time."""
-  enabled = gc.isenabled()
-  gc.disable()
-  try:
-    yield
-  finally:
-    if enabled:
-      gc.enable()
-
-
-def _numbers(tokens: str) -> list[int]:
-  ids = array.array('I' if array.array('I').itemsize == 4 else 'L')
-  ids.frombytes(tokens.encode(f'utf-32-{sys.byteorder[0]}e', 'surrogatepass'))
-  return ids.tolist()
-
-
-def _any(members: list[bool]) -> str:
-  """A regular expression that matches one token whose entry in `members` is true."""
-  ranges = []
-  for joins, group in itertools.groupby(enumerate(members), lambda item: item[1]):
-    if joins:
-      tokens = [token for token, _ in group]
-      ranges.append(f'{re.escape(chr(tokens[0]))}-{re.escape(chr(tokens[-1]))}')
-  return f'[{"".join(ranges)}]' if ranges else '(?!.).'
-
-
-def _sentinels(path: str, index: dict[str, int]) -> tuple[int, ...]:
-  numbers = {int(match[1]): token for piece, token in index.items() if (match := _SENTINEL.fullmatch(piece))}
-  for number in range(max(len(numbers), 1)):
-    if number not in numbers:
-      raise ConfigError(f'{path}: sentinel <s_{number}> is missing; {len(numbers)} are there, expected <s_0>, <s_1> ... '
-                        'without a gap.')
-  return tuple(numbers[number] for number in range(len(numbers)))
-
-
-def _read_pieces(path: str) -> list[str]:
-  content = read(path)
-  try:
-    text = content.decode('utf-8')
-  except UnicodeDecodeError as error:
-    line = content.count(b'\n', 0, error.start) + 1
-    raise ConfigError(f'{path}:{line}: not UTF-8; expected one piece a line. Check TaskConfig.vocabulary.') from None
-  text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as some editors save it
-  pieces = text.removesuffix('\n').split('\n')  # not splitlines(): a piece may be another kind of line break
-  seen: dict[str, int] = {}
-  for number, piece in enumerate(pieces, 1):
-    if not piece:
-      raise ConfigError(f'{path}:{number}: an empty line; expected one piece a line.')
-    if piece in seen:
-      raise ConfigError(f'{path}:{number}: the piece {piece!r} stands in line {seen[piece]} too.')
-    seen[piece] = number
-  return pieces

@@ -10,6 +10,24 @@ from t5x_cpm.vocabularies import word_cut
 from t5x_cpm.vocabularies.base import MARKS, SPECIALS, UNMARKS, Vocabulary, no_options, read
 
 
+def _encode(model: Any, text: str) -> list[int]:
+  try:
+    return model.encode(text)
+  except (UnicodeEncodeError, RuntimeError):  # half of a surrogate pair; which error depends on SentencePiece's version
+    return model.encode(text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace'))
+
+
+def _sentencepiece(path: str) -> Any:
+  import sentencepiece
+
+  model = sentencepiece.SentencePieceProcessor()
+  try:
+    model.load_from_serialized_proto(read(path))
+  except RuntimeError:
+    raise ConfigError(f'{path} is not a SentencePiece model. Check TaskConfig.vocabulary.') from None
+  return model
+
+
 class Cpm1(Vocabulary):
   """The vocabulary of CPM-1: jieba's words, joined with spaces, in SentencePiece. CPM-1 is decoder-only: no sentinels."""
 
@@ -93,21 +111,3 @@ class SentencePiece(Vocabulary):
     if token in self._sentinel_number:
       return f'<extra_id_{self._sentinel_number[token]}>'
     return self._model.id_to_piece(token)
-
-
-def _encode(model: Any, text: str) -> list[int]:
-  try:
-    return model.encode(text)
-  except (UnicodeEncodeError, RuntimeError):  # half of a surrogate pair; which error depends on SentencePiece's version
-    return model.encode(text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace'))
-
-
-def _sentencepiece(path: str) -> Any:
-  import sentencepiece
-
-  model = sentencepiece.SentencePieceProcessor()
-  try:
-    model.load_from_serialized_proto(read(path))
-  except RuntimeError:
-    raise ConfigError(f'{path} is not a SentencePiece model. Check TaskConfig.vocabulary.') from None
-  return model

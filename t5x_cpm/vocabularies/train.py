@@ -32,6 +32,15 @@ def count_words(documents: Iterator[str]) -> collections.Counter[str]:
   return counts
 
 
+def _usage(segmented: dict[str, list[str]], counts: collections.Counter[str]) -> collections.Counter[str]:
+  used: collections.Counter[str] = collections.Counter()
+  for word, pieces in segmented.items():
+    for place, piece in enumerate(pieces):
+      is_chinese = any('\u4e00' <= character <= '\u9fff' for character in piece)
+      used[piece if place == 0 or is_chinese else f'##{piece}'] += counts[word]
+  return used
+
+
 def unigram_pieces(counts: collections.Counter[str], size: int) -> collections.Counter[str]:
   """How often each piece of a SentencePiece unigram model is used in the words.
 
@@ -59,15 +68,6 @@ def unigram_pieces(counts: collections.Counter[str], size: int) -> collections.C
   used = _usage(segmented | whole, counts)
   for special in SPECIALS:
     del used[special]
-  return used
-
-
-def _usage(segmented: dict[str, list[str]], counts: collections.Counter[str]) -> collections.Counter[str]:
-  used: collections.Counter[str] = collections.Counter()
-  for word, pieces in segmented.items():
-    for place, piece in enumerate(pieces):
-      is_chinese = any('\u4e00' <= character <= '\u9fff' for character in piece)
-      used[piece if place == 0 or is_chinese else f'##{piece}'] += counts[word]
   return used
 
 

@@ -43,20 +43,6 @@ _NAME_CHARACTERS = frozenset('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 _LONGEST_UNLIKELY_WORD = 3
 
 
-def cut(text: str) -> Iterator[list[str]]:
-  """Cuts a text of any length into words, one list for each part of it; the words joined are the text."""
-  for chunk in _chunks(text):
-    if _ALONE.search(chunk):
-      yield [word for i, part in enumerate(_ALONE.split(chunk)) for word in ([part] if i % 2 else _cut(part))]
-    else:
-      yield _cut(chunk)
-
-
-def lcut(text: str) -> list[str]:
-  """The words of a text, as ``jieba.lcut`` gives them."""
-  return [word for words in cut(text) for word in words]
-
-
 def _chunks(text: str) -> Iterator[str]:
   start = 0
   while len(text) - start > _CHUNK:
@@ -81,64 +67,6 @@ def _load_dictionary() -> tuple[Any, Any]:
 def _dictionary() -> tuple[Any, Any]:
   with _loading:  # two threads that come first at once would both change it
     return _load_dictionary()
-
-
-def _cut(text: str) -> list[str]:
-  most_probable, in_dictionary = _dictionary()
-  words = most_probable(text, False)
-  if not words:
-    return words
-  joined = '\0' + '\0'.join(words) + '\0'
-  if not joined.isascii():
-    joined = _cut_single_characters(joined, in_dictionary)
-  return _cut_not_chinese(joined)[1:-1].split('\0')
-
-
-def _cut_not_chinese(joined: str) -> str:
-  """Step 4, on words with a NUL before, between and after them."""
-  out: list[str] = []
-  done = 0
-  for match in _NOT_AS_JIEBA.finditer(joined):
-    start, end = match.span()
-    if start < done:
-      continue
-    while start > done and joined[start - 1] in _NAME_CHARACTERS:
-      start -= 1
-    if start > done and joined[start] != '\0' != joined[start - 1]:  # inside a word that begins in Chinese
-      start = joined.index('\0', start)
-    while end < len(joined) and joined[end] in _NAME_CHARACTERS:
-      end += 1
-    out += joined[done:start], _NOT_CHINESE.sub(_cut_names, joined[start:end])
-    done = end
-  return ''.join([*out, joined[done:]]) if out else joined
-
-
-def _cut_names(match: re.Match[str]) -> str:
-  words = _NAME_OR_NUMBER.split(match.group().replace('\0', ''))
-  return '\0'.join([word for word in words if word]) + '\0'
-
-
-def _cut_single_characters(joined: str, in_dictionary: Any) -> str:
-  """Step 3, on words with a NUL before, between and after them."""
-  import numpy as np
-  codes = np.frombuffer(joined.encode('utf-16-le'), np.uint16)
-  chinese = (codes[1:-1] >= 0x4e00) & (codes[1:-1] <= 0x9fd5) & (codes[:-2] == 0) & (codes[2:] == 0)
-  where = np.flatnonzero(chinese) + 1  # words that are one Chinese character
-  first = np.flatnonzero(np.diff(where, prepend=-2) != 2)  # of these, the first of each neighbourhood
-  lengths = np.diff(first, append=len(where))
-  first, lengths = first[lengths > 1], lengths[lengths > 1]
-  if not len(first):
-    return joined
-  characters = codes[where]
-  text = characters.tobytes().decode('utf-16-le')
-  for_model = np.ones(len(first), bool)
-  for i in np.flatnonzero(lengths <= _LONGEST_UNLIKELY_WORD).tolist():
-    start, end = first[i], first[i] + lengths[i]
-    if in_dictionary(text[start:end]):
-      for_model[i] = _is_left_over(codes, where[start] - 2, -1) or _is_left_over(codes, where[end - 1] + 2, 1)
-  keep = np.ones(len(codes), bool)
-  keep[where + 1] = _word_ends(characters, first[for_model], lengths[for_model])
-  return codes[keep].tobytes().decode('utf-16-le')
 
 
 def _is_left_over(codes: Any, position: int, step: int) -> bool:
@@ -231,3 +159,75 @@ def _word_ends(characters: Any, first: Any, lengths: Any) -> Any:
     if t:
       state[:rows] = previous[second_wins[t - 1][now, np.arange(rows)].astype(np.intp), now]
   return ends
+
+
+def _cut_single_characters(joined: str, in_dictionary: Any) -> str:
+  """Step 3, on words with a NUL before, between and after them."""
+  import numpy as np
+  codes = np.frombuffer(joined.encode('utf-16-le'), np.uint16)
+  chinese = (codes[1:-1] >= 0x4e00) & (codes[1:-1] <= 0x9fd5) & (codes[:-2] == 0) & (codes[2:] == 0)
+  where = np.flatnonzero(chinese) + 1  # words that are one Chinese character
+  first = np.flatnonzero(np.diff(where, prepend=-2) != 2)  # of these, the first of each neighbourhood
+  lengths = np.diff(first, append=len(where))
+  first, lengths = first[lengths > 1], lengths[lengths > 1]
+  if not len(first):
+    return joined
+  characters = codes[where]
+  text = characters.tobytes().decode('utf-16-le')
+  for_model = np.ones(len(first), bool)
+  for i in np.flatnonzero(lengths <= _LONGEST_UNLIKELY_WORD).tolist():
+    start, end = first[i], first[i] + lengths[i]
+    if in_dictionary(text[start:end]):
+      for_model[i] = _is_left_over(codes, where[start] - 2, -1) or _is_left_over(codes, where[end - 1] + 2, 1)
+  keep = np.ones(len(codes), bool)
+  keep[where + 1] = _word_ends(characters, first[for_model], lengths[for_model])
+  return codes[keep].tobytes().decode('utf-16-le')
+
+
+def _cut_names(match: re.Match[str]) -> str:
+  words = _NAME_OR_NUMBER.split(match.group().replace('\0', ''))
+  return '\0'.join([word for word in words if word]) + '\0'
+
+
+def _cut_not_chinese(joined: str) -> str:
+  """Step 4, on words with a NUL before, between and after them."""
+  out: list[str] = []
+  done = 0
+  for match in _NOT_AS_JIEBA.finditer(joined):
+    start, end = match.span()
+    if start < done:
+      continue
+    while start > done and joined[start - 1] in _NAME_CHARACTERS:
+      start -= 1
+    if start > done and joined[start] != '\0' != joined[start - 1]:  # inside a word that begins in Chinese
+      start = joined.index('\0', start)
+    while end < len(joined) and joined[end] in _NAME_CHARACTERS:
+      end += 1
+    out += joined[done:start], _NOT_CHINESE.sub(_cut_names, joined[start:end])
+    done = end
+  return ''.join([*out, joined[done:]]) if out else joined
+
+
+def _cut(text: str) -> list[str]:
+  most_probable, in_dictionary = _dictionary()
+  words = most_probable(text, False)
+  if not words:
+    return words
+  joined = '\0' + '\0'.join(words) + '\0'
+  if not joined.isascii():
+    joined = _cut_single_characters(joined, in_dictionary)
+  return _cut_not_chinese(joined)[1:-1].split('\0')
+
+
+def cut(text: str) -> Iterator[list[str]]:
+  """Cuts a text of any length into words, one list for each part of it; the words joined are the text."""
+  for chunk in _chunks(text):
+    if _ALONE.search(chunk):
+      yield [word for i, part in enumerate(_ALONE.split(chunk)) for word in ([part] if i % 2 else _cut(part))]
+    else:
+      yield _cut(chunk)
+
+
+def lcut(text: str) -> list[str]:
+  """The words of a text, as ``jieba.lcut`` gives them."""
+  return [word for words in cut(text) for word in words]
