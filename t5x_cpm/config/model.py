@@ -23,7 +23,7 @@ class MoEConfig:
   top_k: int = 2  # experts of a token for 'top_k' and 'loss_free'; prototypes for 'prototypes'
   renormalise: bool = False  # for 'top_k' and 'loss_free': scale the weights of a token's experts to a sum of 1
   second_policy: str = 'random'  # which second experts 'top_2' keeps: 'all', 'none', 'threshold', 'random' (in training)
-  second_threshold: float = 0.2  # above this weight a second expert is kept; below it never ('threshold'), or at random ('random')
+  second_threshold: float = 0.2  # a second expert above it is kept; one below never ('threshold') or at random ('random')
   capacity_factor: float = 1.25  # in training an expert takes at most this many times its fair share of a group
   capacity_counts: str = 'tokens'  # fair share: tokens / experts ('tokens'), or that times experts of a token ('assignments')
   batch_prioritised: bool = False  # serve the most confident tokens of a group first; only in an encoder

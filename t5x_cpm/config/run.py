@@ -28,7 +28,7 @@ class MeshConfig:
   model: int = free(1)
   expert: int = free(1)
   sharding: str = free('none')
-  host_gib: float = free(0.0)  # GiB of a device's optimizer state, then weights, that its host holds; -1: all that can be
+  host_gib: float = free(0.0)  # GiB of a device's optimizer state, then weights, that its host holds; 0: none; -1: all
   slices: int = free(1)  # groups of devices joined by a slower network, such as TPU slices; they divide the axis `data`
   cpu_devices: int = free(0)  # run on the CPU as this many devices, to try a mesh; 0: use the devices that are there
 
@@ -51,8 +51,8 @@ class TaskConfig:
   name: str = 'quickstart'  # the task or mixture; `t5x_cpm tasks` lists them
   vocabulary: str = ''  # 'cpm2:FILE', 'cpm1:FILE', 'sentencepiece:FILE'; '' is the task's own
   objective: str = 'isolated'  # 'isolated', 'cpm2', 't5', or 'pairs' for tasks that have inputs and targets of their own
-  encoder_length: int = 512  # tokens of a row on the side of the encoder
-  decoder_length: int = 128  # tokens of a row on the side of the decoder
+  encoder_length: int = 512  # encoder tokens of a row, padding included
+  decoder_length: int = 128  # decoder tokens of a row, padding included
   noise_density: float = 0.15  # fraction of the tokens that span corruption masks
   mean_span_length: float = 3.0  # mean number of tokens in a masked span
   cache_dir: str = free('')  # folder of the caches; '' is $T5X_CPM_CACHE, or else ~/.cache/t5x_cpm
@@ -193,7 +193,7 @@ class CheckpointConfig:
 class ProcessesConfig:
   """How long a run of several processes waits for one of them until all stop. One that dies stops the others at once."""
 
-  start_seconds: float = free(300.0)  # within which all processes must have joined
+  start_seconds: float = free(300.0)  # within which all processes must have come
   silent_seconds: float = free(60.0)  # without a sign of life from a process: it is frozen, or its network is down
   behind_seconds: float = free(600.0)  # that a process stays at an earlier step than the others: it hangs
 
@@ -209,7 +209,7 @@ class MetricsConfig:
 
   every: int = free(10)  # steps between lines of metrics
   tensorboard: bool = free(True)  # write event files for TensorBoard
-  wandb_project: str = free('')  # '' is off; needs the wandb package
+  wandb_project: str = free('')  # project at Weights & Biases; '' is off; needs the wandb package
   profile_start: int = free(-1)  # first step that the profiler records; -1 is none
   profile_steps: int = free(5)  # how many steps it records
   peak_flops: float = free(0.0)  # FLOP/s of one device, for MFU; 0: looked up by its kind, or measured on CPU
@@ -254,7 +254,7 @@ class InferConfig:
   truncate: bool = free(False)  # cut off the end of an input that is too long, instead of refusing it
   text_field: str = free('text')  # in .jsonl: the field with the input
   skip_malformed: bool = free(False)  # leave a bad line unanswered instead of refusing the file
-  domain: int = free(0)  # for router 'domain': the number, in the model's mixture, of the task that inputs count as
+  domain: int = free(0)  # for router 'domain': the number, in its mixture, of the task that inputs and other tasks count as
 
   def validate(self) -> None:
     in_range(self, 'batch_size', 1)
