@@ -1,6 +1,6 @@
 """Look-up tables of the reader: made once from a cache, stored beside it, and memory-mapped from then on.
 
-A table passes over the data in chunks, so that memory does not grow with it, and its files appear under their final names
+A table is made from the data in chunks, so that memory does not grow with it, and its files appear under their final names
 only when all of them are complete. `pieces`, `pairs` and `streams` say what is in the tables of each objective.
 """
 
@@ -15,7 +15,7 @@ from t5x_cpm import files
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import cache, objectives
 
-CHUNK = 1 << 21  # documents, or pieces of documents, that are looked at together
+CHUNK = 1 << 21  # documents, or pieces of documents, that are worked on together
 
 
 def _remove_abandoned(directory: pathlib.Path) -> None:
@@ -56,7 +56,7 @@ def store(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dic
       renamed when it has returned.
 
   Returns:
-    What `make` returned, now or when it was run earlier, as it comes back from JSON.
+    What `make` returned, now or in an earlier run, as it comes back from JSON.
 
   Raises:
     ConfigError: the folder cannot be written.
@@ -85,7 +85,7 @@ def sort_by_class(prefix: pathlib.Path, chunks: Callable[[], Iterator[tuple[np.n
 
   Args:
     prefix: what the name of the file begins with.
-    chunks: called twice; each time it gives the same chunks of (class [n], values [n, columns] int64).
+    chunks: called twice, and must give the same chunks of (class [n], values [n, columns] int64) both times.
     classes: how many classes there are.
     columns: how many numbers a value has.
 

@@ -29,7 +29,7 @@ def _sentencepiece(path: str) -> Any:
 
 
 class Cpm1(Vocabulary):
-  """The vocabulary of CPM-1: jieba's words, joined with spaces, in SentencePiece. CPM-1 is decoder-only: no sentinels."""
+  """The vocabulary of CPM-1: jieba's words, joined with spaces, in SentencePiece. CPM-1 is decoder-only, so no sentinels."""
 
   kind = 'cpm1'
 
@@ -46,7 +46,7 @@ class Cpm1(Vocabulary):
     self.sentinels = ()
 
   def encode(self, text: str) -> list[int]:
-    # Not word by word: SentencePiece adds up in 32 bits, so that the text before may decide between nearly equal ways.
+    # Not word by word: SentencePiece adds up scores in 32 bits, so that earlier text may decide between nearly equal ways.
     return _encode(self._model, ' '.join([' '.join(words) for words in word_cut.cut(text.translate(MARKS))]))
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -93,7 +93,7 @@ class SentencePiece(Vocabulary):
   def encode(self, text: str) -> list[int]:
     ids = _encode(self._model, text)
     if not self._sentinel_number.keys().isdisjoint(ids):  # the text has '<extra_id_0>' in it
-      return [token for part in re.split('(?<=<)(?=extra_id_)', text) for token in _encode(self._model, part)]
+      return [token for chunk in re.split('(?<=<)(?=extra_id_)', text) for token in _encode(self._model, chunk)]
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:

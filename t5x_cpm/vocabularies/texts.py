@@ -1,4 +1,4 @@
-"""The text that a vocabulary is trained on or measured with."""
+"""Reads the text that a vocabulary is trained on or measured with."""
 
 import glob
 import gzip
@@ -26,14 +26,14 @@ def _read_file(path: str, field: str) -> Iterator[str]:
 
 
 def read(patterns: Sequence[str], field: str) -> Iterator[str]:
-  """The lines of all files, or the text fields of .jsonl; .gz is read through.
+  """The lines of all files, or the text fields of .jsonl; .gz is decompressed.
 
   Args:
     patterns: globs of .txt, .tsv or .jsonl files.
-    field: of each object of .jsonl.
+    field: the field of .jsonl with the text.
 
   Raises:
-    ConfigError: a glob without files, or a file that is no UTF-8 text, or no JSON with such a field.
+    ConfigError: a glob without files, or a file that is not UTF-8 text, or not JSON with such a field.
   """
   for pattern in patterns:
     paths = sorted(glob.glob(pattern, recursive=True))
