@@ -1,9 +1,9 @@
 """Where data comes from: a table of tasks, and SeqIO objects made from it when they are asked for.
 
-`get` makes the seqio.Task or seqio.Mixture that a configuration names, `tokens` what its cache is made from, and `caches` makes
-the cache. Tasks that other modules registered with SeqIO are found by name too. Nothing here knows how tokens become batches.
-Importing the package imports neither TensorFlow nor SeqIO, because listing tasks, naming a cache and refusing an unknown name
-need neither.
+`get` makes the seqio.Task or seqio.Mixture that a configuration names, `tokens` gives what its cache is made from, and `caches`
+makes the cache. Tasks that other modules registered with SeqIO are found by name too. Nothing here knows how tokens become
+batches. Importing the package imports neither TensorFlow nor SeqIO, because listing tasks, naming a cache and refusing an
+unknown name need neither.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from t5x_cpm.tasks.table import MixtureRow, Row
 ROWS: dict[str, Row | MixtureRow] = {row.name: row for row in (*quickstart.ROWS, *pretrain.ROWS)}
 _FREE = {'local': 'your own .txt or .jsonl files: LocalTaskConfig.files is a glob, or a dict of globs for a mixture',
          'tfds:BUILDER': 'text of any TFDS builder, e.g. tfds:wiki40b/zh-cn; tfds:c4/multilingual@zh for split zh'}
-_MADE = re.compile('__[0-9a-f]{8}$')  # ends the SeqIO names of the tasks of these tables
+_MADE = re.compile('__[0-9a-f]{8}$')  # ends the SeqIO name of a task of these tables
 _modules: dict[str, str] = {}  # modules that register tasks -> a digest of their code
 
 
 def _registered() -> set[str]:
-  seqio = sys.modules.get('seqio')  # nobody can have registered a task without importing it
+  seqio = sys.modules.get('seqio')  # without importing it, nobody can have registered a task
   return set() if seqio is None else {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
@@ -60,13 +60,13 @@ def _code(name: str) -> str:
 
 
 def remember_modules(names: list[str]) -> None:
-  """Remembers modules that register tasks with SeqIO, so that the processes that make a cache can import them as well."""
+  """Remembers modules that register tasks with SeqIO, for the processes that make a cache to import as well."""
   for name in names:
     _modules.setdefault(name, _code(name))
 
 
 def imported() -> list[str]:
-  """The modules that `remember_modules` was told."""
+  """The modules that `remember_modules` has remembered."""
   return list(_modules)
 
 
@@ -106,7 +106,7 @@ def in_any_process(config: Config) -> bool:
 
 
 def _absolute(path: str) -> str:
-  """An absolute path, so that the same words in another folder name another cache."""
+  """An absolute path, so that the same relative path in another folder names another cache."""
   return path if '://' in path else os.path.abspath(os.path.expanduser(path))
 
 
@@ -114,12 +114,12 @@ def get(config: Config) -> Any:
   """Makes the seqio.Task or seqio.Mixture that `config.task` names. Imports TensorFlow, from which GPUs are hidden.
 
   Raises:
-    ConfigError: there is no such task (the message has near names), no vocabulary, or no file.
+    ConfigError: there is no such task (the message has similar names), no vocabulary, or no file.
   """
   row = _row(config)
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
-  source = _documents(row, config) if isinstance(row, Row) else None  # before TensorFlow, so that a wrong glob is told at once
+  source = _documents(row, config) if isinstance(row, Row) else None  # before TensorFlow: a wrong glob is reported at once
   from t5x_cpm.tasks import make
   if row is None:
     return make.registered(config.task.name)
@@ -145,8 +145,8 @@ def vocabulary(config: Config) -> vocabularies.Vocabulary:
 def identity(config: Config) -> dict:
   """What determines the tokens of a task; the name of its cache is a hash of this.
 
-  The text of files does not belong to it, because `caches.stale` looks at that. The code of other modules does, because nothing
-  else is known about their tasks.
+  The text of files is not part of it, because `caches.stale` watches that. The code of other modules is, because nothing else
+  is known about their tasks.
 
   Raises:
     ConfigError: an unknown name.
@@ -161,7 +161,7 @@ def identity(config: Config) -> dict:
     result['rates'] = _rates(row, config)
     result['parts'] = [identity(_named(config, name)) for name in result['rates']]
   elif row is not None and row.kind == 'local':
-    own = dataclasses.asdict(local.part(config.task.name, config.local_task))
+    own = dataclasses.asdict(local.own_config(config.task.name, config.local_task))
     own |= {field: _absolute(own[field]) for field in ('files', 'validation_files') if own[field]}
     result |= {'local': own, 'pairs': config.task.objective == 'pairs'}
   elif row is None:
@@ -170,7 +170,7 @@ def identity(config: Config) -> dict:
 
 
 def parts(config: Config) -> dict[str, float] | None:
-  """The tasks of a mixture with their rates; None for a task. Imports TensorFlow only for what other modules registered."""
+  """The rate of each task of a mixture; None for a task. Imports TensorFlow only for what other modules registered."""
   row = _row(config)
   if row is not None:
     return _rates(row, config) if isinstance(row, MixtureRow) else None
@@ -181,7 +181,7 @@ def parts(config: Config) -> dict[str, float] | None:
 def tokens(config: Config) -> Source:
   """What the cache of a task is made from.
 
-  Documents of quickstart and local tasks are tokenized without TensorFlow, others by running their SeqIO task.
+  Documents of quickstart and local tasks are tokenized without TensorFlow, those of others by running their SeqIO task.
   """
   row = _row(config)
   source = _documents(row, config) if isinstance(row, Row) else None

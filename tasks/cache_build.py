@@ -1,6 +1,6 @@
-"""How a cache is made: a plan of units, each unit by itself, then one file of each kind.
+"""How a cache is made: first a plan of units, then each unit by itself, and last one file of each kind.
 
-A build that was killed goes on with the units that are missing. How many units there are depends on the source alone, so that
+A build that was killed continues with the units that are missing. How many units there are depends on the source alone, so that
 a cache has the same content whatever the number of processes.
 """
 
@@ -58,7 +58,7 @@ def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
 
 
 def _join(path: pathlib.Path, units: list[Unit], features: list[str]) -> tuple[dict[str, dict], str]:
-  """Appends the files of the units to one file of each kind. Returns what cache.json says about splits, and the checksum."""
+  """Joins the files of the units into one of each kind. Returns what cache.json says about the splits, and the checksum."""
   facts = {unit: unit.facts(path) for unit in units}
   splits: dict[str, dict] = {}
   for split in dict.fromkeys(unit.split for unit in units):
@@ -66,8 +66,8 @@ def _join(path: pathlib.Path, units: list[Unit], features: list[str]) -> tuple[d
     for file in (f'{feature}.{kind}' for feature in features for kind in cache_units.KINDS):
       with files.replacing(path / f'{split}.{file}') as whole:
         for unit in mine:
-          with open(path / f'{unit.name}.{file}', 'rb') as part:
-            shutil.copyfileobj(part, whole, 1 << 22)
+          with open(path / f'{unit.name}.{file}', 'rb') as own:
+            shutil.copyfileobj(own, whole, 1 << 22)
     skipped: collections.Counter = collections.Counter()
     for unit in mine:
       skipped.update(facts[unit]['skipped'])
@@ -93,9 +93,9 @@ def build(config: Config, path: pathlib.Path, source: Source, vocabulary: Vocabu
     config: the configuration of the run.
     path: the folder of the cache; no other process works there.
     source: the documents.
-    vocabulary: what makes the tokens.
-    described: what cache.json says about the source. A build that was interrupted goes on only if it is the same.
-    progress: show it on stderr.
+    vocabulary: makes the tokens.
+    described: what cache.json says about the source. An interrupted build continues only if this is the same.
+    progress: whether to show it on stderr.
 
   Raises:
     ConfigError: the task has neither a split train nor validation.

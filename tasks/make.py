@@ -14,7 +14,7 @@ from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.tasks import documents, metrics, pretrain, seqio_vocabulary, sources
 from t5x_cpm.tasks.table import Row
 
-MOST_SHARDS = 512  # of a split, while a cache is made
+MOST_SHARDS = 512  # the most shards of a split that a cache is made of
 
 
 def _seqio_name(name: str, version: Any) -> str:
@@ -64,12 +64,12 @@ def _tfds_source(row: Row) -> tuple[seqio.DataSource, list[Callable]]:
 
 
 def task(row: Row, source: documents.Documents | None, vocabulary: vocabularies.Vocabulary) -> seqio.Task:
-  """Makes the SeqIO task of a row: source -> text features -> ids, without the end of document, which the objective adds.
+  """Makes the SeqIO task of a row: source -> text features -> ids, without an end of document, which the objective adds.
 
   Args:
     row: a row of a table.
     source: its documents; None if they come from TFDS.
-    vocabulary: what makes the ids.
+    vocabulary: makes the ids.
   """
   if source is None:
     data, preprocessors = _tfds_source(row)
@@ -86,9 +86,9 @@ def task(row: Row, source: documents.Documents | None, vocabulary: vocabularies.
   return made
 
 
-def mixture(name: str, parts: Sequence[tuple[seqio.Task, float]]) -> seqio.Mixture:
-  """Makes a SeqIO mixture of tasks that have been made."""
-  return seqio.Mixture(_seqio_name(name, '+'.join(part.name for part, _ in parts)), [(part.name, rate) for part, rate in parts])
+def mixture(name: str, tasks: Sequence[tuple[seqio.Task, float]]) -> seqio.Mixture:
+  """Makes a SeqIO mixture of tasks that have been made, each with its rate."""
+  return seqio.Mixture(_seqio_name(name, '+'.join(made.name for made, _ in tasks)), [(made.name, rate) for made, rate in tasks])
 
 
 def registered(name: str) -> Any:
@@ -100,7 +100,7 @@ def vocabulary_of(provider: Any, config: Config) -> vocabularies.Vocabulary:
   """The vocabulary of a task that another module registered.
 
   Raises:
-    ConfigError: it is of a kind that t5x_cpm does not know, or is not TaskConfig.vocabulary.
+    ConfigError: it is of a kind that t5x_cpm does not know, or differs from TaskConfig.vocabulary.
   """
   name = config.task.name
   theirs = provider.output_features['targets'].vocabulary
@@ -146,10 +146,10 @@ class TaskTokens:
 
   def tokens(self, split: str, shard: int, vocabulary: vocabularies.Vocabulary,
              skipped: collections.Counter) -> Iterator[list[documents.Side]]:
-    """The tokens of a shard, by batches: for each feature the flat ids and the lengths, without end of sequence."""
+    """The tokens of a shard in batches: for each feature the flat ids and the lengths, without end of sequence."""
     del skipped
     shards = self.shards[split]
-    tf.random.set_seed(0)  # for preprocessors that draw; a FunctionDataSource may not take a seed
+    tf.random.set_seed(0)  # for preprocessors that draw random numbers; a FunctionDataSource may not take a seed
     seed = None if isinstance(self.task.source, seqio.FunctionDataSource) else 0
     dataset = self.task.get_dataset(None, split, shuffle=False, seed=seed, trim_output_features=False,
                                     shard_info=seqio.ShardInfo(shard, shards) if shards > 1 else None)

@@ -1,4 +1,4 @@
-"""The tasks that ship with the project: a small bilingual corpus, and stories in which there is something to learn."""
+"""The tasks that ship with the project: a small bilingual corpus, and generated stories from which a model can learn."""
 
 import os
 import pathlib
