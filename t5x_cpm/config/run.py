@@ -28,7 +28,7 @@ class MeshConfig:
   model: int = free(1)
   expert: int = free(1)
   sharding: str = free('none')
-  host_gib: float = free(0.0)  # GiB of a device's optimizer state, then weights, that its host holds; 0: none; -1: all
+  host_gib: float = free(0.0)  # GiB of a device's optimizer state, then weights, that its host holds; 0: none; -1: all it can
   slices: int = free(1)  # groups of devices joined by a slower network, such as TPU slices; they divide the axis `data`
   cpu_devices: int = free(0)  # run on the CPU as this many devices, to try a mesh; 0: use the devices that are there
 
