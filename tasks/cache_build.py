@@ -1,6 +1,6 @@
-"""How a cache is made: a plan of units, each unit by itself, then one file of each kind.
+"""How a cache is made: first a plan of units, then each unit by itself, and last one file of each kind.
 
-A build that was killed goes on with the units that are missing. How many units there are depends on the source alone, so that
+A build that was killed continues with the units that are missing. How many units there are depends on the source alone, so that
 a cache has the same content whatever the number of processes.
 """
 
@@ -40,6 +40,51 @@ class _Report:
       self.progress.close()
 
 
+def _cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
+  old = path / 'plan.json'
+  if old.is_file() and json.loads(old.read_text()) == plan:
+    finished = sum((path / f'{name}.json').is_file() for name in plan['units'])
+    print(f'Continuing the cache {path}: {finished} of {len(plan["units"])} shards are there.', file=sys.stderr)
+    return
+  if path.exists():
+    print(f'Starting the cache {path} again: its sources changed while it was unfinished.', file=sys.stderr)
+    shutil.rmtree(path)
+  path.mkdir(parents=True)
+  files.write_json(old, plan)
+
+
+def _join(path: pathlib.Path, units: list[Unit], features: list[str]) -> tuple[dict[str, dict], str]:
+  """Joins the files of the units into one of each kind. Returns what cache.json says about the splits, and the checksum."""
+  facts = {unit: unit.facts(path) for unit in units}
+  splits: dict[str, dict] = {}
+  for split in dict.fromkeys(unit.split for unit in units):
+    mine = [unit for unit in units if unit.split == split]
+    for file in (f'{feature}.{kind}' for feature in features for kind in cache_units.KINDS):
+      with files.replacing(path / f'{split}.{file}') as whole:
+        for unit in mine:
+          with open(path / f'{unit.name}.{file}', 'rb') as own:
+            shutil.copyfileobj(own, whole, 1 << 22)
+    skipped: collections.Counter = collections.Counter()
+    for unit in mine:
+      skipped.update(facts[unit]['skipped'])
+    splits[split] = {'documents': sum(facts[unit].get('documents', 0) for unit in mine),
+                     'tokens': {feature: sum(facts[unit].get(feature, 0) for unit in mine) for feature in features},
+                     'skipped': {reason: count for reason, count in skipped.items() if count}}
+  digests = json.dumps([(unit.name, facts[unit]['digest']) for unit in units])
+  return splits, hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
+
+
+def _clean(path: pathlib.Path) -> None:
+  """Removes the plan, the files of units, and what a build that was killed left unfinished."""
+  for pattern in ('*-of-*', '.*.tmp*', 'plan.json'):
+    for file in path.glob(pattern):
+      file.unlink()
+
+
 def build(config: Config, path: pathlib.Path, source: Source, vocabulary: Vocabulary, described: dict, *,
           progress: bool) -> None:
   """Makes the cache of one task.
@@ -48,9 +93,9 @@ def build(config: Config, path: pathlib.Path, source: Source, vocabulary: Vocabu
     config: the configuration of the run.
     path: the folder of the cache; no other process works there.
     source: the documents.
-    vocabulary: what makes the tokens.
-    described: what cache.json says about the source. A build that was interrupted goes on only if it is the same.
-    progress: show it on stderr.
+    vocabulary: makes the tokens.
+    described: what cache.json says about the source. An interrupted build continues only if this is the same.
+    progress: whether to show it on stderr.
 
   Raises:
     ConfigError: the task has neither a split train nor validation.
@@ -75,48 +120,3 @@ def build(config: Config, path: pathlib.Path, source: Source, vocabulary: Vocabu
   splits, checksum = _join(path, units, source.features)
   cache.finish(path, name, vocabulary, splits, source.features, checksum, described)
   _clean(path)
-
-
-def _cores() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
-  old = path / 'plan.json'
-  if old.is_file() and json.loads(old.read_text()) == plan:
-    finished = sum((path / f'{name}.json').is_file() for name in plan['units'])
-    print(f'Continuing the cache {path}: {finished} of {len(plan["units"])} shards are there.', file=sys.stderr)
-    return
-  if path.exists():
-    print(f'Starting the cache {path} again: its sources changed while it was unfinished.', file=sys.stderr)
-    shutil.rmtree(path)
-  path.mkdir(parents=True)
-  files.write_json(old, plan)
-
-
-def _join(path: pathlib.Path, units: list[Unit], features: list[str]) -> tuple[dict[str, dict], str]:
-  """Appends the files of the units to one file of each kind. Returns what cache.json says about splits, and the checksum."""
-  facts = {unit: unit.facts(path) for unit in units}
-  splits: dict[str, dict] = {}
-  for split in dict.fromkeys(unit.split for unit in units):
-    mine = [unit for unit in units if unit.split == split]
-    for file in (f'{feature}.{kind}' for feature in features for kind in cache_units.KINDS):
-      with files.replacing(path / f'{split}.{file}') as whole:
-        for unit in mine:
-          with open(path / f'{unit.name}.{file}', 'rb') as part:
-            shutil.copyfileobj(part, whole, 1 << 22)
-    skipped: collections.Counter = collections.Counter()
-    for unit in mine:
-      skipped.update(facts[unit]['skipped'])
-    splits[split] = {'documents': sum(facts[unit].get('documents', 0) for unit in mine),
-                     'tokens': {feature: sum(facts[unit].get(feature, 0) for unit in mine) for feature in features},
-                     'skipped': {reason: count for reason, count in skipped.items() if count}}
-  digests = json.dumps([(unit.name, facts[unit]['digest']) for unit in units])
-  return splits, hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
-
-
-def _clean(path: pathlib.Path) -> None:
-  """Removes the plan, the files of units, and what a build that was killed left unfinished."""
-  for pattern in ('*-of-*', '.*.tmp*', 'plan.json'):
-    for file in path.glob(pattern):
-      file.unlink()

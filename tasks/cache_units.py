@@ -46,8 +46,8 @@ def write(source: Source, unit: Unit, path: pathlib.Path, vocabulary: Vocabulary
     source: the documents.
     unit: which of them.
     path: the folder of the cache.
-    vocabulary: what makes the tokens.
-    report: called with a number of documents whenever so many have been written.
+    vocabulary: makes the tokens.
+    report: called whenever documents have been written, with their number.
 
   Raises:
     DataError: a document that cannot be read.

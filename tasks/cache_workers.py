@@ -1,7 +1,7 @@
-"""Units of a cache in several processes, each of which runs this module and is given one unit after another.
+"""Writes the units of a cache in several processes. Each runs this module and is given one unit after another.
 
-A worker reads lines of JSON from its standard input: what the job is, then the units. It writes messages, lines of JSON too,
-to a pipe of its own, because a user's task may print. It ends when its input does, or when its parent is gone.
+A worker reads lines of JSON from its standard input: first the job, then the units. It writes messages, lines of JSON too, to
+a pipe of its own, because a user's task may print. It ends when its input ends, or when its parent is gone.
 """
 
 import collections
@@ -24,10 +24,18 @@ from t5x_cpm.data.cache import DataError
 from t5x_cpm.tasks import cache_units
 from t5x_cpm.tasks.cache_units import Unit
 
-_ERRORS = {'DataError': DataError, 'ConfigError': ConfigError}  # errors that stay what they are on their way here
+_ERRORS = {'DataError': DataError, 'ConfigError': ConfigError}  # errors of a worker that are raised here with their own type
 _SILENT = {'kind': 'RuntimeError', 'error': 'a cache worker ended without a message; was it killed for memory? Set '
            'TaskConfig.cache_processes to a smaller number.'}
 _Messages = queue.Queue[tuple[subprocess.Popen, dict[str, Any]]]
+
+
+def _listen(process: subprocess.Popen, read_end: int, messages: _Messages) -> None:
+  with os.fdopen(read_end) as lines:
+    for line in lines:
+      messages.put((process, json.loads(line)))
+  if process.stdin and not process.stdin.closed:
+    messages.put((process, _SILENT))
 
 
 def _start(job: str, messages: _Messages) -> subprocess.Popen:
@@ -42,14 +50,6 @@ def _start(job: str, messages: _Messages) -> subprocess.Popen:
   assert process.stdin
   process.stdin.write(job + '\n')
   return process
-
-
-def _listen(process: subprocess.Popen, read_end: int, messages: _Messages) -> None:
-  with os.fdopen(read_end) as lines:
-    for line in lines:
-      messages.put((process, json.loads(line)))
-  if process.stdin and not process.stdin.closed:
-    messages.put((process, _SILENT))
 
 
 def _assign(process: subprocess.Popen, waiting: collections.deque[Unit]) -> None:
@@ -70,11 +70,11 @@ def run(config: Config, path: pathlib.Path, units: list[Unit], processes: int, r
     path: the folder of the cache.
     units: what to write.
     processes: how many workers to start.
-    report: called with a number of documents that were written, and whether a unit was finished.
+    report: called with the number of documents just written, and whether that finished a unit.
 
   Raises:
     DataError, ConfigError: as in the worker.
-    RuntimeError: any other error of a worker, with its traceback, or its sudden end.
+    RuntimeError: any other error of a worker, usually with its traceback, or its sudden end.
   """
   job = json.dumps({'config': config_lib.to_dict(config), 'path': str(path.resolve()), 'imports': tasks.imported()})
   waiting = collections.deque(units)
@@ -120,7 +120,7 @@ def _work(messages: TextIO) -> None:
       send(documents=0, finished=True)
   except (ValueError, OSError) as error:
     send(error=str(error), kind=type(error).__name__)
-  except Exception:  # of a user's own task, say
+  except Exception:  # such as one of a user's own task
     send(error=traceback.format_exc(), kind='RuntimeError')
 
 

@@ -1,4 +1,4 @@
-"""The caches of tasks: where they lie, whether they are up to date, and making those that are not."""
+"""The caches of tasks: where they lie, whether they are up to date, and how those that are not get made."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def directory(config: Config) -> pathlib.Path:
 
 
 def _file_states(paths: Iterable[str]) -> list[list]:
-  """[path, bytes, time of change in ns] of each file, by which an edit is noticed."""
+  """[path, bytes, time of last change in ns] of each file, which reveal an edit."""
   states = []
   for path in sorted({os.path.abspath(path) for path in paths}):
     status = os.stat(path)
@@ -49,7 +49,7 @@ def describe_source(source: Source, vocabulary: Vocabulary) -> dict:
 
 
 def stale(path: pathlib.Path) -> str | None:
-  """Why a complete cache must be made again, or None. A cache whose sources are all gone stays good."""
+  """Why a complete cache must be made again; None if it is up to date. One whose sources are all gone stays valid."""
   info = json.loads((path / 'cache.json').read_text())
   if info['format'] != cache.FORMAT:
     return f'it has format {info["format"]}, expected {cache.FORMAT}'
@@ -81,7 +81,7 @@ def is_ready(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-  """Waits until no other process makes this cache, and keeps others from it."""
+  """Waits until no other process makes this cache, and keeps others from making it."""
   with contextlib.ExitStack() as held:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,18 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def _build_task(config: Config, path: pathlib.Path, progress: bool) -> None:
+  if (path / 'cache.json').is_file():
+    print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)
+    shutil.rmtree(path)
+  try:
+    source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
+    cache_build.build(config, path, source, vocabulary, describe_source(source, vocabulary), progress=progress)
+  except OSError as error:
+    raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}. Set TaskConfig.cache_dir or '
+                      '$T5X_CPM_CACHE to a folder with more room.') from error
+
+
 def build(config: Config, *, progress: bool = True) -> pathlib.Path:
   """Makes the cache of `config.task`, or of every task of a mixture, unless it is there.
 
@@ -99,13 +111,13 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
 
   Args:
     config: `task` and, for the task named 'local', `local_task` are read.
-    progress: show documents per second and the time left on stderr.
+    progress: whether to show documents per second and the time left on stderr.
 
   Returns:
     The folder of the cache.
 
   Raises:
-    ConfigError: unknown task, no file, folder that cannot be written.
+    ConfigError: an unknown task, no file, or a folder that cannot be written.
     DataError: a document that cannot be read, with its file and line.
   """
   path = directory(config)
@@ -120,19 +132,7 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
     else:
       built = []
       for name, rate in rates.items():
-        part = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
-        built.append((name, rate, build(part, progress=progress)))
+        own = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
+        built.append((name, rate, build(own, progress=progress)))
       cache.finish_mixture(path, config.task.name, built)
   return path
-
-
-def _build_task(config: Config, path: pathlib.Path, progress: bool) -> None:
-  if (path / 'cache.json').is_file():
-    print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)
-    shutil.rmtree(path)
-  try:
-    source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
-    cache_build.build(config, path, source, vocabulary, describe_source(source, vocabulary), progress=progress)
-  except OSError as error:
-    raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}. Set TaskConfig.cache_dir or '
-                      '$T5X_CPM_CACHE to a folder with more room.') from error

@@ -1,6 +1,6 @@
 """Documents that Python code reads without TensorFlow: those of quickstart and local tasks.
 
-A cache takes their tokens from here directly. For everything else `sources` wraps the same object as a SeqIO data source.
+A cache takes their tokens directly from here. For all other uses, `sources` wraps the same object as a SeqIO data source.
 """
 
 import collections
@@ -23,8 +23,8 @@ class Source(Protocol):
   Attributes:
     shards: how many shards each split has.
     features: the names of the texts, ['targets'] or ['inputs', 'targets'].
-    files: paths of what the documents are read from, so that changes are noticed.
-    patterns: globs of these files, so that new ones are noticed.
+    files: paths that the documents are read from, so that changes are noticed.
+    patterns: globs that these files match, so that new ones are noticed.
   """
 
   shards: dict[str, int]
@@ -33,7 +33,14 @@ class Source(Protocol):
   patterns: Sequence[str]
 
   def tokens(self, split: str, shard: int, vocabulary: Vocabulary, skipped: collections.Counter) -> Iterator[list[Side]]:
-    """The tokens of a shard, by batches: for each feature the flat ids and the lengths, without end of document."""
+    """The tokens of a shard in batches: for each feature the flat ids and the lengths, without end of document."""
+
+
+def encode(vocabulary: Vocabulary, texts: Sequence[str]) -> Side:
+  """The ids of some texts one after another, and how many each text has."""
+  ids: list[Any] = vocabulary.encode_batch(list(texts))
+  lengths = np.array([len(x) for x in ids], np.int64)
+  return np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
 class Documents:
@@ -51,19 +58,12 @@ class Documents:
     self.patterns: Sequence[str] = list(patterns)
 
   def texts(self, split: str, shards: Sequence[int], skipped: collections.Counter) -> Iterator[list[tuple[str, ...]]]:
-    """The documents of some shards, by batches."""
+    """The documents of some shards in batches."""
     every = itertools.chain.from_iterable(self.read(split, int(shard), skipped) for shard in shards)
     while block := list(itertools.islice(every, BATCH)):
       yield block
 
   def tokens(self, split: str, shard: int, vocabulary: Vocabulary, skipped: collections.Counter) -> Iterator[list[Side]]:
-    """The tokens of a shard, by batches: for each feature the flat ids and the lengths."""
+    """The tokens of a shard in batches: for each feature the flat ids and the lengths."""
     for block in self.texts(split, [shard], skipped):
       yield [encode(vocabulary, side) for side in zip(*block)]
-
-
-def encode(vocabulary: Vocabulary, texts: Sequence[str]) -> Side:
-  """Flat ids of some texts, and their lengths."""
-  ids: list[Any] = vocabulary.encode_batch(list(texts))
-  lengths = np.array([len(x) for x in ids], np.int64)
-  return np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths

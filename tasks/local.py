@@ -16,6 +16,11 @@ SUFFIXES = ('.txt', '.jsonl', '.txt.gz', '.jsonl.gz')
 _TEXT = 'your own files'
 
 
+def rates(config: LocalTaskConfig) -> dict[str, float]:
+  """The rate of each task 'local:NAME'; all equal where none are given."""
+  return {f'local:{name}': float(config.rates.get(name, 1.0)) for name in config.files}
+
+
 def row(name: str, config: LocalTaskConfig) -> Row | MixtureRow:
   """The row of 'local' or 'local:NAME'."""
   if not config.files:
@@ -29,13 +34,8 @@ def row(name: str, config: LocalTaskConfig) -> Row | MixtureRow:
   return Row(name, _TEXT, 'local', metrics=('exact_match', 'char_f1'))
 
 
-def rates(config: LocalTaskConfig) -> dict[str, float]:
-  """The rate of each task 'local:NAME'; all equal where none are given."""
-  return {f'local:{name}': float(config.rates.get(name, 1.0)) for name in config.files}
-
-
-def part(name: str, config: LocalTaskConfig) -> LocalTaskConfig:
-  """The configuration of one task of a mixture, without the others, whose changes do not concern its cache."""
+def own_config(name: str, config: LocalTaskConfig) -> LocalTaskConfig:
+  """The configuration of one task of a mixture without the others, so that a change to those leaves its cache alone."""
   if name == 'local':
     return config
   assert isinstance(config.files, dict)
@@ -49,13 +49,32 @@ def part(name: str, config: LocalTaskConfig) -> LocalTaskConfig:
   return dataclasses.replace(config, files=config.files[key], rates={}, validation_files=held_out)
 
 
+def find(pattern: str, field: str, pairs: bool) -> list[str]:
+  """The files of a glob, in a fixed order.
+
+  Raises:
+    ConfigError: no file matches, or one is of a kind that cannot be read.
+  """
+  pattern = os.path.expanduser(pattern)
+  files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+  if not files:
+    raise ConfigError(f'LocalTaskConfig.{field} = {pattern!r} matches no file (current folder: {os.getcwd()}).')
+  for path in files:
+    if not path.endswith(SUFFIXES):
+      raise ConfigError(f'LocalTaskConfig.{field}: {path} ends in none of {", ".join(SUFFIXES)}.')
+    if pairs and '.jsonl' not in os.path.basename(path):
+      raise ConfigError(f"LocalTaskConfig.{field}: {path}: TaskConfig.objective = 'pairs' reads .jsonl files, with inputs and "
+                        'targets.')
+  return files
+
+
 def documents(name: str, config: Config) -> Documents:
-  """The documents of 'local' or 'local:NAME'. Validation takes a share of the documents of training if it has no files.
+  """The documents of 'local' or 'local:NAME'. Without files of its own, validation takes a share of the training documents.
 
   Raises:
     ConfigError: as in `find`, or all files are empty.
   """
-  own, pairs = part(name, config.local_task), config.task.objective == 'pairs'
+  own, pairs = own_config(name, config.local_task), config.task.objective == 'pairs'
   assert isinstance(own.files, str) and isinstance(own.validation_files, str)
   found = {'train': find(own.files, 'files', pairs)}
   if own.validation_files:
@@ -74,25 +93,6 @@ def documents(name: str, config: Config) -> Documents:
         yield document
 
   patterns = [os.path.abspath(os.path.expanduser(pattern)) for pattern in (own.files, own.validation_files) if pattern]
-  shards = {split: len(parts) for split, parts in ranges.items() if parts}
+  shards = {split: len(cuts) for split, cuts in ranges.items() if cuts}
   every = sorted({path for paths in found.values() for path in paths})
   return Documents(read, shards, ['inputs', 'targets'] if pairs else ['targets'], every, patterns)
-
-
-def find(pattern: str, field: str, pairs: bool) -> list[str]:
-  """The files of a glob, in a fixed order.
-
-  Raises:
-    ConfigError: there are none, or one of them is of a kind that cannot be read.
-  """
-  pattern = os.path.expanduser(pattern)
-  files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-  if not files:
-    raise ConfigError(f'LocalTaskConfig.{field} = {pattern!r} matches no file (current folder: {os.getcwd()}).')
-  for path in files:
-    if not path.endswith(SUFFIXES):
-      raise ConfigError(f'LocalTaskConfig.{field}: {path} ends in none of {", ".join(SUFFIXES)}.')
-    if pairs and '.jsonl' not in os.path.basename(path):
-      raise ConfigError(f"LocalTaskConfig.{field}: {path}: TaskConfig.objective = 'pairs' reads .jsonl files, with inputs and "
-                        'targets.')
-  return files

@@ -14,71 +14,13 @@ from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.tasks import documents, metrics, pretrain, seqio_vocabulary, sources
 from t5x_cpm.tasks.table import Row
 
-MOST_SHARDS = 512  # of a split, while a cache is made
-
-
-def task(row: Row, source: documents.Documents | None, vocabulary: vocabularies.Vocabulary) -> seqio.Task:
-  """Makes the SeqIO task of a row: source -> text features -> ids, without the end of document, which the objective adds.
-
-  Args:
-    row: a row of a table.
-    source: its documents; None if they come from TFDS.
-    vocabulary: what makes the ids.
-  """
-  if source is None:
-    data, preprocessors = _tfds_source(row)
-    fields = ['targets']
-  else:
-    data, preprocessors, fields = sources.TextSource(source), [], source.features
-  adapter = seqio_vocabulary.SeqioVocabulary(vocabulary)
-  features = {name: seqio.Feature(adapter, add_eos=False) for name in fields}
-  name = _seqio_name(row.name, vocabulary)
-  made = seqio.Task(name, data, features, [*preprocessors, sources.tokenize(vocabulary, fields)],
-                    metric_fns=[getattr(metrics, metric) for metric in row.metrics] if 'inputs' in fields else [])
-  seqio.TaskRegistry.remove(name)
-  seqio.TaskRegistry.add_provider(name, made)
-  return made
-
-
-def mixture(name: str, parts: Sequence[tuple[seqio.Task, float]]) -> seqio.Mixture:
-  """Makes a SeqIO mixture of tasks that have been made."""
-  return seqio.Mixture(_seqio_name(name, '+'.join(part.name for part, _ in parts)), [(part.name, rate) for part, rate in parts])
+MOST_SHARDS = 512  # the most shards of a split that a cache is made of
 
 
 def _seqio_name(name: str, version: Any) -> str:
   version = version if isinstance(version, str) else version.fingerprint
   digest = hashlib.blake2b(f'{name}\0{version}'.encode(), digest_size=4).hexdigest()
   return ''.join(c if c.isalnum() else '_' for c in name) + '__' + digest
-
-
-def registered(name: str) -> Any:
-  """A task or mixture that another module registered with SeqIO."""
-  return seqio.get_mixture_or_task(name)
-
-
-def vocabulary_of(provider: Any, config: Config) -> vocabularies.Vocabulary:
-  """The vocabulary of a task that another module registered.
-
-  Raises:
-    ConfigError: it is of a kind that t5x_cpm does not know, or is not TaskConfig.vocabulary.
-  """
-  name = config.task.name
-  theirs = provider.output_features['targets'].vocabulary
-  own: vocabularies.Vocabulary | None = None
-  if isinstance(theirs, seqio_vocabulary.SeqioVocabulary):
-    own = theirs.vocabulary
-  elif isinstance(theirs, seqio.SentencePieceVocabulary):
-    own = vocabularies.load(f'sentencepiece:{theirs.sentencepiece_model_file}?extra_ids={theirs.extra_ids}')
-  given = vocabularies.load(config.task.vocabulary) if config.task.vocabulary else None
-  if own is None and given is None:
-    raise ConfigError(f'task {name!r} uses {type(theirs).__name__}, which is not known here: set TaskConfig.vocabulary to '
-                      "the same ids, for example 'sentencepiece:FILE'.")
-  if own is not None and given is not None and own.fingerprint != given.fingerprint:
-    raise ConfigError(f'TaskConfig.vocabulary = {given.spec!r}, but task {name!r} makes its ids with {own.spec!r}: leave '
-                      'TaskConfig.vocabulary empty, or use the same.')
-  chosen = own or given
-  assert chosen
-  return chosen
 
 
 def _tfds_source(row: Row) -> tuple[seqio.DataSource, list[Callable]]:
@@ -121,6 +63,64 @@ def _tfds_source(row: Row) -> tuple[seqio.DataSource, list[Callable]]:
   return seqio.TfdsDataSource(f'{name}:{info.version}', splits=splits), [lambda dataset: dataset.map(select)]
 
 
+def task(row: Row, source: documents.Documents | None, vocabulary: vocabularies.Vocabulary) -> seqio.Task:
+  """Makes the SeqIO task of a row: source -> text features -> ids, without an end of document, which the objective adds.
+
+  Args:
+    row: a row of a table.
+    source: its documents; None if they come from TFDS.
+    vocabulary: makes the ids.
+  """
+  if source is None:
+    data, preprocessors = _tfds_source(row)
+    fields = ['targets']
+  else:
+    data, preprocessors, fields = sources.TextSource(source), [], source.features
+  adapter = seqio_vocabulary.SeqioVocabulary(vocabulary)
+  features = {name: seqio.Feature(adapter, add_eos=False) for name in fields}
+  name = _seqio_name(row.name, vocabulary)
+  made = seqio.Task(name, data, features, [*preprocessors, sources.tokenize(vocabulary, fields)],
+                    metric_fns=[getattr(metrics, metric) for metric in row.metrics] if 'inputs' in fields else [])
+  seqio.TaskRegistry.remove(name)
+  seqio.TaskRegistry.add_provider(name, made)
+  return made
+
+
+def mixture(name: str, tasks: Sequence[tuple[seqio.Task, float]]) -> seqio.Mixture:
+  """Makes a SeqIO mixture of tasks that have been made, each with its rate."""
+  return seqio.Mixture(_seqio_name(name, '+'.join(made.name for made, _ in tasks)), [(made.name, rate) for made, rate in tasks])
+
+
+def registered(name: str) -> Any:
+  """A task or mixture that another module registered with SeqIO."""
+  return seqio.get_mixture_or_task(name)
+
+
+def vocabulary_of(provider: Any, config: Config) -> vocabularies.Vocabulary:
+  """The vocabulary of a task that another module registered.
+
+  Raises:
+    ConfigError: it is of a kind that t5x_cpm does not know, or differs from TaskConfig.vocabulary.
+  """
+  name = config.task.name
+  theirs = provider.output_features['targets'].vocabulary
+  own: vocabularies.Vocabulary | None = None
+  if isinstance(theirs, seqio_vocabulary.SeqioVocabulary):
+    own = theirs.vocabulary
+  elif isinstance(theirs, seqio.SentencePieceVocabulary):
+    own = vocabularies.load(f'sentencepiece:{theirs.sentencepiece_model_file}?extra_ids={theirs.extra_ids}')
+  given = vocabularies.load(config.task.vocabulary) if config.task.vocabulary else None
+  if own is None and given is None:
+    raise ConfigError(f'task {name!r} uses {type(theirs).__name__}, which is not known here: set TaskConfig.vocabulary to '
+                      "the same ids, for example 'sentencepiece:FILE'.")
+  if own is not None and given is not None and own.fingerprint != given.fingerprint:
+    raise ConfigError(f'TaskConfig.vocabulary = {given.spec!r}, but task {name!r} makes its ids with {own.spec!r}: leave '
+                      'TaskConfig.vocabulary empty, or use the same.')
+  chosen = own or given
+  assert chosen
+  return chosen
+
+
 class TaskTokens:
   """The tokens of any SeqIO task, as a `documents.Source`.
 
@@ -146,10 +146,10 @@ class TaskTokens:
 
   def tokens(self, split: str, shard: int, vocabulary: vocabularies.Vocabulary,
              skipped: collections.Counter) -> Iterator[list[documents.Side]]:
-    """The tokens of a shard, by batches: for each feature the flat ids and the lengths, without end of sequence."""
+    """The tokens of a shard in batches: for each feature the flat ids and the lengths, without end of sequence."""
     del skipped
     shards = self.shards[split]
-    tf.random.set_seed(0)  # for preprocessors that draw; a FunctionDataSource may not take a seed
+    tf.random.set_seed(0)  # for preprocessors that draw random numbers; a FunctionDataSource may not take a seed
     seed = None if isinstance(self.task.source, seqio.FunctionDataSource) else 0
     dataset = self.task.get_dataset(None, split, shuffle=False, seed=seed, trim_output_features=False,
                                     shard_info=seqio.ShardInfo(shard, shards) if shards > 1 else None)

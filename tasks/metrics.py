@@ -8,9 +8,9 @@ _PUNCTUATION = re.compile(r'(?![-./]\d)(?!(?<=\d)%)[^\w]')
 
 
 def normalize(text: str) -> str:
-  """Full-width forms become ASCII; case, white space and punctuation do not count, except marks of a number as in -3.5 or 20%.
+  """Turns full-width forms into ASCII, and drops case, white space and punctuation, except in numbers such as -3.5 or 20%.
 
-  White space does not count because Chinese is written without it.
+  White space is dropped because Chinese is written without it.
   """
   text = unicodedata.normalize('NFKC', text).lower()
   text = _PUNCTUATION.sub(lambda match: match[0] if unicodedata.category(match[0])[0] not in 'PZC' else '', text)
@@ -24,7 +24,7 @@ def exact_match(targets: list[str], predictions: list[str]) -> dict[str, float]:
 
 
 def char_f1(targets: list[str], predictions: list[str]) -> dict[str, float]:
-  """Mean F1 of the characters of answer and target as bags, in percent: CMRC 2018's measure for Chinese without its order."""
+  """Mean F1 of the characters of answer and target as bags, in percent: CMRC 2018's measure, but for the order."""
   total = 0.0
   for target, prediction in zip(targets, predictions):
     a, b = collections.Counter(normalize(target)), collections.Counter(normalize(prediction))

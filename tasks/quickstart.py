@@ -1,4 +1,4 @@
-"""The tasks that ship with the project: a small bilingual corpus, and stories in which there is something to learn."""
+"""The tasks that ship with the project: a small bilingual corpus, and generated stories from which a model can learn."""
 
 import os
 import pathlib
@@ -27,13 +27,6 @@ ROWS = (
 )
 
 
-def documents(row: Row) -> Documents:
-  """The documents of one row: texts, or inputs and targets."""
-  features = ['inputs', 'targets'] if row.pairs else ['targets']
-  return Documents(lambda split, shard, skipped: _read(row.source, split), {'train': 1, 'validation': 1}, features,
-                   [_file(row.source)])
-
-
 def _file(source: str) -> str:
   name = {'zh': 'corpus/zh.txt', 'en': 'corpus/en.txt', 'parallel': 'corpus/parallel.tsv'}.get(source, 'stories.py')
   return str(CORPUS.parent / name)
@@ -51,3 +44,10 @@ def _read(source: str, split: str) -> Iterator[tuple[str, ...]]:
     if (number % HELD_OUT == HELD_OUT - 1) == (split == 'validation'):
       sides = line.split('\t')
       yield ('\n'.join(sides if number % 2 else sides[::-1]),)
+
+
+def documents(row: Row) -> Documents:
+  """The documents of one row: texts, or inputs and targets."""
+  features = ['inputs', 'targets'] if row.pairs else ['targets']
+  return Documents(lambda split, shard, skipped: _read(row.source, split), {'train': 1, 'validation': 1}, features,
+                   [_file(row.source)])

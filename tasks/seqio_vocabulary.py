@@ -8,11 +8,11 @@ import tensorflow as tf
 
 from t5x_cpm.vocabularies import Vocabulary
 
-tf.config.set_visible_devices([], 'GPU')  # TensorFlow would take all of a GPU's memory, which belongs to JAX
+tf.config.set_visible_devices([], 'GPU')  # TensorFlow would take all memory of a GPU, which JAX needs
 
 
 class SeqioVocabulary(seqio.Vocabulary):
-  """A seqio.Vocabulary of the same ids. Sentinels count as its extra ids only where they are the last ids, as in T5."""
+  """A seqio.Vocabulary with the same ids as a vocabulary of this project. It declares no extra ids: sentinels are plain ids."""
 
   def __init__(self, vocabulary: Vocabulary):
     """Wraps any vocabulary of `t5x_cpm.vocabularies`."""

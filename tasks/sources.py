@@ -1,4 +1,4 @@
-"""SeqIO data sources over Python readers, and tokenization by batches. Imports TensorFlow and hides GPUs from it."""
+"""SeqIO data sources over Python readers, and tokenization in batches. Imports TensorFlow and hides GPUs from it."""
 
 import collections
 import contextlib
@@ -24,7 +24,7 @@ class _State:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-  """Raises an error of a reader as itself within the block, not as TensorFlow's report of it."""
+  """Within the block, raises an error of a reader itself instead of TensorFlow's report of it."""
   _State.error = None
   try:
     yield
@@ -50,7 +50,7 @@ class TextSource(seqio.DataSource):
 
   def get_dataset(self, split='train', shuffle=True, seed=None, shard_info=None, *, sequence_length=None,
                   use_cached=False, num_epochs=1) -> tf.data.Dataset:
-    del sequence_length, use_cached, num_epochs  # the interface has them, and other sources do not use them either
+    del sequence_length, use_cached, num_epochs  # part of the interface, and unused by other sources too
     mine = np.arange(self.documents.shards[split])
     if shard_info:
       mine = mine[shard_info.index::shard_info.num_shards]
@@ -67,22 +67,6 @@ class TextSource(seqio.DataSource):
     features = self.documents.features
     dataset = tf.data.Dataset.from_generator(batches, output_signature=tf.TensorSpec([None, len(features)], tf.string))
     return dataset.map(lambda x: {name: x[:, i] for i, name in enumerate(features)}).unbatch()
-
-
-def tokenize(vocabulary: Vocabulary, features: Sequence[str]) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
-  """A preprocessor that turns texts into ids, many at a time, and keeps the text as `<feature>_pretokenized`.
-
-  Args:
-    vocabulary: what makes the ids.
-    features: the names of the texts.
-  """
-
-  return functools.partial(_tokenize, vocabulary=vocabulary, features=features)
-
-
-def _tokenize(dataset: tf.data.Dataset, vocabulary: Vocabulary, features: Sequence[str]) -> tf.data.Dataset:
-  batched = dataset.batch(documents.BATCH).map(functools.partial(_encode_batch, vocabulary=vocabulary, features=features))
-  return batched.unbatch().map(functools.partial(_dense, features=features))
 
 
 def _encode_batch(batch: dict[str, tf.Tensor], vocabulary: Vocabulary, features: Sequence[str]) -> dict[str, Any]:
@@ -102,3 +86,19 @@ def _encode_batch(batch: dict[str, tf.Tensor], vocabulary: Vocabulary, features:
 def _dense(example: dict[str, Any], features: Sequence[str]) -> dict[str, Any]:
   ids = {f: example[f].to_tensor() if isinstance(example[f], tf.RaggedTensor) else example[f] for f in features}
   return example | {feature: tf.ensure_shape(value, [None]) for feature, value in ids.items()}
+
+
+def _tokenize(dataset: tf.data.Dataset, vocabulary: Vocabulary, features: Sequence[str]) -> tf.data.Dataset:
+  batched = dataset.batch(documents.BATCH).map(functools.partial(_encode_batch, vocabulary=vocabulary, features=features))
+  return batched.unbatch().map(functools.partial(_dense, features=features))
+
+
+def tokenize(vocabulary: Vocabulary, features: Sequence[str]) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+  """A preprocessor that turns texts into ids, many at a time, and keeps each text as `<feature>_pretokenized`.
+
+  Args:
+    vocabulary: makes the ids.
+    features: the names of the texts.
+  """
+
+  return functools.partial(_tokenize, vocabulary=vocabulary, features=features)

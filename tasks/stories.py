@@ -1,4 +1,4 @@
-"""Arithmetic stories in Chinese and English, made on the fly: text in which something can really be learned.
+"""Arithmetic stories in Chinese and English, made on the fly: text with something that can really be learned.
 
 `story(index, language)` is a pure function: the same arguments give the same story on every machine, so that a story
 needs no file, and a split is a range of indices, for example training 0..99,999 and validation 1,000,000..1,000,999.
@@ -31,8 +31,8 @@ class Story(NamedTuple):
 
   Attributes:
     text: the whole story as one line; its last sentence gives the answer.
-    question: the same story with a question in place of its last sentence.
-    answer: the result as digits with its unit, a part of `text`: '7 apples', '7个苹果'.
+    question: the same story with a question instead of its last sentence.
+    answer: the result in digits with its unit, as it stands in `text`: '7 apples', '7个苹果'.
     operands: the two numbers in the order of the operation, each from 1 to 99; both occur in `text` and `question`.
     operation: a key of `OPERATIONS`; the operation on the operands gives the number in `answer`, from 0 to 99.
   """
@@ -59,8 +59,8 @@ _WORDS: dict[str, dict[str, Any]] = {
   'en': {
     'person': ['Anna', 'Emma', 'Grace', 'Helen', 'Julia', 'Kate', 'Lily', 'Lucy', 'Maria', 'Nora', 'Rose', 'Sarah',
                'Ben', 'David', 'Henry', 'Jack', 'James', 'Leo', 'Max', 'Oscar', 'Paul', 'Peter', 'Sam', 'Tom'],
-    'when': [f'On {day} {part}' for day in ('Monday', 'Tuesday', 'Wednesday', 'Thursday', 'Friday', 'Saturday', 'Sunday')
-             for part in ('morning', 'afternoon', 'evening')],
+    'when': [f'On {day} {time}' for day in ('Monday', 'Tuesday', 'Wednesday', 'Thursday', 'Friday', 'Saturday', 'Sunday')
+             for time in ('morning', 'afternoon', 'evening')],
     'place': ['in the garden', 'in the kitchen', 'in the park', 'at school', 'in the library', 'in the attic', 'on the bus',
               'behind the house', 'near the lake', 'on the beach', 'in the old tower', 'at the station'],
     'outdoors': ['by the river', 'in the field', 'near the farm', 'on the hill', 'by the pond', 'in the valley',
@@ -88,7 +88,7 @@ _WORDS: dict[str, dict[str, Any]] = {
   'zh': {
     'person': ['小明', '小红', '小华', '小丽', '小刚', '小强', '小梅', '小兰', '小军', '小芳', '丁丁', '冬冬',
                '李雷', '王芳', '张伟', '刘洋', '陈静', '赵亮', '周婷', '吴磊', '林林', '方方', '圆圆', '乐乐'],
-    'when': [f'星期{day}{part}' for day in '一二三四五六天' for part in ('早上', '下午', '晚上')],
+    'when': [f'星期{day}{time}' for day in '一二三四五六天' for time in ('早上', '下午', '晚上')],
     'place': ['花园里', '厨房里', '公园里', '学校里', '图书馆里', '阁楼上', '汽车上', '院子里', '湖边',
               '沙滩上', '教室里', '车站里'],
     'outdoors': ['河边', '田野里', '农场旁边', '山坡上', '池塘边', '山谷里', '森林边上', '小岛上', '大桥旁边', '村口'],
@@ -168,43 +168,8 @@ TEMPLATES = {
 }
 
 
-def story(index: int, language: str) -> Story:
-  """Makes one story.
-
-  Args:
-    index: which story; any integer from 0 on.
-    language: 'zh' or 'en'.
-
-  Returns:
-    The story; equal arguments give equal stories.
-
-  Raises:
-    ValueError: unknown language, or a negative index.
-    TypeError: an index that is no integer.
-  """
-  if language not in LANGUAGES:
-    raise ValueError(f'stories exist in the languages {LANGUAGES}, not in {language!r}')
-  if operator.index(index) < 0:
-    raise ValueError(f'the index of a story is 0 or more, not {index}')
-  # Of Python's generator only the seeding by a string and random() are promised to stay the same in later versions.
-  uniform = random.Random(f'{language}:{index}').random
-
-  def pick(options: Sequence) -> Any:
-    return options[int(uniform() * len(options))]
-
-  words = {name: pick(options) for name, options in _WORDS[language].items()}
-  template = pick(TEMPLATES[language])
-  words['other'] = pick([name for name in _WORDS[language]['person'] if name != words['person']])
-  a, b = operands = _operands(template.operation, pick)
-  result = OPERATIONS[template.operation](a, b)
-  fields = _fields(language, words, template.unit, a, b, result)
-  body, question, conclusion = (text.format_map(fields) for text in template[2:])
-  space = ' ' if language == 'en' else ''
-  return Story(f'{body}{space}{conclusion}', f'{body}{space}{question}', fields['C'], operands, template.operation)
-
-
 def _operands(operation: str, pick: Callable[[Sequence], Any]) -> tuple[int, int]:
-  """Two numbers with a result from 0 to 99; never 'them' or 'each' of a single thing."""
+  """Two numbers with a result from 0 to 99, chosen so that 'them' and 'each' never refer to a single thing."""
   limit = pick([20] * 7 + [99] * 3)
   if operation == 'multiply':
     return pick([(a, b) for a in range(2, 10) for b in range(2, min(12, limit // a) + 1)])
@@ -222,7 +187,7 @@ def _count(language: str, number: int, word: tuple[str, str]) -> str:
 
 
 def _fields(language: str, words: dict[str, Any], unit: str, a: int, b: int, result: int) -> dict[str, str]:
-  """What the templates may name: p, q two persons; A, B, C the operands and the result with their unit; the rest as called."""
+  """What templates may name: p and q, two people; A, B and C, the operands and the result with their unit; and plain words."""
   fields = {name: words[name] for name in ('when', 'place', 'outdoors', 'town', 'topic')}
   fields.update(p=words['person'], q=words['other'], a=str(a), b=str(b), box=words['box'][0])
   fields.update({name: _count(language, n, words[unit]) for name, n in (('A', a), ('B', b), ('C', result))})
@@ -232,3 +197,38 @@ def _fields(language: str, words: dict[str, Any], unit: str, a: int, b: int, res
   if language == 'en':
     return fields | {'items': second, 'good': good, 'goods': goods}
   return fields | {'noun': noun, 'm': second, 'items': second + noun, 'good': goods + good}
+
+
+def story(index: int, language: str) -> Story:
+  """Makes one story.
+
+  Args:
+    index: which story; any integer from 0 on.
+    language: 'zh' or 'en'.
+
+  Returns:
+    The story; equal arguments give equal stories.
+
+  Raises:
+    ValueError: unknown language, or a negative index.
+    TypeError: an index that is not an integer.
+  """
+  if language not in LANGUAGES:
+    raise ValueError(f'stories exist in the languages {LANGUAGES}, not in {language!r}')
+  if operator.index(index) < 0:
+    raise ValueError(f'the index of a story is 0 or more, not {index}')
+  # Of Python's generator, only seeding by a string and random() are promised to stay the same in later versions.
+  uniform = random.Random(f'{language}:{index}').random
+
+  def pick(options: Sequence) -> Any:
+    return options[int(uniform() * len(options))]
+
+  words = {name: pick(options) for name, options in _WORDS[language].items()}
+  template = pick(TEMPLATES[language])
+  words['other'] = pick([name for name in _WORDS[language]['person'] if name != words['person']])
+  a, b = operands = _operands(template.operation, pick)
+  result = OPERATIONS[template.operation](a, b)
+  fields = _fields(language, words, template.unit, a, b, result)
+  body, question, conclusion = (text.format_map(fields) for text in template[2:])
+  space = ' ' if language == 'en' else ''
+  return Story(f'{body}{space}{conclusion}', f'{body}{space}{question}', fields['C'], operands, template.operation)

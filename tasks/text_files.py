@@ -1,4 +1,4 @@
-"""Reads documents from .txt and .jsonl files, plain or .gz: strictly, by byte range, with file and line in every complaint."""
+"""Reads documents from .txt and .jsonl files, plain or .gz: strictly, by byte range, and every error names file and line."""
 
 import collections
 import gzip
@@ -12,13 +12,23 @@ from typing import Any
 from t5x_cpm.config import LocalTaskConfig
 from t5x_cpm.data.cache import DataError
 
-UNIT_BYTES = 4 << 20  # how much of a file is one shard
+UNIT_BYTES = 4 << 20  # how many bytes of a file are about one shard
 _BOM = b'\xef\xbb\xbf'
 _BLANK_LINE = re.compile(rb'\n[ \t\r]*\n')
 
 
+def _end_of_match(f, pattern: re.Pattern) -> int:
+  """How many bytes there are from here to the end of the first match, or of the file."""
+  seen = b''
+  while block := f.read(1 << 16):
+    seen += block
+    if match := pattern.search(seen):
+      return match.end()
+  return len(seen)
+
+
 def ranges(files: list[str], document: str) -> list[tuple[str, int, int]]:
-  """Cuts files into (path, first byte, last byte + 1), at the borders of documents; a .gz file is one range.
+  """Cuts files into ranges (path, first byte, last byte + 1) at the borders of documents; a .gz file is one range, to -1.
 
   Args:
     files: paths.
@@ -41,56 +51,8 @@ def ranges(files: list[str], document: str) -> list[tuple[str, int, int]]:
   return result
 
 
-def _end_of_match(f, pattern: re.Pattern) -> int:
-  """Bytes from here to the end of the first match, or of the file."""
-  seen = b''
-  while block := f.read(1 << 16):
-    seen += block
-    if match := pattern.search(seen):
-      return match.end()
-  return len(seen)
-
-
-def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple[str, ...],
-         skipped: collections.Counter) -> Iterator[tuple[str, ...]]:
-  """The documents of a range: one text, or inputs and targets. Blank lines and empty documents are left out.
-
-  Args:
-    path: the file.
-    begin: the first byte, at the start of a document.
-    end: the last byte + 1, or -1 for the end of the file.
-    config: `text_document` and `skip_malformed` are read.
-    fields: the fields of a JSON line that have the texts; a .txt file has one text, whatever it is called here.
-    skipped: counts the documents that are left out, by reason.
-
-  Raises:
-    DataError: a line is not UTF-8, or not a JSON object with these fields, and it is not to be skipped.
-  """
-  reader = _json_lines if '.jsonl' in path.rsplit('/', 1)[-1] else _texts
-  opener = gzip.open if path.endswith('.gz') else open
-  try:
-    with opener(path, 'rb') as f:
-      f.seek(begin)
-      for number, raw in reader(_lines(f, end - begin if end >= 0 else -1), config):
-        try:
-          document = _parse(raw, fields) if reader is _json_lines else (_decode(raw),)
-        except MalformedError as error:
-          if not config.skip_malformed:
-            line = number + error.line + _newlines(path, begin)
-            raise DataError(f'{path}:{line}: {error}. Mend the line, or set LocalTaskConfig.skip_malformed = True to leave '
-                            'such lines out.') from None
-          skipped['malformed'] += 1
-          continue
-        if all(text.strip() for text in document):
-          yield document
-        else:
-          skipped['empty'] += 1
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise DataError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
-
-
 class MalformedError(Exception):
-  """A document that cannot be read. The message does not say where it is, only `line`: which line of the document."""
+  """A document that cannot be read. The message does not say where it is; `line` is the line of it at fault, from 0."""
 
   def __init__(self, text: str, line: int = 0):
     super().__init__(text)
@@ -108,7 +70,7 @@ def _lines(f, size: int) -> Iterator[bytes]:
 
 
 def _newlines(path: str, end: int) -> int:
-  """Lines before a byte; .gz files are read from their start."""
+  """How many lines end before byte `end`, which is 0 in .gz files."""
   count = 0
   if end:
     with open(path, 'rb') as f:
@@ -153,17 +115,8 @@ def _decode(raw: bytes) -> str:
     raise MalformedError(f'byte {column} of the line (0x{raw[error.start]:02x}) is not valid UTF-8', line) from None
 
 
-def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
-  return json_texts(_decode(raw), fields, 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields')
-
-
-def json_texts(line: str, fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
-  """The texts in some fields of a JSON object. Arguments and errors as of `json_object` and `texts_of`."""
-  return texts_of(json_object(line, fields), fields, hint)
-
-
 def json_object(line: str, fields: tuple[str, ...]) -> dict[str, Any]:
-  """A JSON object, of which `fields` are wanted. Raises MalformedError where the line is none."""
+  """The JSON object of a line, of which `fields` are wanted. Raises MalformedError if the line holds no object."""
   try:
     value = json.loads(line)
   except json.JSONDecodeError as error:
@@ -183,10 +136,10 @@ def texts_of(value: dict[str, Any], fields: tuple[str, ...], hint: str) -> tuple
   Args:
     value: the object.
     fields: names of the fields.
-    hint: which field of the configuration names them.
+    hint: says which fields of the configuration name them.
 
   Raises:
-    MalformedError: a field that is missing or no text, or a text that UTF-8 cannot write.
+    MalformedError: a field is missing or not a text, or its text cannot be written in UTF-8.
   """
   for field in fields:
     if not isinstance(value.get(field), str):
@@ -195,6 +148,53 @@ def texts_of(value: dict[str, Any], fields: tuple[str, ...], hint: str) -> tuple
     if any('\ud800' <= c <= '\udfff' for c in value[field]):
       raise MalformedError(f'{field!r} holds half of a surrogate pair')
   return tuple(value[field] for field in fields)
+
+
+def json_texts(line: str, fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
+  """The texts in some fields of a JSON object. Arguments and errors are those of `json_object` and `texts_of`."""
+  return texts_of(json_object(line, fields), fields, hint)
+
+
+def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
+  return json_texts(_decode(raw), fields, 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields')
+
+
+def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple[str, ...],
+         skipped: collections.Counter) -> Iterator[tuple[str, ...]]:
+  """The documents of a range: one text, or inputs and targets. Blank lines and empty documents are left out.
+
+  Args:
+    path: the file.
+    begin: the first byte, at the start of a document.
+    end: the last byte + 1, or -1 for the end of the file.
+    config: `text_document` and `skip_malformed` are read.
+    fields: the fields of a JSON line that hold the texts; a .txt file has one text, whatever is named here.
+    skipped: counts the documents that are left out, by reason.
+
+  Raises:
+    DataError: a line is not UTF-8, or not a JSON object with these fields, and is not to be skipped.
+  """
+  reader = _json_lines if '.jsonl' in path.rsplit('/', 1)[-1] else _texts
+  opener = gzip.open if path.endswith('.gz') else open
+  try:
+    with opener(path, 'rb') as f:
+      f.seek(begin)
+      for number, raw in reader(_lines(f, end - begin if end >= 0 else -1), config):
+        try:
+          document = _parse(raw, fields) if reader is _json_lines else (_decode(raw),)
+        except MalformedError as error:
+          if not config.skip_malformed:
+            line = number + error.line + _newlines(path, begin)
+            raise DataError(f'{path}:{line}: {error}. Mend the line, or set LocalTaskConfig.skip_malformed = True to leave '
+                            'such lines out.') from None
+          skipped['malformed'] += 1
+          continue
+        if all(text.strip() for text in document):
+          yield document
+        else:
+          skipped['empty'] += 1
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise DataError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
 
 
 def held_out(document: tuple[str, ...], fraction: float) -> bool:

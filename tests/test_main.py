@@ -107,7 +107,7 @@ def test_fields_reads_comments_beside_and_above():
   assert by_name['router'].comment.startswith("'switch', 'top_k'")  # above
   assert by_name['top_k'].comment.startswith('experts of a token') and by_name['top_k'].default == 2  # beside
   assert describe.fields(config_lib.TrainConfig)[0] == describe.Field(
-      'steps', 'int', 1000, True, 'of the run in all, those before a resume included')
+      'steps', 'int', 1000, True, 'steps of the whole run, those before a resume included')
   assert 'moe' not in {field.name for field in describe.fields(config_lib.ModelConfig)}
   assert {name for name in by_name if by_name[name].free} == set()
 

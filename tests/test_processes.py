@@ -50,21 +50,21 @@ def launcher(monkeypatch):
   return use
 
 
-@pytest.mark.parametrize('variables, flags, place', [
+@pytest.mark.parametrize('variables, flags, member', [
     ({}, (), None),
     ({}, ('', '1', ''), None),
-    ({}, FLAGS, launch.Place('10.0.0.1:1234', 2, 1)),
-    (SLURM, (), launch.Place(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
-    (SLURM, ('', '4', ''), launch.Place(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
+    ({}, FLAGS, launch.Member('10.0.0.1:1234', 2, 1)),
+    (SLURM, (), launch.Member(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
+    (SLURM, ('', '4', ''), launch.Member(f'node003:{4242 % 4096 + 61440}', 4, 2, (0,))),
     (SLURM | {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, (), None),
-    (OPEN_MPI_4, (), launch.Place(f'10.96.0.1:{1531576320 // 4096 % 4096 + 61440}', 2, 1, (1,))),
-    (OPEN_MPI, ('10.0.0.1:1234',), launch.Place('10.0.0.1:1234', 2, 1, (1,))),
-    (TPU, (), launch.Place('127.0.0.1:8482', 2, 1)),
+    (OPEN_MPI_4, (), launch.Member(f'10.96.0.1:{1531576320 // 4096 % 4096 + 61440}', 2, 1, (1,))),
+    (OPEN_MPI, ('10.0.0.1:1234',), launch.Member('10.0.0.1:1234', 2, 1, (1,))),
+    (TPU, (), launch.Member('127.0.0.1:8482', 2, 1)),
     ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, (), None),  # a pod like any other
 ])
-def test_a_process_finds_its_place(launcher, variables, flags, place):
+def test_a_process_finds_out_which_it_is(launcher, variables, flags, member):
   launcher(variables)
-  assert launch.find_place(*flags) == place
+  assert launch.find_member(*flags) == member
 
 
 @pytest.mark.parametrize('variables, flags, words', [
@@ -79,7 +79,7 @@ def test_a_process_finds_its_place(launcher, variables, flags, place):
 def test_a_place_that_is_not_clear_is_refused(launcher, variables, flags, words):
   launcher(variables)
   with pytest.raises(ConfigError, match=words):
-    launch.find_place(*flags)
+    launch.find_member(*flags)
 
 
 def test_processes_share_the_devices_of_a_mesh_evenly():
@@ -98,7 +98,7 @@ class Members:
     count, index, port, setting, last, hang_at, start_seconds = sys.argv[1:8]
     config = ProcessesConfig(start_seconds=float(start_seconds), silent_seconds=3, behind_seconds=3)
     try:
-      group = launch.join(launch.Place(f'127.0.0.1:{port}', int(count), int(index)), config, ['same', setting])
+      group = launch.join(launch.Member(f'127.0.0.1:{port}', int(count), int(index)), config, ['same', setting])
     except ProcessError as error:
       sys.exit(f'refused: {error}')
     for step in range(int(last)):

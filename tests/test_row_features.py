@@ -20,7 +20,7 @@ from t5x_cpm.training import layout
 def language(monkeypatch):
   """Declares one more, which every model reads."""
   monkeypatch.setitem(row_features.ROW_FEATURES, 'language', row_features.RowFeature(
-      needed=lambda config: True, default=lambda config: 3, of_task=lambda config, number, tasks: 10 * tasks + number))
+      needed=lambda config: True, default=lambda config: 3, from_task=lambda config, number, tasks: 10 * tasks + number))
 
 
 def one_device():

@@ -2,7 +2,7 @@
 
     pip install -e .[torch] && python tools/golden_t5.py
 
-The model is T5 1.1 in small (gated-gelu, untied head), with a head_dim that is not d_model / num_heads, stacks of different
+The model is a small T5 1.1 (gated-gelu, untied head), with a head_dim that is not d_model / num_heads, stacks of different
 depth and sequences longer than max_distance. Weights are drawn so that logits have a standard deviation above 1: with the tiny
 initial weights of CPM-2 almost any mistake would pass. One row is padded on the right, one on the left; the decoder on the
 right. `tests/test_parity.py` compares this project with the file, and where torch and transformers are installed it makes
@@ -21,25 +21,25 @@ CONFIG = {
     'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 16, 'feed_forward_proj': 'gated-gelu',
     'tie_word_embeddings': False, 'dropout_rate': 0.0, 'layer_norm_epsilon': 1e-6, 'pad_token_id': 0, 'eos_token_id': 1,
     'decoder_start_token_id': 0}
-# One layer of two has experts in each stack: the auxiliary losses of several layers are put together in another way there.
+# One layer of two has experts in each stack: transformers combines the auxiliary losses of several layers in another way.
 SWITCH_CONFIG = {key: value for key, value in CONFIG.items() if key != 'feed_forward_proj'} | {
     'model_type': 'switch_transformers', 'num_layers': 2, 'num_decoder_layers': 2, 'num_sparse_encoder_layers': 1,
     'num_sparse_decoder_layers': 1, 'num_experts': 4, 'expert_capacity': 64, 'router_jitter_noise': 0.0,
     'router_aux_loss_coef': 1.0, 'router_z_loss_coef': 1.0, 'tie_word_embeddings': True}
 GREEDY = {'num_beams': 1, 'max_new_tokens': 16}
-# length_penalty and early_stopping of the beam searches; the first are transformers' defaults.
+# Settings of the beam searches; the first has transformers' defaults of length_penalty and early_stopping.
 BEAMS = [
     {'num_beams': 4, 'max_new_tokens': 16, 'length_penalty': 1.0, 'early_stopping': False},
     {'num_beams': 4, 'max_new_tokens': 16, 'length_penalty': 0.6, 'early_stopping': True},
     {'num_beams': 4, 'max_new_tokens': 16, 'length_penalty': 2.0, 'early_stopping': False},
 ]
 SEED = 4  # the three searches give different answers
-SWITCH_SEED = 12  # every expert has tokens, and answers have more than one
+SWITCH_SEED = 12  # every expert gets tokens, and answers have more than one token
 GOLDEN = {'t5': (CONFIG, SEED), 'switch': (SWITCH_CONFIG, SWITCH_SEED)}
 
 
 def draw(model: Any, rng: np.random.Generator) -> None:
-  """Replaces the weights of a model: every part matters, and no softmax is saturated."""
+  """Replaces the weights of a model by random ones with which every part matters and no softmax is saturated."""
   import torch
 
   scaled = getattr(model.config, 'scale_decoder_outputs', model.config.tie_word_embeddings)
@@ -55,11 +55,11 @@ def draw(model: Any, rng: np.random.Generator) -> None:
         drawn = rng.standard_normal(shape) * (head * shape[1]**-0.5 if model.lm_head.weight is value else 1.0)
       elif name == 'lm_head.weight':
         drawn = head * rng.standard_normal(shape) * shape[1]**-0.5
-        drawn[1] *= 1.5  # makes the end of sequence come now and then
+        drawn[1] *= 1.5  # so that the end of sequence comes now and then
       else:
         gain = model.config.d_kv**-0.5 if name.endswith('.q.weight') else 1.0
         if model.lm_head.weight is model.shared.weight and name.endswith('o.weight'):
-          gain = 4.0  # or each token would be followed by itself
+          gain = 4.0  # otherwise each token would be followed by itself
         drawn = gain * rng.standard_normal(shape) * shape[1]**-0.5
       value.copy_(torch.from_numpy(drawn.astype(np.float32)))
 
@@ -69,7 +69,7 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
 
   Args:
     config: keys of config.json; 'tie_word_embeddings' False gives the model a head of its own.
-    seed: of weights and inputs.
+    seed: the seed of weights and inputs.
     rows, S, T: batch size and lengths.
 
   Returns:
@@ -86,7 +86,7 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
     model: Any = transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(**config)).eval()
   else:
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config)).eval()
-  if not config['tie_word_embeddings']:  # version 5 ties the tables whatever the configuration says
+  if not config['tie_word_embeddings']:  # version 5 of transformers ties the tables whatever the configuration says
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
   draw(model, rng)
   weights = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
@@ -94,7 +94,7 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
   V = config['vocab_size']
   input_ids = rng.integers(2, V, (rows, S))
   attention_mask = np.ones((rows, S), np.int64)
-  if not switch:  # whose routers and auxiliary losses would count padding
+  if not switch:  # Switch's routers and auxiliary losses would count padding
     attention_mask[1, S - 7:] = 0
     attention_mask[2, :5] = 0
   input_ids[attention_mask == 0] = 0
@@ -127,7 +127,7 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
     found = model.generate(**encoder, **settings, do_sample=False, return_dict_in_generate=True, output_scores=True)
     tokens = found.sequences.numpy()[:, 1:]  # without the start token
     ended = np.cumsum(tokens == config['eos_token_id'], axis=1) - (tokens == config['eos_token_id']) > 0
-    return np.where(ended, config['pad_token_id'], tokens), found  # what follows the end depends on their version
+    return np.where(ended, config['pad_token_id'], tokens), found  # what follows the end depends on the version
 
   result['greedy'] = generate(GREEDY)[0]
   for index, settings in enumerate(BEAMS):

@@ -1,4 +1,4 @@
-"""Rows of the README's table of pods, from what `t5x_cpm compile --output=MODEL-SLICE-STEP.json` has written.
+"""Prints the rows of the README's table of pods from what `t5x_cpm compile --output=MODEL-SLICE-STEP.json` has written.
 
   python tools/pod_table.py plans/*.json
 """

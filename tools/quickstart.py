@@ -1,7 +1,7 @@
-"""The main job on data that ships with the project: vocabulary, cache, pre-training (stopped and resumed), answers.
+"""Runs the main job on data that ships with the project: vocabulary, cache, pre-training (stopped and resumed), answers.
 
-Run by tools/quickstart.sh, which sets up the environment. Every step is a command that a user would type, with the
-environment active; it is printed before it runs.
+It is run by tools/quickstart.sh, which sets up the environment. Every step is a command that a user would type in that
+environment; it is printed before it runs.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from t5x_cpm.tasks import stories
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CORPUS = ROOT / 'tasks' / 'corpus'
 GIN = ('--gin_file=gin/models/cpm2_tiny.gin', '--gin_file=gin/runs/quickstart.gin')
-# Sentences of the validation split with one blank each, which neither model has read.
+# Sentences with one blank each, from the validation split, so that neither model has read them.
 BLANKS = CORPUS / 'blanks.txt'
 VOCABULARY = (*(f'--input={CORPUS}/{name}' for name in ('zh.txt', 'en.txt', 'parallel.tsv')), '--size=3200', '--sentinels=50',
               '--byte_fallback')
 
 
 def write_stories(path: pathlib.Path) -> None:
-  """Stories of the training split, one a line, as the vocabulary of the quickstart task was trained on."""
+  """Writes stories of the training split, one a line: those that the shipped vocabulary was trained on."""
   texts = [stories.story(index, language).text for index in range(2000) for language in stories.LANGUAGES]
   path.write_text('\n'.join(texts) + '\n', encoding='utf-8')
 
@@ -58,13 +58,13 @@ def answers(path: pathlib.Path) -> list[str]:
 
 
 def next_commands(model_dir: pathlib.Path) -> list[str]:
-  """Commands to type after this one, with the interpreter by its path: the environment need not be active."""
+  """Commands to type after this one. They name the interpreter by its path, so that the environment need not be active."""
   program = [sys.executable, '-m', 't5x_cpm']
   return [shlex.join([*program, 'infer', f'--model_dir={model_dir}']), shlex.join([*program, '--help'])]
 
 
 def accuracy(model_dir: pathlib.Path) -> float:
-  """Accuracy on the masked tokens of the validation split, sentinels left out, as `eval` wrote it."""
+  """Accuracy on the masked tokens of the validation split, without sentinels, as `eval` wrote it."""
   newest = max((model_dir / 'eval').iterdir(), key=lambda folder: int(folder.name))
   return json.loads((newest / 'metrics.json').read_text())['quickstart']['metrics']['text_accuracy']
 

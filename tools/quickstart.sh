@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is needed and runs the main job on the data that ships with the project: tools/quickstart.py.
+# Sets up what is needed and runs the main job, tools/quickstart.py, on the data that ships with the project.
 #   bash tools/quickstart.sh [--output=DIR] [--steps=N]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -19,19 +19,19 @@ if [ $# -gt 0 ]; then
   exec "$PYTHON" -m pytest ${slow:+-m slow} "$@"
 fi
 
-# The default tests are not run twice over the same files by `test.sh && test.sh --slow`.
+# `test.sh && test.sh --slow` does not run the default tests twice over the same files.
 passed="$VENV/t5x_cpm-tests.passed"
-tree="$(date)"  # outside of git they are
+tree="$(date)"  # outside of git they do run again
 if git rev-parse --git-dir >/dev/null 2>&1; then
-  tree="$(git ls-files -co --exclude-standard -z | xargs -0 cksum 2>/dev/null | cksum)" || true  # a link to a folder is no file
+  tree="$(git ls-files -co --exclude-standard -z | xargs -0 cksum 2>/dev/null | cksum)" || true  # xargs fails on a link to a folder, which is no file
 fi
 if [ -z "$slow" ] || [ "$(cat "$passed" 2>/dev/null)" != "$tree" ]; then
   rm -f "$passed"
-  # One worker a core: most of the time goes into compiling tiny models, which uses one. Each takes about 3 GB.
+  # One worker per core: most of the time goes into compiling tiny models, which uses one core. Each worker takes about 3 GB.
   "$PYTHON" -m pytest -m 'not slow' -q --durations=10 -n logical --maxprocesses 4 --dist worksteal
   echo "$tree" > "$passed"
 fi
 if [ -n "$slow" ]; then
-  # Tests that share a long preparation, or that start as many processes as there are cores, are a group: one worker runs it.
+  # Tests that share a long preparation, or start as many processes as there are cores, form a group, which one worker runs.
   "$PYTHON" -m pytest -m slow -q --durations=10 -n logical --maxprocesses 2 --dist loadgroup
 fi

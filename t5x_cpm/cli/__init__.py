@@ -1,6 +1,6 @@
-"""What is typed: `t5x_cpm MODE --flag=value --gin.CLASS.FIELD=VALUE`.
+"""The command line: `t5x_cpm MODE --flag=value --gin.CLASS.FIELD=VALUE`.
 
-`modes` is the table of modes, one row each: a new mode is a row there and a function. `parse` reads a command line by that
-table and writes the help, `configure` makes the configuration that a mode gets. Importing them imports neither JAX nor
-TensorFlow, so that help and mistakes are told at once; every mode imports what it runs.
+`modes` is the table of modes: a new mode is one row there and a function. `parse` reads a command line by that table and
+writes the help, `configure` makes the configuration that a mode gets, and `errors` says which errors are reported in one line.
+Importing them imports neither JAX nor TensorFlow, so that help and mistakes appear at once; every mode imports what it runs.
 """

@@ -1,4 +1,4 @@
-"""The configuration of a command: of the run that it reads, or the defaults, changed by gin files and then by flags."""
+"""The configuration of a command: that of the run it reads, or the defaults, changed by gin files and then by flags."""
 
 import contextlib
 import dataclasses
@@ -47,22 +47,22 @@ def vocabulary_of(model_dir: str) -> str:
   run = run_directory.read_run(model_dir)
   with contextlib.suppress(ConfigError):
     if vocabularies.load(run.config.task.vocabulary).fingerprint == run.info['vocabulary']:
-      return run.config.task.vocabulary  # under this name caches were made
+      return run.config.task.vocabulary  # caches were made under this name
   return vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary').spec
 
 
 def origin(source: str, model_dir: str) -> Config:
-  """What a run takes over from the run `source`: its model and its vocabulary."""
+  """The configuration that a run inherits from the run `source`: its model and its vocabulary."""
   from t5x_cpm.checkpoints import run_directory
 
-  if model_dir and run_directory.scan(run_directory.resolve(model_dir))[0]:  # it has them already; the source may be gone
+  if model_dir and run_directory.scan(run_directory.resolve(model_dir))[0]:  # a resumed run has its own; the source may be gone
     own = run_directory.read_run(model_dir).config
     return Config(model=own.model, task=TaskConfig(vocabulary=own.task.vocabulary))
   return Config(model=run_directory.read_run(source).config.model, task=TaskConfig(vocabulary=vocabulary_of(source)))
 
 
 def check_routers(config: Config) -> None:
-  """Raises ConfigError for a router that nobody registered, which the configuration alone cannot know."""
+  """Raises ConfigError for a router that nobody registered, which Config.validate() cannot know."""
   if config.model.moe.num_experts:
     from t5x_cpm.models import routers  # imports JAX
 
@@ -73,7 +73,7 @@ def make_config(arguments: Arguments) -> Config:
   """The configuration of a command.
 
   Raises:
-    ConfigError: a mistake in a file or flag, with its place; or the change of a trained model.
+    ConfigError: a mistake in a file or flag, with the line or the flag at fault; or a change to a trained model.
   """
   from t5x_cpm import config as config_lib
   from t5x_cpm.checkpoints import run_directory
@@ -104,7 +104,7 @@ def make_config(arguments: Arguments) -> Config:
 
 
 def dry_run(config: Config) -> None:
-  """Prints what a run would be. Touches of the data only a cache that is there already."""
+  """Prints what a run would be. Of the data it reads only a cache that is there already."""
   from t5x_cpm import vocabularies
   from t5x_cpm.config import gin
   from t5x_cpm.data import reader

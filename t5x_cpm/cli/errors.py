@@ -1,4 +1,4 @@
-"""Which errors are told in a line, and with which exit code."""
+"""Which errors are reported in one line, and with which exit code."""
 
 import errno
 import sys
@@ -8,7 +8,7 @@ OF_THE_MACHINE = ('ENOSPC', 'EDQUOT', 'EROFS', 'EACCES', 'EPERM', 'ENOENT', 'EIS
 
 
 def is_users(error: Exception) -> bool:
-  """Whether the message of an error is all that a user needs: one that t5x_cpm raised for bad input, or a disk that refuses."""
+  """Whether the message of an error is all that a user needs: t5x_cpm raised it for bad input, or the disk refused."""
   if isinstance(error, OSError):
     return errno.errorcode.get(error.errno or 0) in OF_THE_MACHINE
   return isinstance(error, ValueError) and type(error).__module__.split('.')[0] == 't5x_cpm'

@@ -16,7 +16,7 @@ GIN_FLAGS = (
     Flag('dry_run', '', 'print the resolved configuration, sizes and learning rates, and stop'),
 )
 MODEL_DIR = Flag('model_dir', 'DIR', 'folder of the run')
-DIRECTIONS = {'import': ('vocabulary', 'objective'), 'export': ('step',)}  # of `convert`, with the flags of that one alone
+DIRECTIONS = {'import': ('vocabulary', 'objective'), 'export': ('step',)}  # of `convert`, with the flags that only one has
 TEXTS = Flag('input', 'GLOB', 'files of text: .txt, .tsv or .jsonl, also .gz', repeat=True)
 FIELD = Flag('field', 'NAME', 'of .jsonl, the field with the text', default='text')
 INIT_FROM = Flag('init_from', 'DIR', 'start from the parameters of another run, with its model and vocabulary')
@@ -28,12 +28,12 @@ def train(arguments: Arguments, config: Config) -> None:
   from t5x_cpm.cluster import launch
   from t5x_cpm.config import gin
 
-  tasks.identity(config)  # an unknown task is told before JAX starts
+  tasks.identity(config)  # an unknown task is reported before JAX starts
   backend.keep_memory()
   model_dir = arguments.get('model_dir')
-  place = launch.find_place(*map(arguments.get, ('coordinator', 'num_processes', 'process_id')))
+  member = launch.find_member(*map(arguments.get, ('coordinator', 'num_processes', 'process_id')))
   settings = [f't5x_cpm {t5x_cpm.__version__}', f'--model_dir={model_dir}', *gin.dump(config).splitlines()]
-  with launch.together(place, config.processes, settings, tell) as group:
+  with launch.together(member, config.processes, settings, tell) as group:
     from t5x_cpm.training import train as training
     training.run(config, model_dir, group)
 
@@ -53,7 +53,7 @@ def infer(arguments: Arguments, config: Config) -> None:
 
 
 def compile_step(arguments: Arguments, config: Config) -> None:
-  """Compiles a step for a slice."""
+  """Compiles a step for a slice of chips."""
   from t5x_cpm import compile as compile_lib
 
   compile_lib.run(config, arguments.get('topology'), arguments.get('step') or 'train', search=arguments.get('search'),
@@ -70,7 +70,7 @@ def cache(arguments: Arguments, config: Config) -> None:
 
 
 def convert(arguments: Arguments) -> None:
-  """Carries a model over from transformers, or to it."""
+  """Converts a model from the format of transformers, or to it."""
   direction = arguments.get('direction')
   if direction not in DIRECTIONS:
     raise ConfigError(f'convert {direction}: expected convert import or convert export.{did_you_mean(direction, DIRECTIONS)}')
@@ -95,7 +95,7 @@ def train_vocabulary(arguments: Arguments) -> None:
 
 
 def report_tokens(arguments: Arguments) -> None:
-  """Prints how a vocabulary fits some text."""
+  """Prints how well a vocabulary fits some text."""
   from t5x_cpm.vocabularies import report
 
   report.run(*map(arguments.get, ('vocabulary', 'input')), field=arguments.get('field'), compared=arguments.get('differences'))
@@ -208,7 +208,7 @@ def run(arguments: Arguments) -> None:
   is_dry = arguments.get('dry_run')
   configure.import_modules(arguments.get('import'))
   for name in mode.needs:
-    # A dry run needs no more than the run that is read.
+    # A dry run needs only the run that it reads, if any.
     if not arguments.get(name) and (not is_dry or (name == 'model_dir' and mode.scope == 'eval')):
       flag = mode.find(name)
       expected = f'--{name}={flag.value}' if flag else f'{mode.word.value} after its name' if mode.word else name
@@ -217,7 +217,7 @@ def run(arguments: Arguments) -> None:
     mode.function(arguments)
     return
   if is_dry or mode.on_cpu:
-    os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported, which reads it then
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported, which is when JAX reads it
   config = configure.make_config(arguments)
   if is_dry:
     configure.dry_run(config)

@@ -1,4 +1,4 @@
-"""A command line read by a table of modes, and the help that the table makes."""
+"""Reads a command line by a table of modes, and writes the help from the same table."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ class Flag:
   Attributes:
     name: without the dashes.
     value: what help shows for its value; '' for a switch.
-    text: of the help.
+    text: its line of help.
     repeat: it may be given several times, and its value is a list.
     kind: str, or int for a whole number.
     default: its value where it is not given.
@@ -41,16 +41,16 @@ class Mode:
   """A mode of the program.
 
   Attributes:
-    name: what is typed.
-    text: what it does, in a line.
+    name: the word that is typed.
+    text: what it does, in one line.
     function: runs it; called with the Arguments and, where the mode reads gin, the Config.
     example: shell commands that run as they are, from the top of a clone.
-    flags: its own, beside those of every mode that reads gin.
+    flags: every flag that it takes, but --gin.CLASS.FIELD.
     needs: the flags without which it cannot run.
     gin: the configuration classes that it reads; () for a mode without configuration.
-    scope: of the gin bindings that apply, 'train' or 'eval'; a mode of 'eval' reads a run.
+    scope: the scope of the gin bindings that apply, 'train' or 'eval'; a mode of scope 'eval' reads a run.
     on_cpu: whether it leaves accelerators alone.
-    word: a word that follows the mode's name, as a Flag without dashes; None: there is none.
+    word: a word that follows the mode's name, as a Flag without dashes; None where there is none.
   """
 
   name: str
@@ -71,7 +71,7 @@ class Mode:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-  """What stands on a command line: values by flag, and `--gin.` overrides without their prefix."""
+  """What a command line says: values by flag, and `--gin.` overrides without their prefix."""
 
   mode: Mode
   values: Mapping[str, Any]
@@ -99,6 +99,15 @@ class _Once(argparse.Action):
     setattr(namespace, self.dest, values)
 
 
+def _epilog(mode: Mode) -> str:
+  sections = []
+  if mode.gin:
+    names = textwrap.fill(', '.join(mode.gin), WIDTH - 2, initial_indent='  ', subsequent_indent='  ')
+    sections.append(f'gin classes (their fields: t5x_cpm fields CLASS)\n{names}')
+  sections.append('example\n' + textwrap.indent(mode.example, '  '))
+  return '\n\n'.join(sections)
+
+
 def _parser(mode: Mode) -> argparse.ArgumentParser:
   parser = _Parser(
       prog=f't5x_cpm {mode.name}', description=mode.text[0].upper() + mode.text[1:] + '.', epilog=_epilog(mode), add_help=False,
@@ -124,30 +133,21 @@ def _parser(mode: Mode) -> argparse.ArgumentParser:
   return parser
 
 
-def _epilog(mode: Mode) -> str:
-  parts = []
-  if mode.gin:
-    names = textwrap.fill(', '.join(mode.gin), WIDTH - 2, initial_indent='  ', subsequent_indent='  ')
-    parts.append(f'gin classes (their fields: t5x_cpm fields CLASS)\n{names}')
-  parts.append('example\n' + textwrap.indent(mode.example, '  '))
-  return '\n\n'.join(parts)
-
-
 def print_table(rows: Iterable[tuple[str, str]], width: int = 24) -> None:
-  """Names and what they are, side by side."""
+  """Prints names and what they are, side by side."""
   for name, text in rows:
     print(textwrap.fill(text, WIDTH, initial_indent=f'  {name:<{width - 3}} ', subsequent_indent=' ' * width))
 
 
 def print_text(text: str, indent: int) -> None:
-  """Paragraphs, filled."""
+  """Prints paragraphs, each filled to the width of the help."""
   for number, paragraph in enumerate(text.split('\n\n') if text else ()):
     print(('\n' if number else '') + textwrap.fill(
         paragraph, WIDTH, initial_indent=' ' * indent, subsequent_indent=' ' * indent))
 
 
 def print_help(modes: Iterable[Mode]) -> None:
-  """The modes, how configuration is given, and where to read on."""
+  """Prints the modes, how configuration is given, and where to read on."""
   print('usage: t5x_cpm MODE [--flag=value ...] [--gin.CLASS.FIELD=VALUE ...]\n\nmodes')
   print_table(((mode.name, mode.text) for mode in modes), 14)
   print("""
@@ -165,12 +165,12 @@ more
 
 
 def print_mode_help(mode: Mode) -> None:
-  """Flags, gin classes and an example of one mode."""
+  """Prints the flags of a mode, its gin classes and an example."""
   print(_parser(mode).format_help(), end='')
 
 
 def _mode_first(argv: Sequence[str], modes: Mapping[str, Mode]) -> tuple[str, list[str]]:
-  """The first word that is neither a flag nor the value of one, and all others; '' where there is none."""
+  """The first word that is neither a flag nor the value of one ('' if there is none), and all other words."""
   valued = {flag.name for mode in modes.values() for flag in mode.flags if flag.value}
   for index, word in enumerate(argv):
     before = argv[index - 1] if index else ''
@@ -180,7 +180,7 @@ def _mode_first(argv: Sequence[str], modes: Mapping[str, Mode]) -> tuple[str, li
 
 
 def _refuse(word: str, mode: Mode, modes: Mapping[str, Mode]) -> ConfigError:
-  """What is wrong with a word that the parser of a mode does not know."""
+  """The error for a word that the parser of a mode does not know."""
   if not word.startswith('-'):
     return ConfigError(f'{word!r} is left over after mode {mode.name!r}; flags begin with --.')
   name = word.lstrip('-').partition('=')[0]
@@ -197,7 +197,7 @@ def _refuse(word: str, mode: Mode, modes: Mapping[str, Mode]) -> ConfigError:
 
 
 def _explain(error: argparse.ArgumentError, mode: Mode) -> ConfigError:
-  """The words of argparse as this program says them."""
+  """An error of argparse in the words of this program."""
   name = (error.argument_name or '').lstrip('-').partition('/')[0]
   flag = mode.find(name)
   value = re.search(r"'(.*)'", error.message)
@@ -212,14 +212,14 @@ def parse(argv: Sequence[str], modes: Mapping[str, Mode]) -> Arguments | None:
   """Reads a command line.
 
   Args:
-    argv: without the name of the program.
-    modes: by name.
+    argv: the words of the command line, without the name of the program.
+    modes: the modes by name.
 
   Returns:
-    What it says; None where it asks for help or the version, which has been printed then.
+    What it says; None if it asked for help or the version, which have then been printed.
 
   Raises:
-    ConfigError: what is not known, with the nearest name, or a value that is missing or given twice.
+    ConfigError: something unknown, with the nearest name, or a value that is missing or given twice.
   """
   name, rest = _mode_first(argv, modes)
   asks = {'--help', '-h'} & set(rest)

@@ -1,4 +1,4 @@
-"""A TCP connection between two processes of a run, on which both send messages: lines of JSON."""
+"""A TCP connection between two processes of a run, over which both send messages, which are lines of JSON."""
 
 import contextlib
 import json
@@ -25,12 +25,12 @@ class Connection:
     return self._socket.fileno()
 
   def send(self, **message: Any) -> None:
-    """Sends a message. If the other end is gone nothing happens here; `read` will tell."""
+    """Sends a message. If the other end is gone, nothing happens here; `read` will say so."""
     with contextlib.suppress(OSError):
       self._socket.sendall(json.dumps(message).encode() + b'\n')
 
   def read(self) -> list[dict[str, Any]] | None:
-    """The messages that have arrived, [] if there is none in time. None: the connection has ended, or is not one of ours."""
+    """The messages that have arrived, [] if none came in time; None if the connection has ended, or is not one of ours."""
     try:
       data = self._socket.recv(1 << 16)
     except TimeoutError:

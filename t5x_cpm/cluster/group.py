@@ -1,10 +1,10 @@
 """The processes of one run, as one of them sees them.
 
-JAX's collectives wait for ever for a process that hangs, and its own service aborts without a name or waits for minutes. So
-each process keeps a connection to process 0, on which both speak once a second. Process 0 (`hub`) sees who never came, who
-died (the connection ends), who is frozen (nothing is heard) and who hangs (the others go on without it). It tells everyone
-(`spoke`), and all stop at once: a run continues from its last checkpoint. In every process a thread, its watch, does this
-beside the work.
+JAX's collectives wait forever for a process that hangs, and its own service aborts without a name or waits for minutes. So
+each process keeps a connection to process 0, over which both send a message every second. Process 0 (`hub`) sees who never
+came, who died (the connection ends), who is frozen (nothing is heard) and who hangs (the others go on without it). It tells
+the others (`spoke`), and all stop at once: the run can continue from its last checkpoint. In every process a thread, its
+watch, does this beside the work.
 """
 
 import os
@@ -20,7 +20,7 @@ LOST = 3  # exit code of a process that stops because of another one
 
 
 class ProcessError(ConfigError):
-  """The processes of a run do not come together. The message names those concerned and what to do."""
+  """The processes of a run do not come together. The message says which ones, and what to do."""
 
 
 class Group:
@@ -32,7 +32,7 @@ class Group:
     Args:
       count: how many processes there are.
       index: which of them this one is.
-      config: how long to wait for what.
+      config: how long to wait, and for what.
     """
     self.count, self.index, self.config = count, index, config or ProcessesConfig()
     self._progress, self._doing = 0, 'the start'
@@ -46,17 +46,17 @@ class Group:
     return self.index == 0
 
   def at(self, what: str) -> None:
-    """Notes that this process begins something that all processes do, in the same order, such as a step."""
+    """Notes that this process begins something, such as a step, that all processes do in the same order."""
     self._progress, self._doing = self._progress + 1, what
 
   def fail(self, reason: str) -> None:
-    """Tells the others that this process ends, and why; returns when that has been sent."""
+    """Tells the others that this process ends, and why; returns once that has been sent."""
     if self._watch_thread is not None:
       self._failure = reason.split('\n')[0] or 'an error'
       self._watch_thread.join(3 * BEAT)
 
   def close(self) -> None:
-    """Says that this process has done its share, and returns when all have."""
+    """Says that this process has done its share, and returns once all have."""
     self._done.set()
     if self._watch_thread is not None:
       self._watch_thread.join()

@@ -30,7 +30,7 @@ class Peer:
     return f'process {self.index} on {self.host}'
 
   def hear(self, status: dict[str, Any]) -> None:
-    """Takes note of what the process says about itself."""
+    """Records what the process says about itself."""
     now = time.monotonic()
     if status['progress'] > self.progress:
       self.moved = now
@@ -66,14 +66,14 @@ def _listen(port: int, count: int) -> socket.socket:
 
 
 class Hub(Group):
-  """The group in process 0: first it gathers the others, then its watch looks after them."""
+  """The group in process 0: first it gathers the others, then its watch observes them."""
 
   def __init__(self, count: int, config: ProcessesConfig, port: int, settings: list[str]):
     """Begins to listen.
 
     Args:
       count: how many processes there are.
-      config: how long to wait for what.
+      config: how long to wait, and for what.
       port: where the others connect.
       settings: lines that must be the same in all processes.
 
@@ -83,7 +83,7 @@ class Hub(Group):
     super().__init__(count, 0, config)
     self._settings = settings
     self._peers = {0: Peer(0, socket.gethostname())}
-    self._failed: tuple[Peer, str] | None = None  # who ended with an error, and that
+    self._failed: tuple[Peer, str] | None = None  # who ended with an error, and which
     self._listener = _listen(port, count)
 
   def gather(self) -> None:
@@ -102,7 +102,7 @@ class Hub(Group):
     self._start_watch(self._watch)
 
   def _wait_for_all(self) -> str:
-    """Takes processes in until all are there; returns why that cannot be, '' otherwise."""
+    """Admits processes until all are there; returns why that cannot be, or ''."""
     newcomers: set[Connection] = set()  # connected, but who they are is not known yet
     began, beat, line = time.monotonic(), Timer(BEAT), Timer(SECONDS_BETWEEN_LINES)
     error = ''
@@ -132,11 +132,11 @@ class Hub(Group):
     return error
 
   def _receive(self, connection: Any, newcomers: set[Connection], selector: selectors.BaseSelector) -> str:
-    """Reads from a connection while processes gather; returns why they cannot come together, '' otherwise."""
+    """Reads from a connection while processes gather; returns why they cannot come together, or ''."""
     messages = connection.read()
     if messages == []:
-      return ''  # a long hello has come in part
-    if connection not in newcomers:  # a process that was taken in, and that says nothing until all are there
+      return ''  # a long hello of which only the beginning has come
+    if connection not in newcomers:  # a process that was admitted, and then says nothing until all are there
       peer = next(peer for peer in self._peers.values() if peer.connection is connection)
       return f'{peer} came, and ended before all were there. See its output.'
     newcomers.remove(connection)
@@ -147,7 +147,7 @@ class Hub(Group):
     return ''
 
   def _admit(self, hello: dict[str, Any], connection: Connection) -> str:
-    """Takes a process in; returns why it cannot be, '' otherwise."""
+    """Admits a process; returns why that cannot be, or ''."""
     peer = Peer(hello['hello'], hello['host'], connection)
     if hello['count'] != self.count:
       self._peers[-1] = peer  # so that it is told
@@ -169,7 +169,7 @@ class Hub(Group):
         peer.connection.send(**message)
 
   def _watch(self) -> None:
-    """Looks after the others until all are done, or one is lost."""
+    """Observes the others until all are done, or one is lost."""
     selector = selectors.DefaultSelector()
     for peer in self._peers.values():
       if peer.connection is not None:

@@ -15,12 +15,12 @@ from t5x_cpm.cluster.hub import Hub
 from t5x_cpm.cluster.spoke import Spoke
 from t5x_cpm.config import ProcessesConfig
 
-SECONDS_TO_CONNECT = 120  # what JAX may take to connect once all have come, and to part at the end
+SECONDS_TO_CONNECT = 120  # what JAX may take to connect once all have come, and to disconnect at the end
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """Which of the processes of a run a process is."""
+class Member:
+  """Which of the processes of a run this one is."""
 
   coordinator: str  # host:port of process 0
   count: int  # how many processes there are
@@ -39,7 +39,31 @@ def _number(name: str, text: str) -> int | None:
   return int(text) if text else None
 
 
-def find_place(coordinator: str = '', num_processes: str = '', process_id: str = '') -> Place | None:
+def _launched(coordinator: str | None) -> tuple[Member | None, str]:
+  """What the launcher of this process says, and the name of the launcher. (None, '') if there is none that we know."""
+  if int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1)) > 1 and 'OMPI_MCA_orte_hnp_uri' not in os.environ and not coordinator:
+    raise ProcessError('Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT, HOST being the first host.')
+  if 'OMPI_COMM_WORLD_SIZE' in os.environ and coordinator:  # Open MPI of any version
+    values = [int(os.environ[f'OMPI_COMM_WORLD_{name}']) for name in ('SIZE', 'RANK', 'LOCAL_RANK')]
+    return Member(coordinator, values[0], values[1], (values[2],)), 'Open MPI'
+  # jax.distributed.initialize() would find the same, but only while it connects, which takes forever if one is missing.
+  from jax._src.clusters import ClusterEnv
+
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # JAX warns in a pod without the package kubernetes, where flags serve
+      found, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+          coordinator, None, None, None, None, SECONDS_TO_CONNECT)
+  except (RuntimeError, OSError, KeyError, ValueError) as error:
+    raise ProcessError(f'the environment looks like that of a cluster, but does not say where this process stands: {error}. '
+                       'Give --coordinator, --num_processes and --process_id.') from error
+  if found is None or count is None or index is None:
+    return None, ''
+  launcher = 'SLURM' if 'SLURM_PROCID' in os.environ else 'the environment'
+  return Member(found, count, index, tuple(devices) if devices else None), launcher
+
+
+def find_member(coordinator: str = '', num_processes: str = '', process_id: str = '') -> Member | None:
   """Finds out which process this is: from flags and, for what they leave out, SLURM, Open MPI or the TPU's metadata (GCE, GKE).
 
   Args:
@@ -47,18 +71,18 @@ def find_place(coordinator: str = '', num_processes: str = '', process_id: str =
       host.
 
   Returns:
-    The place of this process, None if it is alone.
+    Which member of the group this process is; None if it is alone.
 
   Raises:
-    ProcessError: flags and environment contradict each other, or do not say everything together.
+    ProcessError: flags and environment contradict each other, or leave something unsaid.
   """
   count, index = _number('--num_processes', num_processes), _number('--process_id', process_id)
-  place, launcher = (None, '') if coordinator and num_processes and process_id else _launched(coordinator or None)
-  if place is not None:
-    for flag, given, found in (('--num_processes', count, place.count), ('--process_id', index, place.index)):
+  member, launcher = (None, '') if coordinator and num_processes and process_id else _launched(coordinator or None)
+  if member is not None:
+    for flag, given, found in (('--num_processes', count, member.count), ('--process_id', index, member.index)):
       if given not in (None, found):
         raise ProcessError(f'{flag}={given}, but {launcher} says {found}: leave the flag out, or start that many.')
-    return place if place.count > 1 else None
+    return member if member.count > 1 else None
   given_flags = {'--coordinator': coordinator, '--num_processes': num_processes, '--process_id': process_id}
   missing = [flag for flag, value in given_flags.items() if not value]
   if len(missing) == 3 or count == 1:
@@ -73,58 +97,35 @@ def find_place(coordinator: str = '', num_processes: str = '', process_id: str =
     raise ProcessError(f'--coordinator={coordinator}: expected HOST:PORT, a host that all processes reach and its free port.')
   if index >= count:
     raise ProcessError(f'--process_id={index}: expected a number below --num_processes={count}; the first is 0.')
-  return Place(coordinator, count, index)
+  return Member(coordinator, count, index)
 
 
-def _launched(coordinator: str | None) -> tuple[Place | None, str]:
-  """What the launcher of this process says, and the name of the launcher. (None, '') if there is none that we know."""
-  if int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1)) > 1 and 'OMPI_MCA_orte_hnp_uri' not in os.environ and not coordinator:
-    raise ProcessError('Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT, HOST being the first host.')
-  if 'OMPI_COMM_WORLD_SIZE' in os.environ and coordinator:  # Open MPI of any version
-    values = [int(os.environ[f'OMPI_COMM_WORLD_{name}']) for name in ('SIZE', 'RANK', 'LOCAL_RANK')]
-    return Place(coordinator, values[0], values[1], (values[2],)), 'Open MPI'
-  # jax.distributed.initialize() would find the same, but only while it connects, which takes for ever if one is missing.
-  from jax._src.clusters import ClusterEnv
-
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # JAX warns in a pod without the package kubernetes, where flags serve
-      found, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
-          coordinator, None, None, None, None, SECONDS_TO_CONNECT)
-  except (RuntimeError, OSError, KeyError, ValueError) as error:
-    raise ProcessError(f'the environment looks like that of a cluster, but does not say where this process stands: {error}. '
-                       'Give --coordinator, --num_processes and --process_id.') from error
-  if found is None or count is None or index is None:
-    return None, ''
-  launcher = 'SLURM' if 'SLURM_PROCID' in os.environ else 'the environment'
-  return Place(found, count, index, tuple(devices) if devices else None), launcher
-
-
-def join(place: Place, config: ProcessesConfig, settings: list[str]) -> Group:
+def join(member: Member, config: ProcessesConfig, settings: list[str]) -> Group:
   """Waits until all processes have come, and watches over them from then on.
 
   Args:
-    place: which process this is; process 0 listens at `place.address` until all have come.
-    config: how long to wait for what.
+    member: which process this is; process 0 listens at `member.address` until all have come.
+    config: how long to wait, and for what.
     settings: lines that must be the same in all processes, such as the configuration.
 
   Raises:
     ProcessError: some did not come in time, two have one index, or counts or settings differ.
   """
-  group = (Hub(place.count, config, place.address[1], settings) if place.index == 0 else
-           Spoke(place.count, place.index, config, place.address, settings))
+  group = (Hub(member.count, config, member.address[1], settings) if member.index == 0 else
+           Spoke(member.count, member.index, config, member.address, settings))
   group.gather()
   return group
 
 
 @contextlib.contextmanager
 def together(
-    place: Place | None, config: ProcessesConfig, settings: list[str], tell: Callable[[BaseException], int]) -> Iterator[Group]:
+    member: Member | None, config: ProcessesConfig, settings: list[str],
+    tell: Callable[[BaseException], int]) -> Iterator[Group]:
   """Starts JAX and runs a block in all processes, or in none: when one fails or is lost, all end.
 
   Args:
-    place: which process this is; None if it is alone, which needs nothing of this.
-    config: how long to wait for what.
+    member: which process this is; None if it is alone, and then nothing is started.
+    config: how long to wait, and for what.
     settings: lines that must be the same in all processes.
     tell: prints an error of the block and returns the exit code, or raises the error. It is called only if there are several
       processes. The process ends right after it, because its usual end would wait for the others.
@@ -132,15 +133,15 @@ def together(
   Raises:
     ProcessError: the processes did not come together.
   """
-  if place is None:
+  if member is None:
     yield Group()
     return
-  group = join(place, config, settings)
+  group = join(member, config, settings)
   try:
     import jax
 
     jax.distributed.initialize(
-        place.coordinator, place.count, place.index, local_device_ids=place.local_devices,
+        member.coordinator, member.count, member.index, local_device_ids=member.local_devices,
         cluster_detection_method='deactivate', initialization_timeout=SECONDS_TO_CONNECT,
         # The watch stops all processes earlier than JAX would, and says why.
         heartbeat_timeout_seconds=round(2 * config.silent_seconds) + SECONDS_TO_CONNECT,

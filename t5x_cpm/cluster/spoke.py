@@ -10,7 +10,7 @@ from t5x_cpm.config import ProcessesConfig
 
 
 class Spoke(Group):
-  """The group in a process other than 0: it joins process 0, then its watch stops this process when process 0 says so."""
+  """The group in a process other than 0: it joins process 0, and then its watch stops this process when process 0 says so."""
 
   def __init__(self, count: int, index: int, config: ProcessesConfig, address: tuple[str, int], settings: list[str]):
     """Makes the group.
@@ -18,7 +18,7 @@ class Spoke(Group):
     Args:
       count: how many processes there are.
       index: which of them this one is.
-      config: how long to wait for what.
+      config: how long to wait, and for what.
       address: host and port where process 0 listens.
       settings: lines that must be the same in all processes.
     """
@@ -27,10 +27,10 @@ class Spoke(Group):
     self._hub = f'process 0 at {address[0]}:{address[1]}'
 
   def gather(self) -> None:
-    """Joins process 0, and waits until that says that all are there.
+    """Joins process 0, and waits until it says that all are there.
 
     Raises:
-      ProcessError: process 0 does not come, or does not take this process.
+      ProcessError: process 0 does not come, or does not admit this process.
     """
     self._connection = Connection(self._connect(), BEAT / 2)
     self._connection.send(hello=self.index, count=self.count, host=socket.gethostname(), settings=self._settings)
@@ -68,7 +68,7 @@ class Spoke(Group):
           return message
 
   def _watch(self) -> None:
-    """Tells process 0 how this one is getting on, until that says good-bye, says stop, or is lost."""
+    """Tells process 0 how this one is getting on, until process 0 says goodbye, says stop, or is lost."""
     heard = spoken = time.monotonic()
     while True:
       messages = self._connection.read()

@@ -1,4 +1,4 @@
-"""What every field that gin can bind means, read from the source of the configuration classes, where it stands in comments."""
+"""Explains every field that gin can bind, from the comments in the source of the configuration classes."""
 
 import ast
 import dataclasses
@@ -18,11 +18,11 @@ class Field:
   """A field of a configuration class.
 
   Attributes:
-    name: of the field.
-    kind: its type, as the source has it.
+    name: its name.
+    kind: its type, as written in the source.
     default: its value where nothing binds it.
     free: whether it may differ when a run is resumed.
-    comment: what stands beside it in the source, or above it in lines of their own; '' where the docstring of the class
+    comment: the comment beside it in the source and those in the lines above it; '' where the docstring of the class
       explains it.
   """
 
@@ -43,7 +43,7 @@ def classes(cls: type = Config) -> Iterator[type]:
 
 
 def find(name: str) -> type:
-  """The class of a name. Raises ConfigError with near names where there is none."""
+  """The class with this name. Raises ConfigError, with similar names, if there is none."""
   known = {cls.__name__: cls for cls in classes()}
   if name not in known:
     raise ConfigError(f'unknown class {name}: expected one of {", ".join(known)}.{did_you_mean(name, known)}')
@@ -51,7 +51,7 @@ def find(name: str) -> type:
 
 
 def fields(cls: type) -> list[Field]:
-  """The fields of a class in the order of its source, those left out that are classes themselves."""
+  """The fields of a class in the order of its source, without those that hold another class."""
   source = inspect.getsource(cls)
   comments = {token.start[0]: (token.string.lstrip('# '), token.line.lstrip().startswith('#'))
               for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}

@@ -1,4 +1,4 @@
-"""What configuration classes are written with: declared fields, checks of values, and hints for misspelt names."""
+"""Tools to write configuration classes with: declaring fields, checking values, and hints for misspelt names."""
 
 import dataclasses
 import difflib
@@ -32,7 +32,7 @@ def in_range(owner: object, field: str, low: float, high: float = float('inf')) 
 
 
 def finite(owner: Any) -> None:
-  """Raises ConfigError for a field, also of a dataclass within, with a number that is not finite: gin could not write it."""
+  """Raises ConfigError for a number that is not finite, in nested dataclasses too: gin could not write it."""
   for field in dataclasses.fields(owner):
     value = getattr(owner, field.name)
     if dataclasses.is_dataclass(value):

@@ -25,7 +25,7 @@ from t5x_cpm.config.typed import check_type, mismatch
 
 try:
   from gin import config_parser
-except ImportError as error:  # in a clone the folder gin/ is found in the place of the missing package
+except ImportError as error:  # in a clone, Python finds the folder gin/ in place of the missing package
   raise ConfigError(
       f'{sys.executable} has no gin-config: activate the environment of t5x_cpm (. .venv/bin/activate), or install its '
       'requirements.txt.') from error
@@ -34,7 +34,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'gin_files'
 SCOPES = ('train', 'eval')
 _KEY = re.compile(r'(?:(\w+)/)?([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?')
 # Class name -> path of its fields in Config ('train', 'model.moe'), and class name -> field -> type.
-_PARTS: dict[str, str] = {}
+_PATHS: dict[str, str] = {}
 _TYPES: dict[str, dict[str, Any]] = {}
 
 
@@ -42,7 +42,7 @@ def _register(cls: Any, path: str) -> None:
   fields = typing.get_type_hints(cls)
   nested = {field: kind for field, kind in fields.items() if dataclasses.is_dataclass(kind)}
   if path:
-    _PARTS[cls.__name__] = path
+    _PATHS[cls.__name__] = path
     _TYPES[cls.__name__] = {field: kind for field, kind in fields.items() if field not in nested}
   for field, kind in nested.items():
     _register(kind, f'{path}.{field}'.lstrip('.'))
@@ -87,31 +87,6 @@ class _Delegate(config_parser.ParserDelegate):
     return _Reference(scoped_configurable_name)
 
 
-def find(path: str) -> Any:
-  """The file of a gin path: as given (also gs://...), else in the package, where a leading 'gin/' is optional.
-
-  Raises:
-    ConfigError: no such file; the message has the places searched and the files with a similar name.
-  """
-  if '://' in path:
-    from etils import epath
-    places: list[Any] = [epath.Path(path)]
-  else:
-    places = [pathlib.Path(path)]
-    if not places[0].is_absolute():
-      places.append(PACKAGE / (path[4:] if path.startswith('gin/') else path))
-  for place in places:
-    if place.is_file():
-      return place
-  known = {f'gin/{folder}/{name}.gin': name for folder in ('runs', 'models', 'mesh') for name in shipped_files(folder)}
-  known |= {str(file): file.stem for file in pathlib.Path(path).parent.glob('*.gin')}
-  matches = difflib.get_close_matches(path.rsplit('/', 1)[-1].removesuffix('.gin'), known.values(), n=3)
-  near = [full for full, name in known.items() if name in matches]
-  hint = f' Did you mean {" or ".join(near)}?' if near else ''
-  searched = ' and '.join(str(place.absolute()) if isinstance(place, pathlib.Path) else str(place) for place in places)
-  raise ConfigError(f'gin file {path!r} not found; searched {searched}.{hint}')
-
-
 def shipped_files(folder: str) -> list[str]:
   """Names of the gin files of the package in 'models', 'runs' or 'mesh', without '.gin'."""
   return sorted(file.stem for file in (PACKAGE / folder).glob('*.gin'))
@@ -121,6 +96,37 @@ def summary(folder: str, name: str) -> str:
   """The first comment line of a gin file of the package."""
   first = (PACKAGE / folder / f'{name}.gin').read_text(encoding='utf-8').partition('\n')[0]
   return first.removeprefix('#').strip()
+
+
+def find(path: str) -> Any:
+  """The file of a gin path: as given (also gs://...), else in the package, where a leading 'gin/' is optional.
+
+  Raises:
+    ConfigError: no such file; the message says where it was searched for, and lists files with similar names.
+  """
+  if '://' in path:
+    from etils import epath
+    candidates: list[Any] = [epath.Path(path)]
+  else:
+    candidates = [pathlib.Path(path)]
+    if not candidates[0].is_absolute():
+      candidates.append(PACKAGE / (path[4:] if path.startswith('gin/') else path))
+  for candidate in candidates:
+    if candidate.is_file():
+      return candidate
+  known = {f'gin/{folder}/{name}.gin': name for folder in ('runs', 'models', 'mesh') for name in shipped_files(folder)}
+  known |= {str(file): file.stem for file in pathlib.Path(path).parent.glob('*.gin')}
+  matches = difflib.get_close_matches(path.rsplit('/', 1)[-1].removesuffix('.gin'), known.values(), n=3)
+  near = [full for full, name in known.items() if name in matches]
+  hint = f' Did you mean {" or ".join(near)}?' if near else ''
+  searched = ' and '.join(str(one.absolute()) if isinstance(one, pathlib.Path) else str(one) for one in candidates)
+  raise ConfigError(f'gin file {path!r} not found; searched {searched}.{hint}')
+
+
+def _items(value: Any) -> list[Any]:
+  if isinstance(value, dict):
+    return [*value.keys(), *value.values()]
+  return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def _refuse(value: Any, where: str) -> None:
@@ -133,14 +139,8 @@ def _refuse(value: Any, where: str) -> None:
     _refuse(item, where)
 
 
-def _items(value: Any) -> list[Any]:
-  if isinstance(value, dict):
-    return [*value.keys(), *value.values()]
-  return list(value) if isinstance(value, (list, tuple)) else []
-
-
 def _read_file(path: str, included: bool = False) -> list[_Binding]:
-  """The bindings of a file, those of its includes at the place where they stand."""
+  """The bindings of a file in order; those of an included file stand where it is included."""
   file = find(path)
   bindings: list[_Binding] = []
 
@@ -202,16 +202,16 @@ def _check_names(binding: _Binding) -> None:
   if binding.scope and binding.scope not in SCOPES:
     raise ConfigError(f'{binding.where}: unknown scope {binding.scope!r}: expected one of {", ".join(SCOPES)}.')
   if not binding.field:
-    if binding.cls in _PARTS:
+    if binding.cls in _PATHS:
       raise ConfigError(f'{binding.where}: {binding.cls} is a class; bind one of its fields: {", ".join(_TYPES[binding.cls])}.')
     return
-  if binding.cls not in _PARTS:
+  if binding.cls not in _PATHS:
     owners = [cls for cls, fields in _TYPES.items() if binding.field in fields]
-    hint = did_you_mean(binding.cls, _PARTS) or (f' {binding.field} is a field of {" and ".join(owners)}.' if owners else '')
-    raise ConfigError(f'{binding.where}: unknown class {binding.cls}.{hint} Known: {", ".join(_PARTS)}.')
+    hint = did_you_mean(binding.cls, _PATHS) or (f' {binding.field} is a field of {" and ".join(owners)}.' if owners else '')
+    raise ConfigError(f'{binding.where}: unknown class {binding.cls}.{hint} Known: {", ".join(_PATHS)}.')
   fields = _TYPES[binding.cls]
   if binding.field not in fields:
-    owners = [f'{cls}.{binding.field}' for cls in _PARTS if binding.field in _TYPES[cls]]
+    owners = [f'{cls}.{binding.field}' for cls in _PATHS if binding.field in _TYPES[cls]]
     hint = f' Did you mean {" or ".join(owners)}?' if owners else did_you_mean(binding.field, fields)
     raise ConfigError(f'{binding.where}: {binding.cls} has no field {binding.field}.{hint} Its fields: {", ".join(fields)}.')
 
@@ -243,7 +243,7 @@ class _Macros:
             f'Define it: {name} = VALUE in a file, or --gin.{name}=VALUE.')
     for name, binding in definitions.items():
       if name not in used:
-        fields = [f'{cls}.{field}' for cls in _PARTS for field in _TYPES[cls] if field == name.lower()]
+        fields = [f'{cls}.{field}' for cls in _PATHS for field in _TYPES[cls] if field == name.lower()]
         hint = did_you_mean(name, used) or (f' Did you mean {" or ".join(fields)}?' if fields else '')
         raise ConfigError(f'{binding.where}: macro {name} is defined but never used as %{name}.{hint}')
 
@@ -283,7 +283,7 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = ''
     files: gin paths, searched in the current folder and then in the package.
     overrides: flags without their '--gin.', as 'TrainConfig.steps=3' or 'STEPS=3'.
     scope: 'train', 'eval' or ''. Bindings of another scope are checked but not applied.
-    base: what is changed; the defaults if None.
+    base: the configuration that is changed; None is the defaults.
     check: raises ConfigError for what Config.validate() cannot know, such as the name of a router that nobody registered.
 
   Raises:
@@ -311,7 +311,7 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = ''
 
   config = base or Config()
   for cls, fields in values.items():
-    config = _replace(config, _PARTS[cls].split('.'), fields)
+    config = _replace(config, _PATHS[cls].split('.'), fields)
   try:
     config.validate()
     if check is not None:
@@ -325,7 +325,7 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = ''
 def dump(config: Config) -> str:
   """Gin text that binds every field; `load` of it gives the same Config."""
   blocks = []
-  for cls, part in _PARTS.items():
-    values = operator.attrgetter(part)(config)
+  for cls, path in _PATHS.items():
+    values = operator.attrgetter(path)(config)
     blocks.append(''.join(f'{cls}.{field} = {getattr(values, field)!r}\n' for field in _TYPES[cls]))
   return '\n'.join(blocks)

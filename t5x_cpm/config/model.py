@@ -9,43 +9,43 @@ from t5x_cpm.config.fields import ConfigError, choice, free, in_range
 class MoEConfig:
   """Experts in place of feed-forward networks: how many, where, and which tokens go to which (t5x_cpm/models/routing.py).
 
-  Tokens are routed in groups of at most `group_size`: parts of a row, or whole rows together. A group's balance, its
+  Tokens are routed in groups of at most `group_size`: pieces of one row, or several whole rows. The balance of a group, its
   auxiliary losses and what overflows depend on nothing outside it. Outside training nothing overflows.
   """
 
-  num_experts: int = 0  # of a layer that has them; 0: a dense model
+  num_experts: int = 0  # experts of each layer that has any; 0: a dense model
   # 'switch', 'top_k', 'top_2', 'prototypes', 'expert_choice', 'hash', 'base', 'random_projection', 'domain', 'loss_free', or
-  # one of your own module
+  # one that your own module registers
   router: str = 'switch'
-  decoder_router: str = ''  # '': the same as `router`
-  encoder_every: int = 1  # every so many layers have experts, the last of them first; 0: none
+  decoder_router: str = ''  # router of the decoder; '': the same as `router`
+  encoder_every: int = 1  # of every so many encoder layers the last has experts; 1: all layers; 0: none
   decoder_every: int = 1  # the same in the decoder
-  top_k: int = 2  # experts of a token by 'top_k' and 'loss_free'; prototypes of 'prototypes'
-  renormalise: bool = False  # 'top_k', 'loss_free': the weights of a token's experts sum to 1
-  second_policy: str = 'random'  # 'top_2' keeps the second: 'all', 'none', 'threshold', 'random' (threshold outside training)
-  second_threshold: float = 0.2  # the weight of a second expert from which it is always kept
-  capacity_factor: float = 1.25  # tokens that an expert takes of a group in training: this times its fair share
-  capacity_counts: str = 'tokens'  # a fair share: tokens / experts ('tokens'), or times the experts of a token ('assignments')
-  batch_prioritised: bool = False  # the most confident tokens of a group are placed first; only in an encoder
+  top_k: int = 2  # experts of a token for 'top_k' and 'loss_free'; prototypes for 'prototypes'
+  renormalise: bool = False  # for 'top_k' and 'loss_free': scale the weights of a token's experts to a sum of 1
+  second_policy: str = 'random'  # which second experts 'top_2' keeps: 'all', 'none', 'threshold', 'random' (in training)
+  second_threshold: float = 0.2  # a second expert above it is kept; one below never ('threshold') or at random ('random')
+  capacity_factor: float = 1.25  # in training an expert takes at most this many times its fair share of a group
+  capacity_counts: str = 'tokens'  # fair share: tokens / experts ('tokens'), or that times experts of a token ('assignments')
+  batch_prioritised: bool = False  # serve the most confident tokens of a group first; only in an encoder
   group_size: int = 512
-  dispatch: str = 'einsum'  # 'einsum' (within a capacity) or 'dropless' (without one; only 'expert_choice' reads it)
-  jitter: float = 0.0  # in training the router's input is multiplied by U(1 - jitter, 1 + jitter)
-  balance_loss: float = 0.01  # weight of the auxiliary loss of an uneven load
-  router_z_loss: float = 0.0  # weight of the squared log-normaliser of the router's logits
-  expert_dropout: float = -1.0  # of the experts' hidden activations; -1: ModelConfig.dropout_rate
-  shared_experts: int = 0  # every token also passes a dense network so many times as wide as an expert
-  bias_rate: float = 0.001  # 'loss_free': step of its bias
+  dispatch: str = 'einsum'  # 'einsum' (within a capacity) or 'dropless' (only 'expert_choice' reads capacity_factor)
+  jitter: float = 0.0  # in training the router's input is multiplied by U(1 - jitter, 1 + jitter); 0 is off
+  balance_loss: float = 0.01  # weight of the auxiliary loss against an uneven load; 0 is off
+  router_z_loss: float = 0.0  # weight of the squared log-normaliser of the router's logits; 0 is off
+  expert_dropout: float = -1.0  # dropout rate of the experts' hidden activations; -1: ModelConfig.dropout_rate
+  shared_experts: int = 0  # every token also passes through a dense network this many experts wide; 0: none
+  bias_rate: float = 0.001  # for 'loss_free': how far the bias of an expert moves in a training step
 
   def of(self, stack: str) -> str:
     """The router of 'encoder' or 'decoder'."""
     return self.decoder_router or self.router if stack == 'decoder' else self.router
 
   def uses(self, router: str) -> bool:
-    """Whether a stack has experts to which this router sends tokens."""
+    """Whether this router sends tokens to the experts of a stack, encoder or decoder."""
     return any(self.every(stack) and self.of(stack) == router for stack in ('encoder', 'decoder'))
 
   def every(self, stack: str) -> int:
-    """Every so many layers of a stack have experts; 0: none."""
+    """Of every so many layers of a stack the last has experts; 0: none."""
     return (self.encoder_every if stack == 'encoder' else self.decoder_every) if self.num_experts else 0
 
   def validate(self) -> None:
@@ -87,20 +87,20 @@ class ModelConfig:
   num_decoder_layers: int = 2  # layers of the decoder
   mlp_activation: str = 'gated_gelu'  # 'gated_gelu', 'gated_silu', 'relu' or 'gelu'
   tie_embeddings: bool = False  # True: the head is the embedding table and the decoder output is divided by sqrt(d_model)
-  num_buckets: int = 32  # of relative positions; the encoder uses one half for each direction
-  max_distance: int = 128  # in tokens: all that are further apart share a bucket
+  num_buckets: int = 32  # buckets of relative positions; the encoder uses one half for each direction
+  max_distance: int = 128  # in tokens: all positions further apart share a bucket
   norm_epsilon: float = 1e-6  # RMSNorm adds it to the mean square
-  dropout_rate: float = 0.0  # of activations, in training
+  dropout_rate: float = 0.0  # dropout rate of activations, in training; 0 is off
   initializer: str = 'cpm2'  # 'cpm2': normal with init_std, output projections with init_std / sqrt(2 L); 't5': by fan-in
   init_std: float = 0.001  # read by the 'cpm2' initializer only
-  dtype: str = free('auto')  # of the computation: 'auto' is bfloat16 on accelerators and float32 on CPU
-  param_dtype: str = 'float32'  # of the parameters: 'float32', 'bfloat16' or 'float64'
-  remat: str = free('none')  # what the backward pass recomputes: 'none', 'dots' (all but matrix products) or 'full'
+  dtype: str = free('auto')  # type of the computation: 'auto' is bfloat16 on accelerators and float32 on CPU
+  param_dtype: str = 'float32'  # type of the parameters: 'float32', 'bfloat16' or 'float64'
+  remat: str = free('none')  # what the backward pass recomputes: 'none', 'dots' (all but matrix products) or 'full' (all)
   layer_loop: str = free('auto')  # 'scan', 'unroll', or 'auto': unrolled on CPU, where it is faster, scanned elsewhere
   moe: MoEConfig = MoEConfig()
 
   def num_layers(self, stack: str) -> int:
-    """Of 'encoder' or 'decoder'."""
+    """How many layers 'encoder' or 'decoder' has."""
     return self.num_encoder_layers if stack == 'encoder' else self.num_decoder_layers
 
   def validate(self) -> None:

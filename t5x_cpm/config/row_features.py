@@ -1,8 +1,8 @@
 """What a row of a batch carries beside its tokens: whole numbers by name, such as the domain that a router goes by.
 
 A request or the reader gives them, and under the same names they stand in the batch (int32 [B]), in what every layer sees
-(`Context.row`, [B, T]) and in the cache of a decoder ([1, B]). A new one is one row of ROW_FEATURES; whoever reads it asks for
-it by name.
+(`Context.row`, [B, T]) and in the cache of a decoder ([1, B]). A new one is one row of ROW_FEATURES; whatever uses it looks it
+up by name.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ class RowFeature:
   """One number that a row carries.
 
   Attributes:
-    needed: whether anything in a configuration reads it. Batches have it only then.
-    default: its value for a row of which nothing else is known.
-    of_task: (config, number of a task in its mixture, tasks of the mixture) -> its value for the rows of that task. Raises
+    needed: config -> whether anything reads it. Batches have it only then.
+    default: config -> its value for a row of which nothing else is known.
+    from_task: (config, number of a task in its mixture, tasks of the mixture) -> its value for the rows of that task. Raises
       ConfigError where the mixture does not fit the configuration. None: `default`, whatever the task.
   """
 
   needed: Callable[[Config], bool]
   default: Callable[[Config], int]
-  of_task: Callable[[Config, int, int], int] | None = None
+  from_task: Callable[[Config, int, int], int] | None = None
 
 
 def _domain_of_task(config: Config, number: int, tasks: int) -> int:
@@ -38,7 +38,7 @@ def _domain_of_task(config: Config, number: int, tasks: int) -> int:
 
 ROW_FEATURES: dict[str, RowFeature] = {
     'domain': RowFeature(needed=lambda config: config.model.moe.uses('domain'), default=lambda config: config.infer.domain,
-                         of_task=_domain_of_task),
+                         from_task=_domain_of_task),
 }
 
 
@@ -57,8 +57,8 @@ def of_task(config: Config, number: int, tasks: int, otherwise: Mapping[str, int
 
   Args:
     config: names the mixture.
-    number: of the task in it, from 0.
-    tasks: how many the mixture has.
+    number: which task of it, from 0.
+    tasks: how many tasks it has.
     otherwise: the values where the task does not decide, or the mixture does not fit the configuration.
 
   Raises:
@@ -66,7 +66,7 @@ def of_task(config: Config, number: int, tasks: int, otherwise: Mapping[str, int
   """
   row = defaults(config) if otherwise is None else dict(otherwise)
   for name in names(config):
-    decide = ROW_FEATURES[name].of_task
+    decide = ROW_FEATURES[name].from_task
     try:
       row[name] = row[name] if decide is None else decide(config, number, tasks)
     except ConfigError:

@@ -4,7 +4,7 @@ Nothing here imports JAX or TensorFlow, so that a bad configuration is refused b
 the values of its own fields in ``validate()``; ``Config.validate()`` calls them all and checks what spans two classes.
 
 A field is *identity* unless it is declared with ``free()``: a run may be resumed with another value of a free field
-(step count, logging, mesh), while a change of an identity field would silently be another experiment and is refused.
+(step count, logging, mesh), while changing an identity field would silently make it another experiment and is refused.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ from t5x_cpm.config.model import ModelConfig
 class MeshConfig:
   """How many devices each mesh axis has (-1: all that the others leave), and what is split over them.
 
-  The batch is split over `data` and `expert`, the width of the model over `model`, experts over `expert`. By `sharding`
-  what every device would hold a copy of is split over data as well (the ZeRO stages of Rajbhandari et al. 2020): nothing
-  ('none'), the optimizer's state ('optimizer', stage 1), or the parameters too ('full', stage 3).
+  The batch is split over `data` and `expert`, the width of the model over `model`, experts over `expert`. `sharding` names
+  what is split over data as well instead of being copied to every device (the ZeRO stages of Rajbhandari et al. 2020):
+  nothing ('none'), the optimizer's state ('optimizer', stage 1), or the parameters too ('full', stage 3).
   """
 
   data: int = free(-1)
   model: int = free(1)
   expert: int = free(1)
   sharding: str = free('none')
-  host_gib: float = free(0.0)  # of each device's optimizer state, then weights, kept in its host's memory; -1: all that can be
-  slices: int = free(1)  # groups of devices with a slower network between them, such as TPU slices: they split `data`
-  cpu_devices: int = free(0)  # run on the CPU as so many devices, to try a mesh; 0: on what is there
+  host_gib: float = free(0.0)  # GiB of a device's optimizer state, then weights, that its host holds; 0: none; -1: all it can
+  slices: int = free(1)  # groups of devices joined by a slower network, such as TPU slices; they divide the axis `data`
+  cpu_devices: int = free(0)  # run on the CPU as this many devices, to try a mesh; 0: use the devices that are there
 
   def validate(self) -> None:
     sizes = (self.data, self.model, self.expert)
@@ -48,15 +48,15 @@ class MeshConfig:
 class TaskConfig:
   """The data of a run: a registered SeqIO task or mixture, and how its text becomes rows of a batch."""
 
-  name: str = 'quickstart'  # `t5x_cpm tasks` lists them
+  name: str = 'quickstart'  # the task or mixture; `t5x_cpm tasks` lists them
   vocabulary: str = ''  # 'cpm2:FILE', 'cpm1:FILE', 'sentencepiece:FILE'; '' is the task's own
   objective: str = 'isolated'  # 'isolated', 'cpm2', 't5', or 'pairs' for tasks that have inputs and targets of their own
-  encoder_length: int = 512  # tokens of a row for the encoder
-  decoder_length: int = 128  # tokens of a row for the decoder
+  encoder_length: int = 512  # encoder tokens of a row, padding included
+  decoder_length: int = 128  # decoder tokens of a row, padding included
   noise_density: float = 0.15  # fraction of the tokens that span corruption masks
-  mean_span_length: float = 3.0  # tokens of a masked span, on average
-  cache_dir: str = free('')  # '' is $T5X_CPM_CACHE, or ~/.cache/t5x_cpm
-  cache_processes: int = free(0)  # 0: one per core
+  mean_span_length: float = 3.0  # mean number of tokens in a masked span
+  cache_dir: str = free('')  # folder of the caches; '' is $T5X_CPM_CACHE, or else ~/.cache/t5x_cpm
+  cache_processes: int = free(0)  # processes that make a cache; 0: one per core
 
   def validate(self) -> None:
     choice(self, 'objective', ('isolated', 'cpm2', 't5', 'pairs'))
@@ -71,18 +71,18 @@ class TaskConfig:
 class LocalTaskConfig:
   """The task named 'local': the user's own text files, from gin alone.
 
-  `files` is a glob, or a dict of name -> glob for a mixture, whose parts come as often as `rates` says by the same names. Files
-  end in .txt (one document a line, or separated by blank lines), .jsonl (one JSON object a line), or either with .gz.
+  `files` is a glob, or, for a mixture, a dict of name -> glob. `rates` gives these names their shares of the rows, in numbers
+  of any sum; {} is equal shares. Files end in .txt, .jsonl (one JSON object a line), or either with .gz.
   """
 
   files: str | dict[str, str] = ''
   rates: dict[str, float] = dataclasses.field(default_factory=dict)
-  validation_files: str | dict[str, str] = ''  # '': a fraction of the documents of `files`
+  validation_files: str | dict[str, str] = ''  # as `files`; '': a fraction of the documents of `files`
   validation_fraction: float = 0.01  # of the documents, where `validation_files` is empty
-  text_document: str = 'line'  # in .txt: 'line', 'paragraph' (blank line between documents) or 'file'
-  text_field: str = 'text'  # in .jsonl, for the pre-training objectives
-  inputs_field: str = 'inputs'  # in .jsonl, for objective 'pairs'
-  targets_field: str = 'targets'  # in .jsonl, for objective 'pairs'
+  text_document: str = 'line'  # in .txt a document is a 'line', a 'paragraph' (up to a blank line) or the whole 'file'
+  text_field: str = 'text'  # in .jsonl: the field with the text, for the pre-training objectives
+  inputs_field: str = 'inputs'  # in .jsonl: the field with the inputs, for objective 'pairs'
+  targets_field: str = 'targets'  # in .jsonl: the field with the targets, for objective 'pairs'
   skip_malformed: bool = False  # True: a malformed line is counted and left out; False: it is an error
 
   def validate(self) -> None:
@@ -116,21 +116,21 @@ class OptimizerConfig:
   """Optimizer, learning-rate schedule and regularisation of the update."""
 
   name: str = 'adamw'  # 'adamw', 'adafactor' or 'sgd'
-  learning_rate: float = 0.001  # the peak; of 'noam' and 'inverse_square_root' the peak times sqrt(warmup_steps)
+  learning_rate: float = 0.001  # the peak; for 'noam' and 'inverse_square_root' the peak times sqrt(warmup_steps)
   schedule: str = 'noam'  # 'noam', 'inverse_square_root', 'cosine', 'linear' or 'constant'
-  warmup_steps: int = 100  # steps in which the rate rises; of 'inverse_square_root', in which it is flat
-  decay_steps: int = 0  # of 'cosine' and 'linear', counted from step 0; 0 is TrainConfig.steps
+  warmup_steps: int = 100  # steps in which the rate rises; for 'inverse_square_root', in which it is constant
+  decay_steps: int = 0  # step at which 'cosine' and 'linear' end, warmup included; 0 is TrainConfig.steps
   final_scale: float = 0.0  # 'cosine' and 'linear' end at learning_rate * final_scale
-  beta1: float = 0.9  # of 'adamw': decay of the mean of gradients
-  beta2: float = 0.999  # of 'adamw': decay of the mean of their squares
-  epsilon: float = 1e-8  # of 'adamw': added to the root of that mean
-  weight_decay: float = 0.01  # decoupled; never on norms and relative position tables
-  momentum: float = 0.0  # of 'sgd'
-  adafactor_decay_exponent: float = 0.8  # after t updates the mean of squares decays by 1 - t ** -exponent
-  adafactor_clip_threshold: float = 1.0  # greatest RMS of an update; 0 is off
-  adafactor_parameter_scale: bool = True  # multiply the update by the RMS of the parameter, as T5 does
-  clip_norm: float = 1.0  # of the global gradient; 0 is off
-  z_loss: float = 0.0  # weight of log(Z)^2, T5 uses 1e-4
+  beta1: float = 0.9  # for 'adamw': decay of the running mean of gradients
+  beta2: float = 0.999  # for 'adamw': decay of the running mean of their squares
+  epsilon: float = 1e-8  # for 'adamw': added to the square root of that mean of squares
+  weight_decay: float = 0.01  # decoupled: scaled by the learning rate; not on norms and relative position tables; 0 is off
+  momentum: float = 0.0  # for 'sgd': decay of the running sum of gradients; 0 is off
+  adafactor_decay_exponent: float = 0.8  # for 'adafactor': at update t the mean of squares decays by 1 - t ** -exponent
+  adafactor_clip_threshold: float = 1.0  # for 'adafactor': greatest RMS of an update before it is scaled; 0 is off
+  adafactor_parameter_scale: bool = True  # for 'adafactor': scale the update by the RMS of the parameter, as T5 does
+  clip_norm: float = 1.0  # greatest norm of the gradient of all parameters together; 0 is off
+  z_loss: float = 0.0  # weight of log(Z)^2 in the loss; 0 is off, T5 uses 1e-4
 
   def validate(self) -> None:
     choice(self, 'name', ('adamw', 'adafactor', 'sgd'))
@@ -148,16 +148,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """Length of a run, batch and seed."""
+  """Length of a run, its batches, its seed, and what it starts from."""
 
-  steps: int = free(1000)  # of the run in all, those before a resume included
+  steps: int = free(1000)  # steps of the whole run, those before a resume included
   batch_size: int = 32  # rows (packed sequences) per step, over all devices
-  microbatches: int = free(1)  # gradient accumulation: how many parts a batch is computed in
-  seed: int = 0  # of the parameters, of dropout, and of the order and the masks of the data
-  eval_every: int = free(0)  # steps between evaluations inside the loop; 0 is only at the end
-  eval_batches: int = free(0)  # at most so many batches of the validation split; 0 is all of it
-  init_from: str = ''  # a model_dir whose parameters this run starts from
-  deterministic: bool = free(False)  # the same bits in every run on GPUs too: slower kernels, and none chosen by timing
+  microbatches: int = free(1)  # gradient accumulation: how many microbatches a batch is computed in
+  seed: int = 0  # seed of the initial parameters, of dropout, and of the order and the masks of the data
+  eval_every: int = free(0)  # steps between evaluations; there is always one at the end, and with 0 no other
+  eval_batches: int = free(0)  # how many batches of the validation split are read at most; 0 is all of it
+  init_from: str = ''  # a model_dir whose parameters this run starts from; '' is none
+  deterministic: bool = free(False)  # the same bits in every run on GPUs too, by slower kernels, none of them chosen by timing
   check_finite: bool = free(True)  # stop on a loss or gradient that is not finite and name the first bad tensor
 
   def validate(self) -> None:
@@ -176,11 +176,11 @@ class TrainConfig:
 class CheckpointConfig:
   """When checkpoints are written and which are kept."""
 
-  every: int = free(1000)  # steps from one to the next; also at the end and on SIGTERM / SIGINT
-  keep: int = free(3)  # newest checkpoints that stay; 0 is all
-  keep_best: int = free(0)  # in addition, the best so many by `best_metric`
-  best_metric: str = free('eval/loss')  # one of the evaluation, as eval/NAME
-  best_mode: str = free('min')  # 'min' or 'max'
+  every: int = free(1000)  # steps between checkpoints; there is also one at the end and on SIGTERM or SIGINT
+  keep: int = free(3)  # how many of the newest checkpoints stay; 0 is all
+  keep_best: int = free(0)  # how many of the best by `best_metric` stay in addition
+  best_metric: str = free('eval/loss')  # a metric of the evaluations, as eval/NAME
+  best_mode: str = free('min')  # whether the least ('min') or the greatest ('max') value is the best
 
   def validate(self) -> None:
     in_range(self, 'every', 1)
@@ -191,11 +191,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessesConfig:
-  """When a run of several processes gives one of them up. One that dies stops the others at once."""
+  """How long a run of several processes waits for one of them until all stop. One that dies stops the others at once."""
 
-  start_seconds: float = free(300.0)  # until all must have come
-  silent_seconds: float = free(60.0)  # without a sign of life: frozen, or its network is gone
-  behind_seconds: float = free(600.0)  # at an earlier step than others: it hangs
+  start_seconds: float = free(300.0)  # within which all processes must have come
+  silent_seconds: float = free(60.0)  # without a sign of life from a process: it is frozen, or its network is down
+  behind_seconds: float = free(600.0)  # that a process stays at an earlier step than the others: it hangs
 
   def validate(self) -> None:
     in_range(self, 'start_seconds', 1.0)
@@ -207,12 +207,12 @@ class ProcessesConfig:
 class MetricsConfig:
   """What a run reports. metrics.jsonl is always written."""
 
-  every: int = free(10)  # steps from one line of metrics to the next
+  every: int = free(10)  # steps between lines of metrics
   tensorboard: bool = free(True)  # write event files for TensorBoard
-  wandb_project: str = free('')  # '' is off; needs the wandb package
-  profile_start: int = free(-1)  # first step of a profiler window; -1 is none
-  profile_steps: int = free(5)  # length of that window
-  peak_flops: float = free(0.0)  # of one device, for MFU; 0 is looked up, and measured on CPU
+  wandb_project: str = free('')  # project at Weights & Biases; '' is off; needs the wandb package
+  profile_start: int = free(-1)  # first step that the profiler records; -1 is none
+  profile_steps: int = free(5)  # how many steps it records
+  peak_flops: float = free(0.0)  # FLOP/s of one device, for MFU; 0: looked up by its kind, or measured on CPU
 
   def validate(self) -> None:
     in_range(self, 'every', 1)
@@ -227,13 +227,13 @@ class DecodeConfig:
 
   rule: str = free('greedy')  # 'greedy', 'sample' or 'beam'
   max_new_tokens: int = free(128)  # longest answer, in tokens
-  temperature: float = free(1.0)  # of 'sample': logits are divided by it
-  top_k: int = free(0)  # of 'sample': only so many most probable tokens are drawn; 0 is off
-  top_p: float = free(1.0)  # of 'sample': only the most probable tokens that together reach it are drawn; 1 is off
-  seed: int = free(0)  # of 'sample': what its draws are a function of, with the number of the input
-  beam_size: int = free(4)  # of 'beam': how many hypotheses are kept
-  length_penalty: float = free(1.0)  # hypotheses are ranked by sum of log-probabilities / length ** length_penalty
-  early_stopping: bool = free(False)  # beam: stop as soon as beam_size hypotheses are finished
+  temperature: float = free(1.0)  # for 'sample': logits are divided by it
+  top_k: int = free(0)  # for 'sample': draw from this many of the most probable tokens; 0 is off
+  top_p: float = free(1.0)  # for 'sample': draw from the most probable tokens that together reach this probability; 1 is off
+  seed: int = free(0)  # for 'sample': this and the number of the input determine what is drawn
+  beam_size: int = free(4)  # for 'beam': how many hypotheses are kept
+  length_penalty: float = free(1.0)  # for 'beam': hypotheses are ranked by sum of log-probabilities / length ** length_penalty
+  early_stopping: bool = free(False)  # for 'beam': stop as soon as beam_size hypotheses are finished
 
   def validate(self) -> None:
     choice(self, 'rule', ('greedy', 'sample', 'beam'))
@@ -247,14 +247,14 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InferConfig:
-  """File in, file out."""
+  """How inputs are read and answered together."""
 
-  batch_size: int = free(8)  # inputs that are answered together
-  input_length: int = free(512)  # longest input in tokens; a longer one is refused unless `truncate`
-  truncate: bool = free(False)  # cut an input that is too long at its end
-  text_field: str = free('text')  # of .jsonl input
+  batch_size: int = free(8)  # how many inputs are answered together
+  input_length: int = free(512)  # longest input, in tokens; a longer one is refused unless `truncate`
+  truncate: bool = free(False)  # cut off the end of an input that is too long, instead of refusing it
+  text_field: str = free('text')  # in .jsonl: the field with the input
   skip_malformed: bool = free(False)  # leave a bad line unanswered instead of refusing the file
-  domain: int = free(0)  # of inputs and of other tasks, for a model with router 'domain': the number of a task in its mixture
+  domain: int = free(0)  # for router 'domain': the number, in its mixture, of the task that inputs and other tasks count as
 
   def validate(self) -> None:
     in_range(self, 'batch_size', 1)
@@ -266,10 +266,10 @@ class InferConfig:
 class EvalConfig:
   """Evaluation of checkpoints on tasks."""
 
-  split: str = free('validation')  # of the tasks that is read
-  checkpoints: str = free('last')  # 'last', 'all', or a step
-  batch_size: int = free(32)  # rows, or inputs, that are evaluated together
-  max_examples: int = free(0)  # of a task of text: rows, each of several packed pieces; 0 is all
+  split: str = free('validation')  # the split of the tasks that is read
+  checkpoints: str = free('last')  # 'last', 'all', or the number of a step
+  batch_size: int = free(32)  # how many rows, or inputs, are evaluated together
+  max_examples: int = free(0)  # how many examples of a task are read at most (of a task of text: packed rows); 0 is all
 
   def validate(self) -> None:
     in_range(self, 'batch_size', 1)
@@ -297,8 +297,8 @@ class Config:
 
   def validate(self) -> None:
     """Raises ConfigError for the first value that cannot work."""
-    for part in dataclasses.fields(self):
-      getattr(self, part.name).validate()
+    for field in dataclasses.fields(self):
+      getattr(self, field.name).validate()
     finite(self)
     if self.mesh.host_gib and self.optimizer.name == 'adafactor':
       raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
@@ -309,12 +309,12 @@ class Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-  """A plain nested dict of a dataclass, fit for JSON."""
+  """A dataclass as plain nested dicts, fit for JSON."""
   return dataclasses.asdict(config)
 
 
 def from_dict(tree: dict[str, Any], cls: type = Config) -> Any:
-  """The inverse of `to_dict`. Unknown fields are an error: the file comes from a newer version of t5x_cpm."""
+  """The inverse of `to_dict`. Raises ConfigError for an unknown field, which another version of t5x_cpm must have written."""
   fields = {field.name: field for field in dataclasses.fields(cls)}
   unknown = sorted(set(tree) - set(fields))
   if unknown:

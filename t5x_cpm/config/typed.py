@@ -1,4 +1,4 @@
-"""Types of configuration values. Dataclasses do not check them: what gin binds is checked here, and what Python builds."""
+"""Checks the types of configuration values, which dataclasses do not: of those that gin binds and those that Python sets."""
 
 import dataclasses
 import types
@@ -10,7 +10,7 @@ from t5x_cpm.config.run import Config
 
 
 def check_type(value: Any, kind: Any) -> Any:
-  """The value as an instance of an annotation (an int becomes a float where one is wanted). Raises TypeError."""
+  """The value, as a float where an int stands for one. Raises TypeError unless it is of the annotated type `kind`."""
   origin, arguments = typing.get_origin(kind), typing.get_args(kind)
   if kind is Any:
     return value
@@ -37,13 +37,13 @@ def check_type(value: Any, kind: Any) -> Any:
 
 
 def mismatch(name: str, value: Any, kind: Any) -> str:
-  """What is wrong with a value that is not of its type."""
+  """The message about a value of the wrong type."""
   expected = 'True or False' if kind is bool else kind.__name__ if type(kind) is type else str(kind)
   return f'{name} = {value!r} is of type {type(value).__name__}; expected {expected}.'
 
 
 def check_types(config: Any, cls: type = Config) -> None:
-  """Raises ConfigError for the first field of a configuration, or of a part of it, that has a value of another type."""
+  """Raises ConfigError for the first field of a configuration, nested classes included, whose value is of the wrong type."""
   for name, kind in typing.get_type_hints(cls).items():
     value, full = getattr(config, name), f'{cls.__name__}.{name}'
     if dataclasses.is_dataclass(kind):

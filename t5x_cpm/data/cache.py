@@ -4,9 +4,9 @@ A cache is a folder:
 
   <split>.<feature>.tokens   uint16 or uint32: all documents one after another, without end of document
   <split>.<feature>.lengths  uint32: the tokens of each document
-  vocabulary/                what made the tokens
+  vocabulary/                the vocabulary that made the tokens
   index/                     look-up tables of the reader
-  cache.json                 facts about all this, written last: a folder without it is not a cache yet
+  cache.json                 facts about all these, written last: a folder without it is not a cache yet
 
 A mixture is a folder whose cache.json names the folders of its tasks and their rates. The same cache serves every objective
 and every length. `tasks.caches` makes caches.
@@ -35,7 +35,7 @@ def map_file(path: pathlib.Path, dtype, *, random: bool = False) -> np.ndarray:
   Args:
     path: the file.
     dtype: the type of its numbers.
-    random: whether it will be read in no order. Otherwise the system reads ahead, which then costs 100 times the data wanted.
+    random: whether it will be read in random order, for which the system must not read ahead: that costs 100 times the data.
   """
   if not path.stat().st_size:
     return np.zeros(0, dtype)
@@ -85,7 +85,7 @@ class Cache:
 
 
 def components(path: pathlib.Path) -> list[tuple[float, Cache]]:
-  """The tasks of a cache with their rates; a task alone has rate 1."""
+  """The tasks of a cache, each after its rate; a task alone has rate 1."""
   info = json.loads((path / 'cache.json').read_text())
   if 'components' not in info:
     return [(1.0, Cache(path))]
@@ -95,6 +95,26 @@ def components(path: pathlib.Path) -> list[tuple[float, Cache]]:
 def token_dtype(vocabulary: vocabularies.Vocabulary) -> str:
   """The type of the numbers in a file of tokens."""
   return 'uint16' if vocabulary.size <= 1 << 16 else 'uint32'
+
+
+def finish(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, features: list[str],
+           checksum: str = '', source: dict | None = None) -> None:
+  """Turns a folder with files of tokens and lengths into a cache: saves the vocabulary and, last, cache.json.
+
+  Args:
+    path: the folder.
+    task: the name of the task.
+    vocabulary: what made the tokens.
+    splits: {split: {'documents': how many, 'tokens': {feature: how many}, 'skipped': {reason: documents left out}}}.
+    features: ['targets'] or ['inputs', 'targets'].
+    checksum: a digest of the tokens; a run is resumed only with an equal one.
+    source: what the cache was made from, as `tasks.caches` describes it.
+  """
+  vocabulary.save(path / 'vocabulary')
+  files.write_json(path / 'cache.json', {
+      'format': FORMAT, 'task': task, 'features': features, 'dtype': token_dtype(vocabulary), 'checksum': checksum,
+      'vocabulary': vocabulary.fingerprint, 'splits': splits,
+      'source': source or {'patterns': [], 'files': [], 'vocabulary': []}})
 
 
 def write(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, **facts) -> None:
@@ -118,28 +138,8 @@ def write(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, sp
       for split, features in splits.items()}, list(next(iter(splits.values()))), **facts)
 
 
-def finish(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, features: list[str],
-           checksum: str = '', source: dict | None = None) -> None:
-  """Makes a folder with files of tokens and lengths a cache: saves the vocabulary and, last, cache.json.
-
-  Args:
-    path: the folder.
-    task: the name of the task.
-    vocabulary: what made the tokens.
-    splits: {split: {'documents': how many, 'tokens': {feature: how many}, 'skipped': {reason: documents left out}}}.
-    features: ['targets'] or ['inputs', 'targets'].
-    checksum: a digest of the tokens; a run is resumed only with an equal one.
-    source: what the cache was made from, as `tasks.caches` describes it.
-  """
-  vocabulary.save(path / 'vocabulary')
-  files.write_json(path / 'cache.json', {
-      'format': FORMAT, 'task': task, 'features': features, 'dtype': token_dtype(vocabulary), 'checksum': checksum,
-      'vocabulary': vocabulary.fingerprint, 'splits': splits,
-      'source': source or {'patterns': [], 'files': [], 'vocabulary': []}})
-
-
-def finish_mixture(path: pathlib.Path, task: str, parts: list[tuple[str, float, pathlib.Path]]) -> None:
+def finish_mixture(path: pathlib.Path, task: str, caches: list[tuple[str, float, pathlib.Path]]) -> None:
   """Makes the cache of a mixture from those of its tasks, which lie beside it: (name, rate, folder) of each."""
   path.mkdir(exist_ok=True)
   files.write_json(path / 'cache.json', {'format': FORMAT, 'task': task, 'components': [
-      {'name': name, 'rate': rate, 'directory': folder.name} for name, rate, folder in parts]})
+      {'name': name, 'rate': rate, 'directory': folder.name} for name, rate, folder in caches]})

@@ -1,6 +1,6 @@
 """Look-up tables of the reader: made once from a cache, stored beside it, and memory-mapped from then on.
 
-A table passes over the data in chunks, so that memory does not grow with it, and its files appear under their final names
+A table is made from the data in chunks, so that memory does not grow with it, and its files appear under their final names
 only when all of them are complete. `pieces`, `pairs` and `streams` say what is in the tables of each objective.
 """
 
@@ -15,32 +15,19 @@ from t5x_cpm import files
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import cache, objectives
 
-CHUNK = 1 << 21  # documents, or pieces of documents, that are looked at together
+CHUNK = 1 << 21  # documents, or pieces of documents, that are worked on together
 
 
-def store(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dict]) -> dict:
-  """Makes a table unless it is there, and returns what is known about it.
-
-  Args:
-    directory: the folder of the tables of a cache.
-    name: the name of the table. It says everything that the table depends on besides the cache.
-    make: writes files whose names begin with the prefix that it is given, and returns facts about them. The files are
-      renamed when it has returned.
-
-  Returns:
-    What `make` returned, now or when it was run earlier, as it comes back from JSON.
-
-  Raises:
-    ConfigError: the folder cannot be written.
-  """
-  done = directory / f'{name}.json'
-  if not done.is_file():
+def _remove_abandoned(directory: pathlib.Path) -> None:
+  """Removes the unfinished files of processes that are gone."""
+  for path in directory.glob('tmp-*'):
+    owner = int(path.name.split('-')[1])
     try:
-      _make(directory, name, make)
-    except OSError as error:
-      raise ConfigError(f'the index of the cache could not be written to {directory}: {error.strerror or error}. Set '
-                        'TaskConfig.cache_dir or $T5X_CPM_CACHE to a folder of your own with more room.') from error
-  return json.loads(done.read_text())
+      os.kill(owner, 0)
+    except ProcessLookupError:
+      path.unlink(missing_ok=True)
+    except PermissionError:
+      pass  # the process is alive and another user's
 
 
 def _make(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dict]) -> None:
@@ -59,16 +46,29 @@ def _make(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dic
       path.unlink()
 
 
-def _remove_abandoned(directory: pathlib.Path) -> None:
-  """Removes the unfinished files of processes that are gone."""
-  for path in directory.glob('tmp-*'):
-    owner = int(path.name.split('-')[1])
+def store(directory: pathlib.Path, name: str, make: Callable[[pathlib.Path], dict]) -> dict:
+  """Makes a table unless it is there, and returns what is known about it.
+
+  Args:
+    directory: the folder of the tables of a cache.
+    name: the name of the table. It says everything that the table depends on besides the cache.
+    make: writes files whose names begin with the prefix that it is given, and returns facts about them. The files are
+      renamed when it has returned.
+
+  Returns:
+    What `make` returned, now or in an earlier run, as it comes back from JSON.
+
+  Raises:
+    ConfigError: the folder cannot be written.
+  """
+  done = directory / f'{name}.json'
+  if not done.is_file():
     try:
-      os.kill(owner, 0)
-    except ProcessLookupError:
-      path.unlink(missing_ok=True)
-    except PermissionError:
-      pass  # the process is alive and another user's
+      _make(directory, name, make)
+    except OSError as error:
+      raise ConfigError(f'the index of the cache could not be written to {directory}: {error.strerror or error}. Set '
+                        'TaskConfig.cache_dir or $T5X_CPM_CACHE to a folder of your own with more room.') from error
+  return json.loads(done.read_text())
 
 
 def load(directory: pathlib.Path, name: str, file: str, dtype, columns: int = 0) -> np.ndarray:
@@ -85,7 +85,7 @@ def sort_by_class(prefix: pathlib.Path, chunks: Callable[[], Iterator[tuple[np.n
 
   Args:
     prefix: what the name of the file begins with.
-    chunks: called twice; each time it gives the same chunks of (class [n], values [n, columns] int64).
+    chunks: called twice, and must give the same chunks of (class [n], values [n, columns] int64) both times.
     classes: how many classes there are.
     columns: how many numbers a value has.
 

@@ -1,8 +1,8 @@
-"""Span corruption in NumPy, over a whole batch of pieces at once, and the arithmetic of flat arrays that it is made of.
+"""Span corruption in NumPy, over a whole batch of pieces at once, and the arithmetic of flat arrays that it rests on.
 
 A batch of pieces is *flat*: one array has the tokens of all pieces, another has their lengths. Letters in names: P pieces,
 N tokens of all pieces, K noise spans of all pieces. No function here keeps a random state. Every draw is a hash of (key of the
-piece, position), so that a piece is corrupted in the same way in whatever batch it occurs.
+piece, position), so that a piece is corrupted in the same way in every batch that it occurs in.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,12 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> _S31)
 
 
-def combine(*parts) -> np.ndarray:
+def combine(*values) -> np.ndarray:
   """Hashes integers, or integer arrays of one shape, into uint64 keys; the order of the arguments matters."""
   key = np.zeros((), np.uint64)
   with np.errstate(over='ignore'):
-    for part in parts:
-      key = mix((key + _GOLDEN) ^ mix(np.asarray(part).astype(np.uint64) + _GOLDEN))
+    for value in values:
+      key = mix((key + _GOLDEN) ^ mix(np.asarray(value).astype(np.uint64) + _GOLDEN))
   return np.asarray(key)
 
 
@@ -65,12 +65,12 @@ def noise_counts(lengths: np.ndarray, density: float, mean: float) -> tuple[np.n
 
   The rule of T5 (`random_spans_noise_mask`, Raffel et al. 2020), which CPM-2's preprocessing repeats: round(length *
   density) tokens, at least one and never all; round(tokens / mean) spans, at least one. Halves round to even, in float64
-  as in CPM-2 and in T5's `random_spans_helper`. A span is never empty, nor what lies between two spans.
+  as in CPM-2 and in T5's `random_spans_helper`. Neither a span nor the text between two spans is ever empty.
 
   Args:
     lengths: how many tokens each piece has, at least 2.
     density: the share of noise.
-    mean: the mean length of a span that is wanted.
+    mean: the wanted mean length of a span.
 
   Returns:
     How many noise tokens and how many spans each piece has, both of the shape of `lengths`.
@@ -79,6 +79,34 @@ def noise_counts(lengths: np.ndarray, density: float, mean: float) -> tuple[np.n
   noise = np.clip(np.rint(lengths * density).astype(np.int64), 1, lengths - 1)
   spans = np.maximum(np.rint(noise / mean).astype(np.int64), 1)
   return noise, np.minimum(spans, np.minimum(noise, lengths - noise))
+
+
+def _draw_chunk(keys_P, lengths_P, noise_P, spans_P) -> Spans:
+  # Segments 0..P-1 are the tokens that stay, P..2P-1 the noise. A segment of m tokens is split into k runs at k-1 of its
+  # m-1 inner borders: those with the smallest hashes. One sort of (segment, hash, border) ranks all of them.
+  items = np.concatenate([lengths_P - noise_P, noise_P]).astype(np.int64)
+  runs = np.concatenate([spans_P, spans_P]).astype(np.int64)
+  borders = np.where(runs > 1, items - 1, 0)
+  rank = ramp(borders)
+  keys = np.concatenate([mix(keys_P), mix(~keys_P)])
+  segment = np.repeat(np.arange(len(items), dtype=np.uint64) << np.uint64(48), borders)
+  position = rank.astype(np.uint64)
+  with np.errstate(over='ignore'):
+    code = mix(np.repeat(keys, borders) + position * _GOLDEN) >> np.uint64(40)
+  code = segment | (code << np.uint64(24)) | position
+  code.sort()
+  chosen = code[rank < np.repeat(runs - 1, borders)]  # segments stay where they are, so that the rank after sorting is `rank`
+  chosen = (chosen & np.uint64(0xFFFF << 48)) | (chosen & np.uint64(0xFFFFFF))
+  chosen.sort()
+  starts = np.zeros(runs.sum(), np.int64)
+  inner = np.ones(len(starts), bool)
+  inner[exclusive_cumsum(runs)] = False
+  starts[inner] = (chosen & np.uint64(0xFFFFFF)).astype(np.int64) + 1
+  ends = np.append(starts[1:], 0)
+  ends[np.cumsum(runs) - 1] = items
+  K = len(starts) // 2
+  kept, noise = slice(0, K), slice(K, None)
+  return Spans(np.asarray(spans_P, np.int64), ends[kept] + starts[noise], (ends - starts)[noise], starts[noise])
 
 
 def draw_spans(keys_P: np.ndarray, lengths_P: np.ndarray, noise_P: np.ndarray, spans_P: np.ndarray) -> Spans:
@@ -92,37 +120,9 @@ def draw_spans(keys_P: np.ndarray, lengths_P: np.ndarray, noise_P: np.ndarray, s
     noise_P: how many of them are noise, from `noise_counts`.
     spans_P: how many spans the noise has, from `noise_counts`.
   """
-  parts = [_draw(keys_P[i:i + _CHUNK], lengths_P[i:i + _CHUNK], noise_P[i:i + _CHUNK], spans_P[i:i + _CHUNK])
-           for i in range(0, len(keys_P), _CHUNK)]
-  return parts[0] if len(parts) == 1 else Spans(*(np.concatenate(column) for column in zip(*parts)))
-
-
-def _draw(keys_P, lengths_P, noise_P, spans_P) -> Spans:
-  # Segments 0..P-1 are the tokens that stay, P..2P-1 the noise. A segment of m tokens falls into k parts by k-1 of its
-  # m-1 inner borders: those with the smallest hashes. One sort of (segment, hash, border) ranks all of them.
-  items = np.concatenate([lengths_P - noise_P, noise_P]).astype(np.int64)
-  parts = np.concatenate([spans_P, spans_P]).astype(np.int64)
-  borders = np.where(parts > 1, items - 1, 0)
-  rank = ramp(borders)
-  keys = np.concatenate([mix(keys_P), mix(~keys_P)])
-  segment = np.repeat(np.arange(len(items), dtype=np.uint64) << np.uint64(48), borders)
-  position = rank.astype(np.uint64)
-  with np.errstate(over='ignore'):
-    code = mix(np.repeat(keys, borders) + position * _GOLDEN) >> np.uint64(40)
-  code = segment | (code << np.uint64(24)) | position
-  code.sort()
-  chosen = code[rank < np.repeat(parts - 1, borders)]  # segments keep their places, so that the rank after sorting is `rank`
-  chosen = (chosen & np.uint64(0xFFFF << 48)) | (chosen & np.uint64(0xFFFFFF))
-  chosen.sort()
-  starts = np.zeros(parts.sum(), np.int64)
-  inner = np.ones(len(starts), bool)
-  inner[exclusive_cumsum(parts)] = False
-  starts[inner] = (chosen & np.uint64(0xFFFFFF)).astype(np.int64) + 1
-  ends = np.append(starts[1:], 0)
-  ends[np.cumsum(parts) - 1] = items
-  K = len(starts) // 2
-  kept, noise = slice(0, K), slice(K, None)
-  return Spans(np.asarray(spans_P, np.int64), ends[kept] + starts[noise], (ends - starts)[noise], starts[noise])
+  chunks = [_draw_chunk(keys_P[i:i + _CHUNK], lengths_P[i:i + _CHUNK], noise_P[i:i + _CHUNK], spans_P[i:i + _CHUNK])
+            for i in range(0, len(keys_P), _CHUNK)]
+  return chunks[0] if len(chunks) == 1 else Spans(*(np.concatenate(column) for column in zip(*chunks)))
 
 
 def noise_mask(lengths_P: np.ndarray, spans: Spans) -> np.ndarray:
@@ -181,6 +181,18 @@ def shift_right(targets: np.ndarray, lengths_P: np.ndarray, start: int) -> np.nd
   return inputs
 
 
+def append(tokens: np.ndarray, lengths_P: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+  """Adds one token to the end of every piece."""
+  longer = lengths_P + 1
+  out = np.empty(len(tokens) + len(lengths_P), np.int32)
+  last = np.cumsum(longer) - 1
+  old = np.ones(len(out), bool)
+  old[last] = False
+  out[old] = tokens
+  out[last] = token
+  return out, longer
+
+
 def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: np.ndarray, sentinels: np.ndarray, *,
             start: int, eos: int | None = None) -> Segments:
   """Replaces every noise span by a sentinel and collects the noise as the targets.
@@ -195,7 +207,7 @@ def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: 
     noise_P: how many noise tokens each piece has.
     sentinels: ids in order of use.
     start: the first token of the decoder inputs of each piece.
-    eos: T5's end of sequence; None is CPM-2's form.
+    eos: T5's end of sequence; None for CPM-2's form.
   """
   is_noise = noise_mask(lengths_P, spans)
   first = np.repeat(exclusive_cumsum(lengths_P), spans.counts) + spans.start
@@ -210,18 +222,6 @@ def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: 
   return Segments(encoder_lengths, encoder, lengths, shift_right(targets, lengths, start), targets)
 
 
-def append(tokens: np.ndarray, lengths_P: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-  """Adds one token to the end of every piece."""
-  longer = lengths_P + 1
-  out = np.empty(len(tokens) + len(lengths_P), np.int32)
-  last = np.cumsum(longer) - 1
-  old = np.ones(len(out), bool)
-  old[last] = False
-  out[old] = tokens
-  out[last] = token
-  return out, longer
-
-
 def corrupted_lengths(lengths: np.ndarray, density: float, mean: float, t5: bool) -> tuple[np.ndarray, np.ndarray]:
   """Encoder and decoder slots that pieces of these lengths take once corrupted."""
   noise, spans = noise_counts(lengths, density, mean)
@@ -229,7 +229,7 @@ def corrupted_lengths(lengths: np.ndarray, density: float, mean: float, t5: bool
 
 
 def longest_piece(encoder_length: int, decoder_length: int, density: float, mean: float, sentinels: int, t5: bool) -> int:
-  """Tokens of the longest piece whose two sides fit, and whose sentinels exist; below 2 if there is none."""
+  """Tokens of the longest piece whose two sides fit and that has enough sentinels; below 2 if there is none."""
   limit = 2 + int((encoder_length + decoder_length) * 1.01)  # the two sides together hold every token of the piece
   lengths = np.arange(2, min(limit, MAX_PIECE))
   encoder, decoder = corrupted_lengths(lengths, density, mean, t5)

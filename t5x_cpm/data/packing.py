@@ -1,9 +1,9 @@
-"""Which pieces share a row, and in which order rows come. Both are found without a list of rows.
+"""Which pieces share a row, and in which order rows come, both without a list of rows.
 
 Packing works on the histogram of piece sizes alone (Krell et al. 2021, "Efficient sequence packing without cross-
 contamination"): it yields patterns such as "one piece of 300 and two of 106" with the number of rows that use each. A row is
-then found by its number: the pattern by a binary search, the pieces by counting. Orders are keyed bijections that are
-computed for one index at a time. Hence any row of any epoch is reached at once, whatever the size of the data.
+then found by its number: its pattern by a binary search, its pieces by counting. Orders are keyed bijections that are
+computed for one index at a time. So any row of any epoch is reached at once, whatever the size of the data.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,10 @@ import numpy as np
 from t5x_cpm.data import objectives
 
 _ROUNDS = 4
+
+
+def _round(key, round_number, value):
+  return (objectives.combine(key ^ np.uint64(round_number), value) >> np.uint64(2)).astype(np.int64)
 
 
 def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.ndarray:
@@ -36,24 +40,20 @@ def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.nd
     h, w, k = height[todo], width[todo], key[todo]
     x, y = out[todo] // w, out[todo] % w
     for round_number in range(_ROUNDS):
-      x = (x + _draw(k, 2 * round_number, y)) % h
-      y = (y + _draw(k, 2 * round_number + 1, x)) % w
+      x = (x + _round(k, 2 * round_number, y)) % h
+      y = (y + _round(k, 2 * round_number + 1, x)) % w
     value = x * w + y
     out[todo] = value
     todo = todo[value >= size[todo]]
   return out
 
 
-def _draw(key, round_number, value):
-  return (objectives.combine(key ^ np.uint64(round_number), value) >> np.uint64(2)).astype(np.int64)
-
-
 class Packing(NamedTuple):
-  """Rows described by patterns. Q patterns, G groups: a group is so many pieces of one class in one pattern."""
+  """Rows described by patterns. Q patterns, G groups; a group is all pieces of one class in one pattern."""
 
   rows: int
   first_row: np.ndarray  # [Q + 1] the rows of pattern q are first_row[q] .. first_row[q + 1] - 1
-  first_group: np.ndarray  # [Q + 1] the groups of pattern q likewise
+  first_group: np.ndarray  # [Q + 1] and likewise its groups
   group_class: np.ndarray  # [G] the class of the pieces
   group_copies: np.ndarray  # [G] how many pieces of the class a row has
   group_member: np.ndarray  # [G] how many members of the class earlier groups use
@@ -68,58 +68,6 @@ class Packing(NamedTuple):
     member = self.group_member[group] + number * copies
     return (np.repeat(np.repeat(np.arange(len(rows)), groups), copies), np.repeat(self.group_class[group], copies),
             np.repeat(member, copies) + objectives.ramp(copies))
-
-
-def pack(sizes: np.ndarray, counts: np.ndarray, room: tuple[int, int], most: int) -> Packing:
-  """Packs a histogram of two-sided pieces into rows, largest first, each into the fullest rows that still hold it.
-
-  Args:
-    sizes: [C, 2] encoder and decoder slots of a piece of each class, none above `room`.
-    counts: [C] how many pieces each class has.
-    room: encoder and decoder slots of a row.
-    most: how many pieces a row may have.
-
-  Returns:
-    The packing; every piece is in exactly one row.
-  """
-  sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
-  weight = np.array([room[1], room[0]])  # makes both sides comparable without fractions
-  # One line for each set of equal rows: [encoder, decoder, pieces] left, number of rows, last node of its pattern.
-  lines = np.zeros((0, 5), np.int64)
-  nodes: list[tuple[int, int, int]] = []  # (parent, class, copies)
-
-  def put(which: np.ndarray, class_id: int, copies: np.ndarray, rows: np.ndarray, need: np.ndarray) -> np.ndarray:
-    changed = which.copy()
-    changed[:, :3] -= copies[:, None] * need
-    changed[:, 3] = rows
-    for line, number in zip(changed, copies):
-      nodes.append((int(line[4]), class_id, int(number)))
-      line[4] = len(nodes) - 1
-    return changed
-
-  for class_id in np.argsort(-(sizes * weight).max(axis=1), kind='stable'):
-    left = int(counts[class_id])
-    if not left:
-      continue
-    need = np.array([*sizes[class_id], 1], np.int64)
-    fitting = np.flatnonzero((lines[:, :3] >= need).all(axis=1))
-    fitting = fitting[np.argsort((lines[fitting, :2] * weight).max(axis=1), kind='stable')]
-    # Rows of the tightest lines take as many copies as they hold; after them come new rows, an endless line.
-    old = np.concatenate([lines[fitting], [[*room, most, np.iinfo(np.int64).max // most, -1]]])
-    copies = (old[:, :3] // need).min(axis=1)
-    before = np.minimum(objectives.exclusive_cumsum(np.minimum(copies * old[:, 3], left)), left)
-    taken = np.minimum(copies * old[:, 3], left - before)
-    used = taken > 0
-    old, copies, taken, fitting = old[used], copies[used], taken[used], fitting[used[:-1]]
-    rows, rest = taken // copies, taken % copies
-    result = [lines[np.setdiff1d(np.arange(len(lines)), fitting)]]
-    result.append(put(old[rows > 0], class_id, copies[rows > 0], rows[rows > 0], need))
-    result.append(put(old[rest > 0], class_id, rest[rest > 0], np.ones((rest > 0).sum(), np.int64), need))
-    untouched = old[old[:, 4] >= 0]
-    untouched[:, 3] -= (rows + (rest > 0))[old[:, 4] >= 0]
-    result.append(untouched[untouched[:, 3] > 0])
-    lines = np.concatenate(result)
-  return _finish(lines, nodes, len(sizes))
 
 
 def _finish(lines: np.ndarray, nodes: list[tuple[int, int, int]], classes: int) -> Packing:
@@ -139,12 +87,64 @@ def _finish(lines: np.ndarray, nodes: list[tuple[int, int, int]], classes: int) 
                  table[:, 0], table[:, 1], np.array(member, np.int64))
 
 
+def pack(sizes: np.ndarray, counts: np.ndarray, room: tuple[int, int], most: int) -> Packing:
+  """Packs a histogram of two-sided pieces into rows, largest first, each into the fullest rows that still hold it.
+
+  Args:
+    sizes: [C, 2] encoder and decoder slots of a piece of each class, none above `room`.
+    counts: [C] how many pieces each class has.
+    room: encoder and decoder slots of a row.
+    most: how many pieces a row may have.
+
+  Returns:
+    The packing; every piece is in exactly one row.
+  """
+  sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
+  weight = np.array([room[1], room[0]])  # makes both sides comparable without fractions
+  # One line for each set of equal rows: [encoder, decoder, pieces] left, number of rows, last node of their pattern.
+  lines = np.zeros((0, 5), np.int64)
+  nodes: list[tuple[int, int, int]] = []  # (parent, class, copies)
+
+  def put(which: np.ndarray, class_id: int, copies: np.ndarray, rows: np.ndarray, need: np.ndarray) -> np.ndarray:
+    changed = which.copy()
+    changed[:, :3] -= copies[:, None] * need
+    changed[:, 3] = rows
+    for line, number in zip(changed, copies):
+      nodes.append((int(line[4]), class_id, int(number)))
+      line[4] = len(nodes) - 1
+    return changed
+
+  for class_id in np.argsort(-(sizes * weight).max(axis=1), kind='stable'):
+    left = int(counts[class_id])
+    if not left:
+      continue
+    need = np.array([*sizes[class_id], 1], np.int64)
+    fitting = np.flatnonzero((lines[:, :3] >= need).all(axis=1))
+    fitting = fitting[np.argsort((lines[fitting, :2] * weight).max(axis=1), kind='stable')]
+    # The rows of the tightest lines take as many copies as they hold; new rows, in a line without end, take the rest.
+    old = np.concatenate([lines[fitting], [[*room, most, np.iinfo(np.int64).max // most, -1]]])
+    copies = (old[:, :3] // need).min(axis=1)
+    before = np.minimum(objectives.exclusive_cumsum(np.minimum(copies * old[:, 3], left)), left)
+    taken = np.minimum(copies * old[:, 3], left - before)
+    used = taken > 0
+    old, copies, taken, fitting = old[used], copies[used], taken[used], fitting[used[:-1]]
+    rows, rest = taken // copies, taken % copies
+    result = [lines[np.setdiff1d(np.arange(len(lines)), fitting)]]
+    result.append(put(old[rows > 0], class_id, copies[rows > 0], rows[rows > 0], need))
+    result.append(put(old[rest > 0], class_id, rest[rest > 0], np.ones((rest > 0).sum(), np.int64), need))
+    untouched = old[old[:, 4] >= 0]
+    untouched[:, 3] -= (rows + (rest > 0))[old[:, 4] >= 0]
+    result.append(untouched[untouched[:, 3] > 0])
+    lines = np.concatenate(result)
+  return _finish(lines, nodes, len(sizes))
+
+
 def rate_counts(rates: list[float], longest: int = 1000) -> list[int]:
-  """Whole numbers in the proportion of the rates: the shortest period that is exact, else the nearest one of `longest`.
+  """Whole numbers in the proportion of the rates: of the least exact sum, or else the nearest with the sum `longest`.
 
   Args:
     rates: positive numbers of any sum.
-    longest: the most rows that a period may have; each rate gets at least one.
+    longest: the greatest sum, which is the rows of a period; each rate gets at least one.
   """
   shares = np.asarray(rates, np.float64) / np.sum(rates)
   periods = np.arange(len(shares), longest + 1)
@@ -168,7 +168,7 @@ class Mixer:
 
   def __init__(self, counts: list[int], seed: int):
     period = sum(counts)
-    repeats = -(-256 // period)  # a longer period than needed, so that the order does not show
+    repeats = -(-256 // period)  # a longer period than needed, so that no short pattern repeats
     self.counts = np.array(counts, np.int64) * repeats
     names = np.repeat(np.arange(len(counts)), self.counts)
     self.order = names[permute(np.arange(len(names)), len(names), objectives.combine(seed, 0x6D6978))]
@@ -178,6 +178,6 @@ class Mixer:
 
   def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The component of each global row, and which row of that component's stream it is."""
-    period, place = np.divmod(rows, len(self.order))
-    component = self.order[place]
-    return component, period * self.counts[component] + self.rank[place]
+    period, position = np.divmod(rows, len(self.order))
+    component = self.order[position]
+    return component, period * self.counts[component] + self.rank[position]

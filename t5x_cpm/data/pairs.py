@@ -13,11 +13,11 @@ from t5x_cpm.data.objectives import Segments
 from t5x_cpm.data.rows import Packed
 from t5x_cpm.vocabularies import Vocabulary
 
-MOST_CLASSES = 2048  # sizes that are classes of their own
+MOST_CLASSES = 2048  # how many sizes are classes of their own
 
 
 def _sides(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """The lengths [n, 2] of both sides, in chunks: as they are, and once cut to leave a slot for the end of sequence."""
+  """The lengths [n, 2] of both sides, in chunks: as they are, and as cut to leave a slot for the end of sequence."""
   for begin in range(0, len(inputs_D), index.CHUNK):
     end = begin + index.CHUNK
     sides = np.stack([inputs_D[begin:end], targets_D[begin:end]], axis=1).astype(np.int64)
@@ -25,7 +25,7 @@ def _sides(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int]) -
 
 
 def _size_classes(counts: np.ndarray, room: tuple[int, int], most: int) -> tuple[np.ndarray, np.ndarray]:
-  """The `most` most frequent sizes are classes of their own, the others are rounded up, so that packing stays quick.
+  """Makes classes of sizes: the `most` most frequent stay exact and the others are rounded up, so that packing stays quick.
 
   Args:
     counts: [encoder slots, decoder slots] how many pairs have each size.
@@ -70,7 +70,7 @@ def _make_table(prefix: pathlib.Path, *, name: str, inputs_D: np.ndarray, target
 
 def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
           most_classes: int = MOST_CLASSES) -> dict:
-  """The pairs of a split by size: `members` holds the first token of both sides and their lengths once cut to fit.
+  """The pairs of a split by size: `members` holds the first token of both sides and their lengths as cut to fit.
 
   Sizes count one end of sequence on each side.
 
@@ -78,7 +78,7 @@ def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray, targets_D: 
     directory: the folder of the tables of a cache.
     split: 'train' or 'validation'.
     inputs_D: tokens of the inputs of each pair.
-    targets_D: tokens of its targets.
+    targets_D: tokens of the targets of each pair.
     room: encoder and decoder slots of a row.
     most_classes: how many sizes are classes of their own.
 

@@ -13,7 +13,7 @@ from t5x_cpm.data.objectives import Segments
 from t5x_cpm.data.rows import Packed
 from t5x_cpm.vocabularies import Vocabulary
 
-SHORTEST = 3  # tokens that the longest piece must have at least; a cut may leave pieces of 2
+SHORTEST = 3  # the longest piece must have at least this many tokens; a cut may leave pieces of 2
 
 
 def piece_counts(lengths_D: np.ndarray, longest: int) -> np.ndarray:
@@ -22,7 +22,7 @@ def piece_counts(lengths_D: np.ndarray, longest: int) -> np.ndarray:
 
 
 def cut(lengths_D: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Cuts documents into pieces of `longest` tokens and a rest; a rest of one token takes another from its neighbour.
+  """Cuts documents into pieces of `longest` tokens and a rest; a rest of one token takes another from the piece before it.
 
   Args:
     lengths_D: tokens of each document; one below 2 gives no piece.
@@ -38,12 +38,12 @@ def cut(lengths_D: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np
   short = np.flatnonzero(length == 1)
   start[short] -= 1
   length[short] += 1
-  length[short - 1] -= 1  # never the last piece of another document: a document of one token has no piece
+  length[short - 1] -= 1  # always a piece of the same document: a document of one token has no piece
   return document, start, length
 
 
 def _blocks(lengths_D: np.ndarray, longest: int, with_end: bool) -> Iterator[tuple[int, np.ndarray]]:
-  """The lengths as they are stored, in blocks of at most about index.CHUNK pieces, each with the number of its first token."""
+  """The lengths as they are stored, in blocks of at most about index.CHUNK pieces, each after the number of its first token."""
   first = 0
   for begin in range(0, len(lengths_D), index.CHUNK):
     block = np.asarray(lengths_D[begin:begin + index.CHUNK], np.int64)
@@ -97,8 +97,13 @@ def table(directory: pathlib.Path, split: str, lengths_D: np.ndarray, longest: i
                                                         with_end=with_end))
 
 
+def _lengths(longest: int) -> np.ndarray:
+  """The length of the pieces of each class; classes 0 and 1, whose pieces would be too short, stay empty."""
+  return np.maximum(np.arange(longest + 1), 2)
+
+
 class Pieces(Packed):
-  """Rows of corrupted pieces: 'isolated' has CPM-2's form, with an end of document, and 't5' that of T5, without."""
+  """Rows of corrupted pieces: 'isolated' has CPM-2's form, with an end of document; 't5' has T5's form, without one."""
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     """Opens a split of a cache.
@@ -128,7 +133,7 @@ class Pieces(Packed):
                                                  self.t5), axis=1)
 
   def _choose_longest(self, longest: int) -> int:
-    """Shorter pieces if those that just fit leave over 10 % of the slots empty, as documents that are all of 300 tokens do.
+    """Takes shorter pieces where those that just fit leave over 10 % of the slots empty, as when all documents have 300 tokens.
 
     Halves, thirds and quarters of the longest piece fill rows whatever the lengths of the documents; they are taken where
     that saves 5 % of the rows.
@@ -161,8 +166,3 @@ class Pieces(Packed):
     drawn = objectives.draw_spans(objectives.combine(keys, start), length, noise, spans)
     return objectives.corrupt(tokens, length, drawn, noise, self.sentinels, start=self.vocabulary.bos_id,
                               eos=self.vocabulary.eos_id if self.t5 else None)
-
-
-def _lengths(longest: int) -> np.ndarray:
-  """The length of a piece of each class; the classes 0 and 1, which would be too short, stay empty."""
-  return np.maximum(np.arange(longest + 1), 2)

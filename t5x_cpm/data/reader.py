@@ -1,7 +1,7 @@
 """(config, seed, step) -> a batch: any step at once, and the same rows for any number of processes.
 
-The number of a row becomes its tokens in closed form: the mixture says which row of which task's stream it is, and that
-stream, a component, says what is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
+Its number alone leads to the tokens of a row: the mixture says which row of which task's stream it is, and that stream,
+a component, says what is in it. What is drawn at random is a hash of (seed, task, epoch, piece).
 """
 
 import pathlib
@@ -25,27 +25,27 @@ _TOKENS = {'encoder': {'encoder_tokens': 'encoder_input_tokens'},
            'decoder': {'decoder_inputs': 'decoder_input_tokens', 'decoder_targets': 'decoder_target_tokens'}}
 
 
-def assemble(parts: list[RowSegments], rows: int, room: tuple[int, int], pad: int, unpredicted: int | None) -> Batch:
-  """Places segments in rows, one after another on each side, with positions that begin anew in each.
+def assemble(found: list[RowSegments], rows: int, room: tuple[int, int], pad: int, unpredicted: int | None) -> Batch:
+  """Puts segments into rows, one after another on each side, with positions that begin anew in each.
 
   Args:
-    parts: the segments; `row` is the row of the batch.
+    found: the segments of each component; `row` is the row of the batch.
     rows: how many rows the batch has.
     room: encoder and decoder slots of a row.
-    pad: the token of empty slots, whose segment and weight are 0.
+    pad: the token of empty slots; their segment and weight are 0.
     unpredicted: a decoder input after which nothing is predicted, or None.
 
   Returns:
     The features of a batch, int32 [rows, slots], and float32 loss weights.
   """
-  row = np.concatenate([part.row for part in parts]) if parts else np.zeros(0, np.int64)
+  row = np.concatenate([one.row for one in found]) if found else np.zeros(0, np.int64)
   new = np.ones(len(row), bool)
   new[1:] = row[1:] != row[:-1]
   first = np.maximum.accumulate(np.where(new, np.arange(len(row)), 0)) if len(row) else row
   number = (np.arange(len(row)) - first + 1).astype(np.int32)
   batch: Batch = {}
   for side, slots in zip(('encoder', 'decoder'), room):
-    lengths = np.concatenate([getattr(part.segments, f'{side}_lengths') for part in parts]) if parts else row
+    lengths = np.concatenate([getattr(one.segments, f'{side}_lengths') for one in found]) if found else row
     begin = objectives.exclusive_cumsum(lengths)
     column = begin - (begin[first] if len(row) else begin)
     position = objectives.ramp(lengths)
@@ -57,7 +57,7 @@ def assemble(parts: list[RowSegments], rows: int, room: tuple[int, int], pad: in
       batch[name] = out.reshape(rows, slots)
 
     for name, feature in _TOKENS[side].items():
-      put(feature, np.concatenate([getattr(part.segments, name) for part in parts]) if parts else row, pad)
+      put(feature, np.concatenate([getattr(one.segments, name) for one in found]) if found else row, pad)
     put(f'{side}_segment_ids', np.repeat(number, lengths))
     put(f'{side}_positions', position)
   weights = (batch['decoder_segment_ids'] > 0).astype(np.float32)
@@ -75,14 +75,14 @@ class Reader:
   """Batches of one split. See the head of this file; made by `open_reader`.
 
   Attributes:
-    vocabulary: of the tokens.
+    vocabulary: the vocabulary of the tokens.
     fingerprint: what the batches are a function of, for JSON: a run may be resumed only with an equal one.
-    rows_per_epoch: rows that hold everything once, all components together.
+    rows_per_epoch: how many rows hold everything once, all components together.
   """
 
   def __init__(self, config: Config, split: str, vocabulary: Vocabulary, components: list[Component], rates: list[float],
                carried: list[dict[str, int]]):
-    """carried: what the rows of each component carry beside tokens (config.row_features)."""
+    """Takes, as `carried`, what the rows of each component carry beside their tokens (config.row_features)."""
     self.carried_by_component = {name: np.array([row[name] for row in carried], np.int32) for name in carried[0]}
     self.vocabulary, self.split, self.components = vocabulary, split, components
     self.config, self.task, self.seed, self.batch_size = config, config.task, config.train.seed, config.train.batch_size
@@ -101,7 +101,7 @@ class Reader:
     """The batch of a step, or some of its rows: always the same for the same (config, seed, step).
 
     Args:
-      step: 0 is the first.
+      step: the number of the step, from 0.
       rows: which of the TrainConfig.batch_size rows of the global batch.
 
     Returns:
@@ -117,31 +117,31 @@ class Reader:
     """Each row of the split once, in an order and with masks that depend on nothing but the data.
 
     Args:
-      max_batches: stop after so many; 0 is all. The order is random, so that any number of batches is a fair sample.
+      max_batches: stop after this many; 0 is all. The order is random, so that any number of batches is a fair sample.
       rows: which rows of each batch, ascending.
 
     Yields:
-      Batches, or these rows of them; what the last one lacks is empty rows of weight 0.
+      Batches, or these rows of them; the last one is filled up with empty rows of weight 0.
     """
     counts = np.array([component.rows_once for component in self.components])
     total = int(counts.sum())
     batches = -(-total // self.batch_size)
     for number in range(min(batches, max_batches) if max_batches else batches):
       mine = number * self.batch_size + np.arange(self.batch_size)[rows]
-      place = packing.permute(mine[mine < total], total, objectives.combine(FIXED_SEED))
-      component = np.searchsorted(np.cumsum(counts), place, side='right')
-      stream_row = place - objectives.exclusive_cumsum(counts)[component]
+      row = packing.permute(mine[mine < total], total, objectives.combine(FIXED_SEED))
+      component = np.searchsorted(np.cumsum(counts), row, side='right')
+      stream_row = row - objectives.exclusive_cumsum(counts)[component]
       yield self._make(component, stream_row, len(mine), lambda stream, rows: stream.read_once(rows))
 
   def _make(self, component: np.ndarray, stream_row: np.ndarray, rows: int, read) -> Batch:
-    parts = []
+    found = []
     for number in np.unique(component):
       mine = np.flatnonzero(component == number)
-      part = read(self.components[number], stream_row[mine])
-      parts.append(RowSegments(mine[part.row], part.segments))
-    batch = assemble(parts, rows, self.room, self.vocabulary.pad_id, self.unpredicted)
+      row, segments = read(self.components[number], stream_row[mine])
+      found.append(RowSegments(mine[row], segments))
+    batch = assemble(found, rows, self.room, self.vocabulary.pad_id, self.unpredicted)
     for name, value in self.carried_by_component.items():
-      batch[name] = np.resize(value[component], rows)  # empty rows have any
+      batch[name] = np.resize(value[component], rows)  # in empty rows the value does not matter
     return batch
 
   def statistics(self) -> dict:
@@ -170,21 +170,21 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
   """Opens a split of the task that `config` names.
 
   Args:
-    path: of the task's cache, as `tasks.caches.build` gives it.
+    path: the folder of the task's cache, as `tasks.caches.build` returns it.
     config: `task`, `local_task` and `train` (seed, batch_size) are read.
     split: 'train' or 'validation'.
-    vocabulary: that of a model which is to read the batches; None is the cache's.
-    row: what rows carry beside tokens where their task does not say; None: the task must say it in training, and elsewhere
-      the defaults of the configuration hold.
+    vocabulary: that of the model that will read the batches; None is the cache's.
+    row: what rows carry beside tokens where their task does not decide; None: in training the task must decide, and
+      elsewhere the defaults of the configuration hold.
 
   Raises:
     EmptySplitError: the task has no such split, or no document in it.
-    ConfigError: the objective does not fit the task, the vocabulary is another one, or the mixture does not say what its
-      rows carry.
+    ConfigError: the objective does not fit the task, the vocabulary is another one, or the mixture does not decide what
+      its rows carry.
   """
   config.task.validate()
-  parts = cache_lib.components(path)
-  own = parts[0][1].vocabulary()
+  caches = cache_lib.components(path)
+  own = caches[0][1].vocabulary()
   if vocabulary is not None and vocabulary.fingerprint != own.fingerprint:
     raise ConfigError(f'task {config.task.name!r} was tokenized with {own.spec!r}, but the model uses {vocabulary.spec!r}: set '
                       'TaskConfig.vocabulary to the vocabulary of the model.')
@@ -192,8 +192,8 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
   rates: list[float] = []
   carried: list[dict[str, int]] = []
   otherwise = row_features.defaults(config) if row is None and split != 'train' else row
-  rows = [row_features.of_task(config, number, len(parts), otherwise) for number in range(len(parts))]
-  for carries, (rate, cache) in zip(rows, parts, strict=True):
+  rows = [row_features.of_task(config, number, len(caches), otherwise) for number in range(len(caches))]
+  for carries, (rate, cache) in zip(rows, caches, strict=True):
     if split not in cache.splits:
       continue
     if ('inputs' in cache.features) != (config.task.objective == 'pairs'):

@@ -1,7 +1,7 @@
-"""One task's stream of rows: what every objective has in common.
+"""One task's stream of rows: what all objectives have in common.
 
 A row is found by its number, without a list of rows: a keyed permutation says which row of its epoch it is, the packing says
-which pieces are in it, and a table says where their tokens are. `pieces`, `pairs` and `streams` have the objectives.
+which pieces are in it, and a table says where their tokens are. `pieces`, `pairs` and `streams` implement the objectives.
 """
 
 import abc
@@ -16,7 +16,7 @@ from t5x_cpm.data import objectives, packing
 from t5x_cpm.data.objectives import Segments
 from t5x_cpm.vocabularies import Vocabulary
 
-FIXED_SEED = 233  # of what is drawn once, whatever the seed of the run: that of CPM-2's preprocessing
+FIXED_SEED = 233  # for what is drawn once, whatever the seed of the run; CPM-2's preprocessing has the same
 
 
 class RowSegments(NamedTuple):
@@ -61,7 +61,7 @@ class Component(abc.ABC):
 
   @abc.abstractmethod
   def summarize(self) -> dict:
-    """Counts pieces, the slots used on both sides in an epoch, and what was cut or left out."""
+    """Counts the pieces, the slots that an epoch uses on both sides, and what was cut or left out."""
 
   @abc.abstractmethod
   def read(self, rows: np.ndarray, seed: int) -> RowSegments:
@@ -76,7 +76,7 @@ class Component(abc.ABC):
     return self.rows_per_epoch
 
   def _locate(self, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each row of the stream its epoch, which row of the epoch it is, and the key of all that is drawn there."""
+    """For each row of the stream: its epoch, which row of the epoch it is, and the key of all draws in that epoch."""
     epoch, number = np.divmod(rows, self.rows_per_epoch)
     key = objectives.combine(np.full(len(rows), seed), np.full(len(rows), self.salt), epoch)
     return epoch, packing.permute(number, self.rows_per_epoch, key), key
@@ -85,21 +85,21 @@ class Component(abc.ABC):
 class Packed(Component):
   """Rows of several pieces, each in a segment of its own.
 
-  A subclass calls `_pack` with what there is to pack, and makes segments of it in `_segments`. Pieces of one size are a
+  A subclass calls `_pack` with what there is to pack, and makes segments of it in `_segments`. Pieces of one size form a
   class, whose members are interchangeable.
 
   Attributes:
     sizes: [C, 2] encoder and decoder slots of a piece of each class.
     counts: [C] how many pieces each class has.
-    members: a line for each piece, in the order of the classes: what `_segments` is given.
-    facts: what else `summarize` says.
+    members: one entry for each piece, in the order of the classes, which `_segments` makes a segment of.
+    facts: what `summarize` says beyond the counts.
   """
 
   facts: dict
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     super().__init__(cache, split, config, vocabulary)
-    self.most = max(1, self.room[0] // 8)  # pieces in a row
+    self.most = max(1, self.room[0] // 8)  # the most pieces in a row
     self.tokens = {feature: cache.tokens(split, feature, random=True) for feature in cache.features}
 
   def _pack(self, sizes: np.ndarray, counts: np.ndarray, members: np.ndarray) -> None:

@@ -1,13 +1,14 @@
 """Objective 'cpm2': CPM-2's own, windows of one long stream of masked documents (TsinghuaAI/CPM-2-Pretrain).
 
 Documents of 10 tokens or more are masked once, end of document included, shuffled once and joined. A window is
-encoder_length tokens of that stream; its targets are `<s>`, then for each of its sentinels the sentinel and its tokens, then
-one more sentinel, cut to decoder_length. Sentinels are numbered anew in each window, which is one segment: documents see each
-other. The token after an end of document is not predicted.
+encoder_length tokens of that stream; its targets are, for each of its sentinels, the sentinel and the tokens that it hides,
+then one more sentinel, cut to decoder_length; the decoder's inputs are `<s>` and the targets but the last. Sentinels are
+numbered anew in each window. A window is one segment, so that its documents see each other. The token after an end of
+document is not predicted.
 
-Two things differ. The released loader, made for autoregressive models, repeats the last token of a window as the first of the
-next; here windows do not overlap. It drops the rest of the stream that fills no window; here the next epoch begins with it,
-so that borders move and every token is read equally often.
+Two things differ from the released loader. It was made for autoregressive models and repeats the last token of a window as
+the first of the next; here windows do not overlap. It drops the rest of the stream that fills no window; here the next epoch
+begins with it, so that borders move and every token is read equally often.
 """
 
 import contextlib
@@ -25,21 +26,21 @@ from t5x_cpm.data.objectives import Segments
 from t5x_cpm.data.rows import FIXED_SEED, Component, RowSegments
 from t5x_cpm.vocabularies import Vocabulary
 
-TOKENS = 1 << 22  # of documents that are masked together
+TOKENS = 1 << 22  # tokens of the documents that are masked together
 KEPT = (10, 5_000_000)  # tokens of documents that CPM-2's preprocessing keeps; its upper bound counts characters
 
 
 class Masking(NamedTuple):
-  """What the masks of a stream are a function of."""
+  """What the masks of a stream depend on, beside its documents."""
 
   density: float  # share of noise
   mean: float  # mean length of a span
-  end: int  # the end of document
-  sentinels: int  # how many the vocabulary has
+  end: int  # the token that ends a document
+  sentinels: int  # how many sentinels the vocabulary has
 
 
 class Masked(NamedTuple):
-  """Documents of the stream, masked. K spans."""
+  """Masked documents of the stream, with K spans."""
 
   context: np.ndarray  # tokens that stay, and a 0 in place of each span
   noise: np.ndarray  # the tokens of all spans
@@ -59,7 +60,7 @@ def _documents(lengths_D: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _mask(tokens_N: np.ndarray, lengths_P: np.ndarray, documents_P: np.ndarray, masking: Masking) -> Masked:
-  """Masks documents, each followed by its end."""
+  """Masks documents, each with its end of document."""
   flat, longer = objectives.append(tokens_N, lengths_P, masking.end)
   noise_P, spans_P = objectives.noise_counts(longer, masking.density, masking.mean)
   spans = objectives.draw_spans(objectives.combine(FIXED_SEED, documents_P), longer, noise_P, spans_P)
@@ -71,6 +72,17 @@ def _mask(tokens_N: np.ndarray, lengths_P: np.ndarray, documents_P: np.ndarray, 
   context = np.where(is_noise, 0, flat)[stays]
   return Masked(context.astype(tokens_N.dtype), flat[is_noise].astype(tokens_N.dtype),
                 first - noise_before + np.arange(len(first)), noise_before)
+
+
+def _tightest(places: np.ndarray, total: int, sentinels: int) -> int:
+  """The width of the narrowest window with one span too many, 0 if there is none.
+
+  A window needs a sentinel for each span and one to close, and windows continue past the end of the stream at its start.
+  """
+  ring = np.concatenate([places, places[:sentinels] + total])
+  if len(ring) < sentinels:
+    return 0
+  return int((ring[sentinels - 1:] - ring[:len(ring) - sentinels + 1]).min()) + 1
 
 
 def _make_table(prefix: pathlib.Path, *, name: str, tokens: np.ndarray, lengths_D: np.ndarray, masking: Masking) -> dict:
@@ -91,19 +103,8 @@ def _make_table(prefix: pathlib.Path, *, name: str, tokens: np.ndarray, lengths_
           'tightest': _tightest(places, context, masking.sentinels)}
 
 
-def _tightest(places: np.ndarray, total: int, sentinels: int) -> int:
-  """The width of the narrowest window with a span too many, 0 if there is none.
-
-  A window needs one sentinel for each span and one to close, and windows go on over the end of the stream.
-  """
-  ring = np.concatenate([places, places[:sentinels] + total])
-  if len(ring) < sentinels:
-    return 0
-  return int((ring[sentinels - 1:] - ring[:len(ring) - sentinels + 1]).min()) + 1
-
-
 def table(directory: pathlib.Path, split: str, tokens: np.ndarray, lengths_D: np.ndarray, masking: Masking) -> dict:
-  """The stream of a split. Files are the fields of `Masked`, and `starts` has the length of `noise` at its end: [K + 1].
+  """The stream of a split. Its files are the fields of `Masked`, but `starts` ends with the length of `noise`: [K + 1].
 
   Args:
     directory: the folder of the tables of a cache.
@@ -113,8 +114,8 @@ def table(directory: pathlib.Path, split: str, tokens: np.ndarray, lengths_D: np
     masking: how the documents are masked.
 
   Returns:
-    {'name': the name of the table, 'context': tokens of the stream, 'spans', 'dropped': documents that are not in it,
-    'tightest': the width of the narrowest window with a span too many, or 0}.
+    {'name': the name of the table, 'context': tokens of the stream, 'spans': spans in it, 'dropped': documents that are not
+    in it, 'tightest': the width of the narrowest window with one span too many, or 0}.
   """
   name = f'{split}.cpm2-{masking.density}-{masking.mean}-{masking.sentinels}'
   return index.store(directory, name, functools.partial(_make_table, name=name, tokens=tokens, lengths_D=lengths_D,
@@ -166,9 +167,9 @@ class Windows(Component):
     return self._windows(begin, np.minimum(self.width, self.total - begin))
 
   def _windows(self, begin: np.ndarray, width: np.ndarray) -> RowSegments:
-    """Cuts R windows out of the stream: where each begins [R], and its tokens [R]."""
+    """Cuts R windows out of the stream, given where each begins [R] and how many tokens it has [R]."""
     encoder = self.stream.context[objectives.ranges(begin, width) % self.total].astype(np.int32)
-    # Spans are counted on over the end of the stream, where a window may go on with its beginning.
+    # A window may continue past the end of the stream at its start; the count of spans goes on there.
     spans = len(self.stream.places)
     laps, end = np.divmod(begin + width, self.total)
     first = np.searchsorted(self.stream.places, begin)

@@ -1,7 +1,8 @@
 """Text to ids and back: CPM-2, CPM-1 and plain SentencePiece vocabularies.
 
-`load` gives a `Vocabulary` by its name, `load_saved` one that was saved with a model or a cache. Nothing here trains a
-vocabulary or knows about batches, models or TensorFlow. The libraries that a vocabulary needs are imported when it is used.
+`load` gives a `Vocabulary` by its name, `load_saved` one that was saved with a model or a cache. `train` makes a new one, and
+`report` measures how well one fits some text. Nothing here knows about batches, models or TensorFlow. The libraries that a
+vocabulary needs are imported when it is used.
 
 A vocabulary is named by a spec, KIND:FILE or KIND:FILE?option=value:
 
@@ -11,13 +12,13 @@ A vocabulary is named by a spec, KIND:FILE or KIND:FILE?option=value:
 
 CPM-2's published files come in two forms, told apart by their pieces. The Chinese one (no '##') folds full-width characters to
 half-width and keeps every space as a token. The bilingual one writes what continues a word that is not Chinese as '##piece',
-folds nothing, and leaves out a space between two tokens that are not Chinese. `train` makes a third: the
-bilingual one with the 256 bytes as pieces, in which nothing is lost (see `Lossless`).
+folds nothing, and leaves out a space between two tokens that are not Chinese. `train` can make a third form: the bilingual
+one with the 256 bytes as pieces, which loses nothing (see `Lossless`).
 
 Ids are those of the released code (CPM-2: tokenization_enc_dec.py of CPM-2-Finetune for Chinese, its _encn variant for the
-bilingual form), also where they lose something: a word of more than 200 characters is one `<unk>`, and in the bilingual form
-so is a character inside a word for which there is no '##' piece, such as the % of '5%'. `report` counts
-what a vocabulary loses. Left out on purpose: the bilingual encoder repeats the token of a text of one token.
+bilingual form), even where that loses something: a word of more than 200 characters is one `<unk>`, and in the bilingual form
+so is a character inside a word for which there is no '##' piece, such as the % of '5%'. One thing is left out on purpose: the
+released bilingual encoder repeats the token of a text that has only one.
 """
 
 import difflib
@@ -31,7 +32,7 @@ from t5x_cpm.vocabularies.sentencepiece import Cpm1, SentencePiece
 
 __all__ = ['BLANK', 'Vocabulary', 'check_size', 'load', 'load_saved']
 
-# A model may have this many rows more than its vocabulary has pieces, so that a table can be padded to divide a mesh.
+# A model may have fewer than this many rows beyond the pieces of its vocabulary, so that a mesh can divide its table.
 PADDING = 128
 
 _KINDS: dict[str, type[Vocabulary]] = {cls.kind: cls for cls in (Cpm2, Cpm1, SentencePiece)}
@@ -55,7 +56,7 @@ def load(spec: str) -> Vocabulary:
     hint = f' Did you mean {near[0]}:?' if near else ''
     raise ConfigError(f'TaskConfig.vocabulary = {spec!r}: expected {", ".join(f"{name}:FILE" for name in _KINDS)}.{hint}')
   path, _, query = rest.partition('?')
-  options = dict(part.partition('=')[::2] for part in query.split('&') if part)
+  options = dict(option.partition('=')[::2] for option in query.split('&') if option)
   return _make(kind, path, options)
 
 
@@ -71,7 +72,7 @@ def load_saved(directory: Any) -> Vocabulary:
 
 
 def check_size(model: ModelConfig, vocabulary: Vocabulary) -> None:
-  """Raises ConfigError where a model and a vocabulary cannot belong together."""
+  """Raises ConfigError unless the model has a row for each piece of the vocabulary, and no more than padding beyond them."""
   rows, pieces = model.vocab_size, vocabulary.size
   if not 0 <= rows - pieces < PADDING:
     raise ConfigError(

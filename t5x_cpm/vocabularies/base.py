@@ -12,14 +12,29 @@ from t5x_cpm import files
 from t5x_cpm.config import ConfigError
 
 BLANK = '<span>'
-SPACE, LINE_FEED = '\u2582', '\u2583'  # stand for ' ' and '\n' in the files of CPM vocabularies
+SPACE, LINE_FEED = '\u2582', '\u2583'  # written for ' ' and '\n' in the files of CPM vocabularies
 MARKS = str.maketrans({' ': SPACE, '\n': LINE_FEED})
 UNMARKS = str.maketrans({SPACE: ' ', LINE_FEED: '\n'})
 SPECIALS = ('<unk>', '<s>', '</s>', '<pad>', '<eod>')
 
 
+def read(path: str) -> bytes:
+  """Reads the file of a vocabulary.
+
+  Raises:
+    ConfigError: it cannot be read.
+  """
+  from etils import epath
+
+  try:
+    return epath.Path(path).expanduser().read_bytes()
+  except OSError as error:
+    raise ConfigError(
+        f'vocabulary file {path} cannot be read: {error.strerror or error}. Check TaskConfig.vocabulary.') from None
+
+
 class Vocabulary(abc.ABC):
-  """What a tokenizer knows.
+  """Turns text into ids and ids into text.
 
   Attributes:
     spec: what `load` was given.
@@ -27,7 +42,7 @@ class Vocabulary(abc.ABC):
     files: the paths that it was read from.
     size: how many ids there are.
     pad_id: the id of padding.
-    unk_id: the id of what the vocabulary cannot write.
+    unk_id: the id of whatever the vocabulary has no piece for.
     bos_id: the id that a decoder starts from (T5: the padding id).
     eos_id: the id that ends a document.
     sentinels: the ids that mark masked spans, in order of use; printed '<s_0>', '<s_1>', ...
@@ -56,10 +71,10 @@ class Vocabulary(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without start or end. Nothing written in the text becomes a special token."""
+    """The ids of a text, without start or end. A special token that is written in the text is read as plain text."""
 
   def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-    """encode() of each text; for many short texts several times faster."""
+    """encode() of each text; several times faster for many short texts."""
     return [self.encode(text) for text in texts]
 
   def encode_blanks(self, text: str) -> list[int]:
@@ -68,20 +83,20 @@ class Vocabulary(abc.ABC):
     Raises:
       ConfigError: there are more blanks than sentinels.
     """
-    parts = text.split(BLANK)
-    if len(parts) - 1 > len(self.sentinels):
-      raise ConfigError(f'the text has {len(parts) - 1} blanks, but {self.spec} has {len(self.sentinels)} sentinels.')
-    return self._encode_around_blanks(parts)
+    texts = text.split(BLANK)
+    if len(texts) - 1 > len(self.sentinels):
+      raise ConfigError(f'the text has {len(texts) - 1} blanks, but {self.spec} has {len(self.sentinels)} sentinels.')
+    return self._encode_around_blanks(texts)
 
-  def _encode_around_blanks(self, parts: list[str]) -> list[int]:
-    ids = self.encode(parts[0])
-    for sentinel, part in zip(self.sentinels, parts[1:]):
-      ids += [sentinel, *self.encode(part)]
+  def _encode_around_blanks(self, texts: list[str]) -> list[int]:
+    ids = self.encode(texts[0])
+    for sentinel, text in zip(self.sentinels, texts[1:]):
+      ids += [sentinel, *self.encode(text)]
     return ids
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. Sentinels are printed '<s_k>', other special tokens are left out; an unknown id is '<unk>'."""
+    """The text of ids. Sentinels are printed as '<s_k>', other special tokens are left out; an unknown id is '<unk>'."""
 
   @abc.abstractmethod
   def piece(self, token: int) -> str:
@@ -102,7 +117,7 @@ class Vocabulary(abc.ABC):
 
 
 class Words(dict[str, str]):
-  """Word -> its tokens, which are found when they are asked for the first time."""
+  """Word -> its tokens, found when they are first asked for."""
 
   _REMEMBERED = 1 << 19
 
@@ -118,21 +133,6 @@ class Words(dict[str, str]):
 
 
 def no_options(spec: str, options: dict[str, str]) -> None:
-  """Raises ConfigError for an option."""
+  """Raises ConfigError if a spec has options."""
   if options:
     raise ConfigError(f'{spec}: vocabularies of this kind have no options.')
-
-
-def read(path: str) -> bytes:
-  """Reads the file of a vocabulary.
-
-  Raises:
-    ConfigError: it cannot be read.
-  """
-  from etils import epath
-
-  try:
-    return epath.Path(path).expanduser().read_bytes()
-  except OSError as error:
-    raise ConfigError(
-        f'vocabulary file {path} cannot be read: {error.strerror or error}. Check TaskConfig.vocabulary.') from None

@@ -1,7 +1,7 @@
 """CPM-2's vocabularies: a list of pieces, matched longest first in each word of the text.
 
-Inside, a token is the character chr(id) and a sequence of tokens is a string, because strings are joined and substituted much
-faster than lists of numbers. The tokens of a word come out of a table, so that each word is matched only once.
+Internally a token is the character chr(id) and a sequence of tokens is a string, because strings are joined and substituted
+much faster than lists of numbers. The tokens of a word are remembered, so that each word is matched only once.
 """
 
 import array
@@ -20,12 +20,87 @@ from t5x_cpm.vocabularies.base import LINE_FEED, MARKS, SPACE, SPECIALS, UNMARKS
 _HAN = re.compile('[\u4e00-\u9fff]')
 _SENTINEL = re.compile(r'<s_(\d+)>')
 _BYTES = [f'<0x{value:02X}>' for value in range(256)]
-# Full-width ASCII to half-width, but for the punctuation that Chinese text is written with.
+# Full-width ASCII to half-width, except for the punctuation of Chinese text.
 _HALF_WIDTH = {chr(code): chr(code - 0xfee0) for code in range(0xff00, 0xff5f) if chr(code) not in '，。！（）？、；：'}
 _HALF_WIDTH['\u3000'] = ' '
 _FULL_WIDTH = re.compile(f'[{"".join(_HALF_WIDTH)}]')
 _SEPARATOR, _SEPARATOR_TOKEN = '\uffff', '\U0010ffff'  # between the texts of a batch; not a character, and a word of its own
 _BATCH = 1 << 20  # characters
+
+
+def _is_chinese(piece: str) -> bool:
+  """The released code's test: whether a piece has a Chinese character in it, or is the space."""
+  return piece == SPACE or _HAN.search(piece) is not None
+
+
+def _is_latin(character: str) -> bool:
+  return character.isascii() and character.isalnum()
+
+
+def _continues(piece: str) -> bool:
+  return len(piece) > 2 and piece.startswith('##')
+
+
+def _read_pieces(path: str) -> list[str]:
+  content = read(path)
+  try:
+    text = content.decode('utf-8')
+  except UnicodeDecodeError as error:
+    line = content.count(b'\n', 0, error.start) + 1
+    raise ConfigError(f'{path}:{line}: not UTF-8; expected one piece a line. Check TaskConfig.vocabulary.') from None
+  text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as some editors save it
+  pieces = text.removesuffix('\n').split('\n')  # not splitlines(): a piece may be another kind of line break
+  seen: dict[str, int] = {}
+  for number, piece in enumerate(pieces, 1):
+    if not piece:
+      raise ConfigError(f'{path}:{number}: an empty line; expected one piece a line.')
+    if piece in seen:
+      raise ConfigError(f'{path}:{number}: the piece {piece!r} stands in line {seen[piece]} too.')
+    seen[piece] = number
+  return pieces
+
+
+def _sentinels(path: str, index: dict[str, int]) -> tuple[int, ...]:
+  numbers = {int(match[1]): token for piece, token in index.items() if (match := _SENTINEL.fullmatch(piece))}
+  for number in range(max(len(numbers), 1)):
+    if number not in numbers:
+      raise ConfigError(f'{path}: sentinel <s_{number}> is missing; {len(numbers)} are there, expected <s_0>, <s_1> ... '
+                        'without a gap.')
+  return tuple(numbers[number] for number in range(len(numbers)))
+
+
+def _prefixes(tokens: dict[str, str]) -> dict[str, str]:
+  """Adds the beginnings of all pieces, without a token, so that a search knows when to stop."""
+  begun = {piece[:end]: '' for piece in tokens for end in range(1, len(piece))}
+  return begun | tokens
+
+
+def _numbers(tokens: str) -> list[int]:
+  ids = array.array('I' if array.array('I').itemsize == 4 else 'L')
+  ids.frombytes(tokens.encode(f'utf-32-{sys.byteorder[0]}e', 'surrogatepass'))
+  return ids.tolist()
+
+
+def _any(members: list[bool]) -> str:
+  """A regular expression that matches one token whose entry in `members` is true."""
+  ranges = []
+  for joins, group in itertools.groupby(enumerate(members), lambda item: item[1]):
+    if joins:
+      tokens = [token for token, _ in group]
+      ranges.append(f'{re.escape(chr(tokens[0]))}-{re.escape(chr(tokens[-1]))}')
+  return f'[{"".join(ranges)}]' if ranges else '(?!.).'
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+  """Stops Python's garbage collector: walking lists of ids, which have no cycles, again and again takes a tenth of the time."""
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if enabled:
+      gc.enable()
 
 
 class Cpm2(Vocabulary):
@@ -67,7 +142,7 @@ class Cpm2(Vocabulary):
 
   @functools.cached_property
   def _joins(self) -> tuple[list[bool], list[bool]]:
-    """Whether a token, as the first and as the second of two, takes part in leaving out the space between them."""
+    """For each token, whether a space after it, and one before it, may be left out; both sides must agree."""
     not_chinese = [not _is_chinese(piece) for piece in self.pieces]
     return not_chinese, not_chinese
 
@@ -100,10 +175,10 @@ class Cpm2(Vocabulary):
         size += len(text)
     return ids
 
-  def _encode_around_blanks(self, parts: list[str]) -> list[int]:
-    tokens = self._tokens(parts[0])
-    for sentinel, part in zip(self.sentinels, parts[1:]):
-      tokens += chr(sentinel) + self._tokens(part)
+  def _encode_around_blanks(self, texts: list[str]) -> list[int]:
+    tokens = self._tokens(texts[0])
+    for sentinel, text in zip(self.sentinels, texts[1:]):
+      tokens += chr(sentinel) + self._tokens(text)
     return _numbers(self._join(tokens))
 
   def _tokens(self, text: str, separated: bool = False) -> str:
@@ -116,7 +191,7 @@ class Cpm2(Vocabulary):
     return tokens
 
   def _join(self, tokens: str) -> str:
-    """The tokens of a text from those of its words: without the spaces that decoding puts back."""
+    """The tokens of a text, made from those of its words by leaving out the spaces that decoding puts back."""
     return self._implied_space.sub('', tokens) if self.bilingual else tokens
 
   def _match(self, word: str) -> str:
@@ -130,18 +205,18 @@ class Cpm2(Vocabulary):
     return self._first.get(word) or self._longest_first(word, self._first)
 
   def _longest_first(self, word: str, table: dict[str, str]) -> str:
-    """The tokens of a word, of which the first is looked up in `table` and the others in `self._next`."""
-    tokens, place, length, look_up = '', 0, len(word), table.get
-    while place < length:
-      token = entry = look_up(word[place])
-      end = longest = place + 1
+    """The tokens of a word; the first is looked up in `table`, the others in `self._next`."""
+    tokens, start, length, look_up = '', 0, len(word), table.get
+    while start < length:
+      token = entry = look_up(word[start])
+      end = longest = start + 1
       while entry is not None and end < length:
         end += 1
-        entry = look_up(word[place:end])
+        entry = look_up(word[start:end])
         if entry:
           token, longest = entry, end
-      tokens += token or self._fallback(word[place])
-      place, look_up = longest, self._next.get
+      tokens += token or self._fallback(word[start])
+      start, look_up = longest, self._next.get
     return tokens
 
   def _fallback(self, character: str) -> str:
@@ -180,7 +255,7 @@ class Cpm2(Vocabulary):
 class Lossless(Cpm2):
   """A bilingual vocabulary with byte pieces: decode(encode(text)) == text for every text that UTF-8 can hold.
 
-  A space is left out only between two tokens of ASCII letters and digits, and is put back there and nowhere else. Where two
+  A space is left out only between two tokens of ASCII letters and digits, and decoding puts it back only there. Where two
   such words touch, the second is written with '##'. A character without a piece is written as its UTF-8 bytes.
   """
 
@@ -194,11 +269,11 @@ class Lossless(Cpm2):
     self._byte = {value: chr(token) for token, value in self._byte_value.items()}
 
   def _stays(self, piece: str) -> bool:
-    return super()._stays(piece) and not _is_latin(piece[0])  # it would seem to begin another word
+    return super()._stays(piece) and not _is_latin(piece[0])  # decoding would put a space before it
 
   @functools.cached_property
   def _joins(self) -> tuple[list[bool], list[bool]]:
-    # A sentinel joins: the token that it hides mostly did.
+    # A sentinel counts as such a token, because most tokens that it hides are.
     sentinels = set(self.sentinels)
     silent = {*self._byte_value, *self._silent}
     first = [t in sentinels or t not in silent and _is_latin(piece[-1]) for t, piece in enumerate(self.pieces)]
@@ -219,7 +294,7 @@ class Lossless(Cpm2):
     return self._as_bytes(word) if word in (SPACE, LINE_FEED) else super()._match(word)
 
   def _fallback(self, character: str) -> str:
-    return self._line_feed if character == LINE_FEED else self._as_bytes(character)  # the word is a carriage return with it
+    return self._line_feed if character == LINE_FEED else self._as_bytes(character)  # in the word '\r\n'
 
   def _as_bytes(self, character: str) -> str:
     try:
@@ -227,78 +302,3 @@ class Lossless(Cpm2):
     except UnicodeEncodeError:  # half of a surrogate pair
       octets = b'\xef\xbf\xbd'
     return ''.join(self._byte[value] for value in octets)
-
-
-def _is_chinese(piece: str) -> bool:
-  """The released code's test: a Chinese character in it, or the space."""
-  return piece == SPACE or _HAN.search(piece) is not None
-
-
-def _prefixes(tokens: dict[str, str]) -> dict[str, str]:
-  """Adds the beginnings of all pieces, which have no token, so that a search knows when to stop."""
-  begun = {piece[:end]: '' for piece in tokens for end in range(1, len(piece))}
-  return begun | tokens
-
-
-def _continues(piece: str) -> bool:
-  return len(piece) > 2 and piece.startswith('##')
-
-
-def _is_latin(character: str) -> bool:
-  return character.isascii() and character.isalnum()
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-  """Stops Python's collector: lists of ids have no cycles, and walking through them over and over takes a tenth of the time."""
-  enabled = gc.isenabled()
-  gc.disable()
-  try:
-    yield
-  finally:
-    if enabled:
-      gc.enable()
-
-
-def _numbers(tokens: str) -> list[int]:
-  ids = array.array('I' if array.array('I').itemsize == 4 else 'L')
-  ids.frombytes(tokens.encode(f'utf-32-{sys.byteorder[0]}e', 'surrogatepass'))
-  return ids.tolist()
-
-
-def _any(members: list[bool]) -> str:
-  """A regular expression that matches one token whose entry in `members` is true."""
-  ranges = []
-  for joins, group in itertools.groupby(enumerate(members), lambda item: item[1]):
-    if joins:
-      tokens = [token for token, _ in group]
-      ranges.append(f'{re.escape(chr(tokens[0]))}-{re.escape(chr(tokens[-1]))}')
-  return f'[{"".join(ranges)}]' if ranges else '(?!.).'
-
-
-def _sentinels(path: str, index: dict[str, int]) -> tuple[int, ...]:
-  numbers = {int(match[1]): token for piece, token in index.items() if (match := _SENTINEL.fullmatch(piece))}
-  for number in range(max(len(numbers), 1)):
-    if number not in numbers:
-      raise ConfigError(f'{path}: sentinel <s_{number}> is missing; {len(numbers)} are there, expected <s_0>, <s_1> ... '
-                        'without a gap.')
-  return tuple(numbers[number] for number in range(len(numbers)))
-
-
-def _read_pieces(path: str) -> list[str]:
-  content = read(path)
-  try:
-    text = content.decode('utf-8')
-  except UnicodeDecodeError as error:
-    line = content.count(b'\n', 0, error.start) + 1
-    raise ConfigError(f'{path}:{line}: not UTF-8; expected one piece a line. Check TaskConfig.vocabulary.') from None
-  text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as some editors save it
-  pieces = text.removesuffix('\n').split('\n')  # not splitlines(): a piece may be another kind of line break
-  seen: dict[str, int] = {}
-  for number, piece in enumerate(pieces, 1):
-    if not piece:
-      raise ConfigError(f'{path}:{number}: an empty line; expected one piece a line.')
-    if piece in seen:
-      raise ConfigError(f'{path}:{number}: the piece {piece!r} stands in line {seen[piece]} too.')
-    seen[piece] = number
-  return pieces

@@ -1,4 +1,4 @@
-"""How well a vocabulary fits some text: unknown tokens, length, speed, and what does not come back from encode and decode."""
+"""Measures how well a vocabulary fits some text: unknown tokens, length, speed, and what encoding and decoding loses."""
 
 import collections
 import difflib
@@ -11,11 +11,11 @@ from t5x_cpm import vocabularies
 from t5x_cpm.vocabularies import texts as texts_lib
 
 EXAMPLES = 3
-SAMPLE = 2_000_000  # bytes that are cut by jieba
+SAMPLE = 2_000_000  # bytes of text that jieba cuts to measure its speed
 
 
 def cause(lost: str, found: str) -> str:
-  """Why one difference between a text and what came back is there. Characters without a piece are given by Unicode category."""
+  """The cause of one difference between a text and what came back. Characters without a piece are named by Unicode category."""
   if '<unk>' in found:
     return 'no piece: ' + ' '.join(sorted({unicodedata.category(character) for character in lost}) or ['?'])
   if not lost and not found.strip(' '):
@@ -37,7 +37,7 @@ def differences(text: str, back: str) -> list[tuple[str, str]]:
 
 
 def jieba_speed(texts: list[str]) -> float:
-  """Bytes per second that jieba cuts, of a sample of the texts: what a tokenizer built on it cannot pass."""
+  """Bytes per second that jieba cuts, measured on a sample of the texts: a limit for any tokenizer built on it."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # it imports pkg_resources
     import jieba
@@ -55,7 +55,7 @@ def measure(vocabulary: vocabularies.Vocabulary, texts: list[str]) -> tuple[list
   """Encodes texts and decodes them again.
 
   Returns:
-    Rows of a table, names and values; and the texts that changed, each with what came back.
+    The rows of a table, as names and values; and the texts that changed, each with what came back.
   """
   vocabulary.encode('一二 a b')  # loads the dictionaries
   start = time.perf_counter()
@@ -83,13 +83,13 @@ def measure(vocabulary: vocabularies.Vocabulary, texts: list[str]) -> tuple[list
 
 
 def run(vocabulary: str, patterns: Sequence[str], *, field: str = 'text', compared: int = 2000) -> None:
-  """Prints how a vocabulary fits a text.
+  """Prints how well a vocabulary fits some text.
 
   Args:
     vocabulary: KIND:FILE, as in TaskConfig.vocabulary.
     patterns: globs of files, as `texts.read` takes them.
-    field: of .jsonl.
-    compared: how many of the texts that changed are looked at for the reason.
+    field: the field of .jsonl with the text.
+    compared: how many of the texts that changed are searched for the causes.
 
   Raises:
     ConfigError: no such vocabulary, or no text.

@@ -10,8 +10,26 @@ from t5x_cpm.vocabularies import word_cut
 from t5x_cpm.vocabularies.base import MARKS, SPECIALS, UNMARKS, Vocabulary, no_options, read
 
 
+def _encode(model: Any, text: str) -> list[int]:
+  try:
+    return model.encode(text)
+  except (UnicodeEncodeError, RuntimeError):  # half of a surrogate pair; which error depends on SentencePiece's version
+    return model.encode(text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace'))
+
+
+def _sentencepiece(path: str) -> Any:
+  import sentencepiece
+
+  model = sentencepiece.SentencePieceProcessor()
+  try:
+    model.load_from_serialized_proto(read(path))
+  except RuntimeError:
+    raise ConfigError(f'{path} is not a SentencePiece model. Check TaskConfig.vocabulary.') from None
+  return model
+
+
 class Cpm1(Vocabulary):
-  """The vocabulary of CPM-1: jieba's words, joined with spaces, in SentencePiece. CPM-1 is decoder-only: no sentinels."""
+  """The vocabulary of CPM-1: jieba's words, joined with spaces, in SentencePiece. CPM-1 is decoder-only, so no sentinels."""
 
   kind = 'cpm1'
 
@@ -28,7 +46,7 @@ class Cpm1(Vocabulary):
     self.sentinels = ()
 
   def encode(self, text: str) -> list[int]:
-    # Not word by word: SentencePiece adds up in 32 bits, so that the text before may decide between nearly equal ways.
+    # Not word by word: SentencePiece adds up scores in 32 bits, so that earlier text may decide between nearly equal ways.
     return _encode(self._model, ' '.join([' '.join(words) for words in word_cut.cut(text.translate(MARKS))]))
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -75,7 +93,7 @@ class SentencePiece(Vocabulary):
   def encode(self, text: str) -> list[int]:
     ids = _encode(self._model, text)
     if not self._sentinel_number.keys().isdisjoint(ids):  # the text has '<extra_id_0>' in it
-      return [token for part in re.split('(?<=<)(?=extra_id_)', text) for token in _encode(self._model, part)]
+      return [token for chunk in re.split('(?<=<)(?=extra_id_)', text) for token in _encode(self._model, chunk)]
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -93,21 +111,3 @@ class SentencePiece(Vocabulary):
     if token in self._sentinel_number:
       return f'<extra_id_{self._sentinel_number[token]}>'
     return self._model.id_to_piece(token)
-
-
-def _encode(model: Any, text: str) -> list[int]:
-  try:
-    return model.encode(text)
-  except (UnicodeEncodeError, RuntimeError):  # half of a surrogate pair; which error depends on SentencePiece's version
-    return model.encode(text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace'))
-
-
-def _sentencepiece(path: str) -> Any:
-  import sentencepiece
-
-  model = sentencepiece.SentencePieceProcessor()
-  try:
-    model.load_from_serialized_proto(read(path))
-  except RuntimeError:
-    raise ConfigError(f'{path} is not a SentencePiece model. Check TaskConfig.vocabulary.') from None
-  return model

@@ -1,4 +1,4 @@
-"""The text that a vocabulary is trained on or measured with."""
+"""Reads the text that a vocabulary is trained on or measured with."""
 
 import glob
 import gzip
@@ -7,29 +7,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 from t5x_cpm.config import ConfigError
-
-
-def read(patterns: Sequence[str], field: str) -> Iterator[str]:
-  """The lines of all files, or the text fields of .jsonl; .gz is read through.
-
-  Args:
-    patterns: globs of .txt, .tsv or .jsonl files.
-    field: of each object of .jsonl.
-
-  Raises:
-    ConfigError: a glob without files, or a file that is no UTF-8 text, or no JSON with such a field.
-  """
-  for pattern in patterns:
-    paths = sorted(glob.glob(pattern, recursive=True))
-    if not paths:
-      raise ConfigError(f'--input={pattern} matches no file.')
-    for path in paths:
-      try:
-        yield from _read_file(path, field)
-      except UnicodeDecodeError as error:
-        raise ConfigError(f'{path}: not UTF-8 text ({error.reason}, byte {error.object[error.start]:#04x}).') from None
-      except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
 
 
 def _read_file(path: str, field: str) -> Iterator[str]:
@@ -46,3 +23,26 @@ def _read_file(path: str, field: str) -> Iterator[str]:
       if not isinstance(text, str):
         raise ConfigError(f'{path}:{number}: the field {field!r} is not a text.')
       yield text
+
+
+def read(patterns: Sequence[str], field: str) -> Iterator[str]:
+  """The lines of all files, or the text fields of .jsonl; .gz is decompressed.
+
+  Args:
+    patterns: globs of .txt, .tsv or .jsonl files.
+    field: the field of .jsonl with the text.
+
+  Raises:
+    ConfigError: a glob without files, or a file that is not UTF-8 text, or not JSON with such a field.
+  """
+  for pattern in patterns:
+    paths = sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+      raise ConfigError(f'--input={pattern} matches no file.')
+    for path in paths:
+      try:
+        yield from _read_file(path, field)
+      except UnicodeDecodeError as error:
+        raise ConfigError(f'{path}: not UTF-8 text ({error.reason}, byte {error.object[error.start]:#04x}).') from None
+      except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigError(f'{path}: the file is damaged or not in gzip format ({error}).') from None

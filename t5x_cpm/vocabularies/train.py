@@ -1,7 +1,7 @@
-"""Training a vocabulary in the manner of CPM-2 from text files.
+"""Trains a vocabulary in the manner of CPM-2 from text files.
 
 The recipe (Zhang et al. 2021, section 2.2): text is cut into words, SentencePiece learns a unigram model of the words, and
-pieces that differ only in standing at the start of a word are merged. What continues a word that is not Chinese is written
+pieces that differ only in whether they start a word are merged. What continues a word that is not Chinese is written
 '##piece', as in CPM-2's bilingual vocabulary. Order of ids: special tokens, pieces by frequency, bytes if wanted, sentinels.
 
 The result is used as TaskConfig.vocabulary = 'cpm2:FILE'. The same text gives the same file.
@@ -32,12 +32,21 @@ def count_words(documents: Iterator[str]) -> collections.Counter[str]:
   return counts
 
 
+def _usage(segmented: dict[str, list[str]], counts: collections.Counter[str]) -> collections.Counter[str]:
+  used: collections.Counter[str] = collections.Counter()
+  for word, pieces in segmented.items():
+    for position, piece in enumerate(pieces):
+      is_chinese = any('\u4e00' <= character <= '\u9fff' for character in piece)
+      used[piece if position == 0 or is_chinese else f'##{piece}'] += counts[word]
+  return used
+
+
 def unigram_pieces(counts: collections.Counter[str], size: int) -> collections.Counter[str]:
   """How often each piece of a SentencePiece unigram model is used in the words.
 
   A piece is counted as it will be written: 'piece' where it is Chinese or starts a word, otherwise '##piece'. SentencePiece is
-  given bare words: with its mark of word starts it learns most pieces twice, and often the mark alone. It wants at least all
-  single characters, of which `assemble` may take a part.
+  given bare words: with its mark of word starts it learns most pieces twice, and often the mark alone. Its model must hold all
+  single characters, of which `assemble` may keep only some.
   """
   import sentencepiece
 
@@ -53,21 +62,12 @@ def unigram_pieces(counts: collections.Counter[str], size: int) -> collections.C
   trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
   segmented = dict(zip(counts, trained.encode(list(counts), out_type=str)))
   used = _usage(segmented, counts)
-  # SentencePiece considers what occurs in two different words. A frequent word with no such relative is added here.
+  # SentencePiece considers only what occurs in two different words. A frequent word that shares nothing is added here.
   least = sorted(used.values(), reverse=True)[:size][-1]
   whole = {word: [word] for word, pieces in segmented.items() if len(pieces) > 1 and counts[word] > least}
   used = _usage(segmented | whole, counts)
   for special in SPECIALS:
     del used[special]
-  return used
-
-
-def _usage(segmented: dict[str, list[str]], counts: collections.Counter[str]) -> collections.Counter[str]:
-  used: collections.Counter[str] = collections.Counter()
-  for word, pieces in segmented.items():
-    for place, piece in enumerate(pieces):
-      is_chinese = any('\u4e00' <= character <= '\u9fff' for character in piece)
-      used[piece if place == 0 or is_chinese else f'##{piece}'] += counts[word]
   return used
 
 
@@ -90,10 +90,10 @@ def assemble(pieces: collections.Counter[str], counts: collections.Counter[str],
       characters[character] += count
   needed = [c for c, _ in sorted(characters.items(), key=lambda item: (-item[1], item[0])) if c not in SPECIALS]
   needed += [f'##{c}' for c in LATIN if f'##{c}' not in needed]
-  if byte_fallback:  # bytes write what is rare: at most half of the room is for single characters
+  if byte_fallback:  # bytes can write what is rare, so that at most half of the room is for single characters
     needed = needed[:room // 2] if len(needed) > room // 2 else needed
   chosen = dict.fromkeys(needed[:max(room, 0)])
-  for piece in sorted(pieces, key=lambda piece: (-pieces[piece], piece)):  # not most_common(): ties in one order
+  for piece in sorted(pieces, key=lambda piece: (-pieces[piece], piece)):  # not most_common(), to have ties in a fixed order
     if len(chosen) >= room:
       break
     chosen.setdefault(piece)
@@ -113,9 +113,9 @@ def run(patterns: Sequence[str], output: str, *, field: str = 'text', size: int 
   Args:
     patterns: globs of files, as `texts.read` takes them.
     output: the file to write, one piece a line.
-    field: of .jsonl.
+    field: the field of .jsonl with the text.
     size: pieces in all, special tokens included.
-    sentinels: how many marks of masked spans it has, at its end.
+    sentinels: how many marks of masked spans stand at its end.
     byte_fallback: add the 256 bytes, with which every text can be written without loss.
 
   Raises:

@@ -1,18 +1,18 @@
 """The word cut of jieba 0.42.1 (accurate mode, Hidden Markov Model on, default dictionary), ten times faster.
 
-Every CPM tokenizer starts with ``jieba.cut``. It is made of four steps:
+Every CPM tokenizer starts with ``jieba.cut``, which has four steps:
 
-1. Runs of Chinese characters (U+4E00-9FD5), ASCII letters, digits and ``+#&._%-`` are cut each by itself; any other
+1. Runs of Chinese characters (U+4E00-9FD5), ASCII letters, digits and ``+#&._%-`` are each cut on their own; any other
    character is a word, and so is a carriage return with its line feed.
 2. A run becomes the most probable sequence of words by the frequencies of the dictionary.
-3. Neighbouring words of one character are joined again. What is Chinese of them is cut by a Hidden Markov Model, unless
+3. Neighbouring words of one character are joined again. The Chinese among them is cut by a Hidden Markov Model, unless
    all of it is a word of the dictionary.
-4. What is not Chinese of them is cut by an expression for names and numbers.
+4. The rest of them is cut by a regular expression for names and numbers.
 
-rjieba, the same program in Rust, serves step 2. In the others its version 0.2 differs: it counts the CJK extension
-blocks as part of a run, keeps 'WES-5.4.5' whole, and has the model in rounded numbers, so that it decides otherwise where
+rjieba, the same program in Rust, does step 2. In the others its version 0.2 differs from jieba: it counts the CJK extension
+blocks as part of a run, keeps 'WES-5.4.5' whole, and holds the model in rounded numbers, so that it decides otherwise where
 two ways are nearly or exactly as probable ('常在吃', '哈哈哈哈哈'). Here the model runs with jieba's own numbers, added in
-the same order, over all that a text needs it for at once.
+the same order, at once on all of a text that needs it.
 """
 
 import functools
@@ -23,38 +23,26 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_CHUNK = 1 << 17  # characters cut at a time, so that the words of a very long document are not all in memory
+_CHUNK = 1 << 17  # characters cut at a time, so that the words of a very long document are never all in memory
 _loading = threading.Lock()
 _NEVER = -3.14e100  # jieba's logarithm of zero
-_LONGEST = 1000  # characters given to the model at once, far above what text has; jieba's time grows with the square
+_LONGEST = 1000  # characters given to the model at once, far more than real text needs; jieba's time grows with the square
 
 _ASCII = 'a-zA-Z0-9+#&._%\\-'
 _CHUNK_END = re.compile(f'[^\u4e00-\u9fd5{_ASCII}\r]')
-# What jieba takes as words and rjieba would join with a neighbour; surrogates, which rjieba refuses; the separator used below.
+# Characters that jieba takes as words and rjieba would join with a neighbour; surrogates, which rjieba refuses; and NUL, which
+# separates words below.
 _ALONE = re.compile('([\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f\ud800-\udfff\0])')
-# Step 4, on words with NUL between them; of ASCII, rjieba's step 2 joins letters and digits only. The first expression finds
-# where that and jieba's expression, the third, may differ. The second takes all neighbours; no word of the dictionary
+# Step 4, on words with NUL between them. In ASCII, rjieba's step 2 joins only letters and digits. The first expression finds
+# where that may differ from jieba's expression, the third. The second takes in all neighbours. No word of the dictionary
 # matches it: those in pure ASCII have a sign beside a letter ('C++', 'AT&T').
 _NOT_AS_JIEBA = re.compile('[+#&._%-](?:(?<=%)|\0(?:[+#&._%-]|(?<=\\.\0)[0-9]))')
 _NOT_CHINESE = re.compile('(?<![^\0])(?:[a-zA-Z0-9]+\0)?(?:[+#&._%-]\0(?:[a-zA-Z0-9]+\0)?)+')
 _NAME_OR_NUMBER = re.compile(r'([a-zA-Z0-9]+(?:\.\d+)?%?)')
 _NAME_CHARACTERS = frozenset('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+#&._%-\0')
-# The dictionary has no longer word that is less probable than its characters one by one, which is what step 3 asks for.
+# Step 3 asks whether joined characters are a word of the dictionary. Step 2 would have chosen a longer one, because no longer
+# word is less probable than its characters one by one.
 _LONGEST_UNLIKELY_WORD = 3
-
-
-def cut(text: str) -> Iterator[list[str]]:
-  """Cuts a text of any length into words, one list for each part of it; the words joined are the text."""
-  for chunk in _chunks(text):
-    if _ALONE.search(chunk):
-      yield [word for i, part in enumerate(_ALONE.split(chunk)) for word in ([part] if i % 2 else _cut(part))]
-    else:
-      yield _cut(chunk)
-
-
-def lcut(text: str) -> list[str]:
-  """The words of a text, as ``jieba.lcut`` gives them."""
-  return [word for words in cut(text) for word in words]
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -72,77 +60,19 @@ def _chunks(text: str) -> Iterator[str]:
 def _load_dictionary() -> tuple[Any, Any]:
   """rjieba's cut and look-up. It loads its dictionary at import, 0.15 s (jieba's takes 0.7 s)."""
   import rjieba
-  # jieba's dictionary has one line twice, of frequency 3, and counts it twice in the total. The total changes no
-  # comparison but the rounding of equal ones. NUL never reaches the dictionary.
+  # jieba's dictionary has one line twice, of frequency 3, and counts it twice in the total, so the same is added here as NUL,
+  # which never reaches the dictionary. The total matters only to the rounding of equal probabilities.
   rjieba.add_word('\0', 3, '')
   return rjieba.cut, functools.lru_cache(1 << 17)(rjieba.has_word)
 
 
 def _dictionary() -> tuple[Any, Any]:
-  with _loading:  # two threads that come first at once would both change it
+  with _loading:  # two threads that come first at the same time would both add to it
     return _load_dictionary()
 
 
-def _cut(text: str) -> list[str]:
-  most_probable, in_dictionary = _dictionary()
-  words = most_probable(text, False)
-  if not words:
-    return words
-  joined = '\0' + '\0'.join(words) + '\0'
-  if not joined.isascii():
-    joined = _cut_single_characters(joined, in_dictionary)
-  return _cut_not_chinese(joined)[1:-1].split('\0')
-
-
-def _cut_not_chinese(joined: str) -> str:
-  """Step 4, on words with a NUL before, between and after them."""
-  out: list[str] = []
-  done = 0
-  for match in _NOT_AS_JIEBA.finditer(joined):
-    start, end = match.span()
-    if start < done:
-      continue
-    while start > done and joined[start - 1] in _NAME_CHARACTERS:
-      start -= 1
-    if start > done and joined[start] != '\0' != joined[start - 1]:  # inside a word that begins in Chinese
-      start = joined.index('\0', start)
-    while end < len(joined) and joined[end] in _NAME_CHARACTERS:
-      end += 1
-    out += joined[done:start], _NOT_CHINESE.sub(_cut_names, joined[start:end])
-    done = end
-  return ''.join([*out, joined[done:]]) if out else joined
-
-
-def _cut_names(match: re.Match[str]) -> str:
-  words = _NAME_OR_NUMBER.split(match.group().replace('\0', ''))
-  return '\0'.join([word for word in words if word]) + '\0'
-
-
-def _cut_single_characters(joined: str, in_dictionary: Any) -> str:
-  """Step 3, on words with a NUL before, between and after them."""
-  import numpy as np
-  codes = np.frombuffer(joined.encode('utf-16-le'), np.uint16)
-  chinese = (codes[1:-1] >= 0x4e00) & (codes[1:-1] <= 0x9fd5) & (codes[:-2] == 0) & (codes[2:] == 0)
-  where = np.flatnonzero(chinese) + 1  # words that are one Chinese character
-  first = np.flatnonzero(np.diff(where, prepend=-2) != 2)  # of these, the first of each neighbourhood
-  lengths = np.diff(first, append=len(where))
-  first, lengths = first[lengths > 1], lengths[lengths > 1]
-  if not len(first):
-    return joined
-  characters = codes[where]
-  text = characters.tobytes().decode('utf-16-le')
-  for_model = np.ones(len(first), bool)
-  for i in np.flatnonzero(lengths <= _LONGEST_UNLIKELY_WORD).tolist():
-    start, end = first[i], first[i] + lengths[i]
-    if in_dictionary(text[start:end]):
-      for_model[i] = _is_left_over(codes, where[start] - 2, -1) or _is_left_over(codes, where[end - 1] + 2, 1)
-  keep = np.ones(len(codes), bool)
-  keep[where + 1] = _word_ends(characters, first[for_model], lengths[for_model])
-  return codes[keep].tobytes().decode('utf-16-le')
-
-
 def _is_left_over(codes: Any, position: int, step: int) -> bool:
-  """Whether the word that begins or ends here is ASCII that step 2 left as single characters."""
+  """Whether the word that begins or ends at `position` is ASCII that jieba's step 2 leaves as single characters."""
   word = ''
   while 0 <= position < len(codes) and codes[position]:
     word += chr(codes[position])
@@ -156,7 +86,7 @@ def _model() -> tuple[Any, Any, Any, Any]:
 
   Returns:
     Log-probabilities, as arrays: of the first state [4, 1]; of a step into each state from the first and from the
-    second of the two states that may come before it [4, 1], [4, 1]; of a character from U+4E00 on in each state [4, N].
+    second of the two states that may come before it [4, 1], [4, 1]; of each character from U+4E00 on in each state [4, N].
   """
   import numpy as np
   spec = importlib.util.find_spec('jieba')  # without running its __init__, which takes 0.4 s
@@ -180,18 +110,18 @@ def _model() -> tuple[Any, Any, Any, Any]:
   return first, from_first, from_second, emission
 
 
-_FIRST, _SECOND = (1, 0, 0, 1), (3, 2, 2, 3)  # the states that may come before B, E, M and S, in the order of the alphabet
+_FIRST, _SECOND = (1, 0, 0, 1), (3, 2, 2, 3)  # the two states that may come before B, E, M and S, in alphabetical order
 
 
 def _word_ends(characters: Any, first: Any, lengths: Any) -> Any:
   """Where words end by the model (Viterbi).
 
   All sequences are advanced together, the longest first, so that those still running at a step are the first columns.
-  Of two states that are equally probable jieba takes the later one in the alphabet.
+  Of two equally probable states jieba takes the one that is later in the alphabet.
 
   Args:
     characters: code points [N].
-    first, lengths: sequences of them, [R] each.
+    first, lengths: where each sequence of them begins, and how many it has, [R] each.
 
   Returns:
     Whether a word ends after each character [N]; True outside the sequences.
@@ -201,8 +131,8 @@ def _word_ends(characters: Any, first: Any, lengths: Any) -> Any:
   if not len(first):
     return ends
   if lengths.max() > _LONGEST:
-    parts = [(s + i, min(n - i, _LONGEST)) for s, n in zip(first.tolist(), lengths.tolist()) for i in range(0, n, _LONGEST)]
-    first, lengths = np.array(parts).T
+    split = [(s + i, min(n - i, _LONGEST)) for s, n in zip(first.tolist(), lengths.tolist()) for i in range(0, n, _LONGEST)]
+    first, lengths = np.array(split).T
   order = np.argsort(-lengths, kind='stable')
   first, lengths = first[order], lengths[order]
   start, from_first, from_second, emission = _model()
@@ -231,3 +161,75 @@ def _word_ends(characters: Any, first: Any, lengths: Any) -> Any:
     if t:
       state[:rows] = previous[second_wins[t - 1][now, np.arange(rows)].astype(np.intp), now]
   return ends
+
+
+def _cut_single_characters(joined: str, in_dictionary: Any) -> str:
+  """Step 3, on words with a NUL before, between and after them."""
+  import numpy as np
+  codes = np.frombuffer(joined.encode('utf-16-le'), np.uint16)
+  chinese = (codes[1:-1] >= 0x4e00) & (codes[1:-1] <= 0x9fd5) & (codes[:-2] == 0) & (codes[2:] == 0)
+  where = np.flatnonzero(chinese) + 1  # words that are one Chinese character
+  first = np.flatnonzero(np.diff(where, prepend=-2) != 2)  # of these, the first of each neighbourhood
+  lengths = np.diff(first, append=len(where))
+  first, lengths = first[lengths > 1], lengths[lengths > 1]
+  if not len(first):
+    return joined
+  characters = codes[where]
+  text = characters.tobytes().decode('utf-16-le')
+  for_model = np.ones(len(first), bool)
+  for i in np.flatnonzero(lengths <= _LONGEST_UNLIKELY_WORD).tolist():
+    start, end = first[i], first[i] + lengths[i]
+    if in_dictionary(text[start:end]):
+      for_model[i] = _is_left_over(codes, where[start] - 2, -1) or _is_left_over(codes, where[end - 1] + 2, 1)
+  keep = np.ones(len(codes), bool)
+  keep[where + 1] = _word_ends(characters, first[for_model], lengths[for_model])
+  return codes[keep].tobytes().decode('utf-16-le')
+
+
+def _cut_names(match: re.Match[str]) -> str:
+  words = _NAME_OR_NUMBER.split(match.group().replace('\0', ''))
+  return '\0'.join([word for word in words if word]) + '\0'
+
+
+def _cut_not_chinese(joined: str) -> str:
+  """Step 4, on words with a NUL before, between and after them."""
+  out: list[str] = []
+  done = 0
+  for match in _NOT_AS_JIEBA.finditer(joined):
+    start, end = match.span()
+    if start < done:
+      continue
+    while start > done and joined[start - 1] in _NAME_CHARACTERS:
+      start -= 1
+    if start > done and joined[start] != '\0' != joined[start - 1]:  # inside a word that begins in Chinese
+      start = joined.index('\0', start)
+    while end < len(joined) and joined[end] in _NAME_CHARACTERS:
+      end += 1
+    out += joined[done:start], _NOT_CHINESE.sub(_cut_names, joined[start:end])
+    done = end
+  return ''.join([*out, joined[done:]]) if out else joined
+
+
+def _cut(text: str) -> list[str]:
+  most_probable, in_dictionary = _dictionary()
+  words = most_probable(text, False)
+  if not words:
+    return words
+  joined = '\0' + '\0'.join(words) + '\0'
+  if not joined.isascii():
+    joined = _cut_single_characters(joined, in_dictionary)
+  return _cut_not_chinese(joined)[1:-1].split('\0')
+
+
+def cut(text: str) -> Iterator[list[str]]:
+  """Cuts a text of any length into words, one list for each chunk of it; joined, the words are the text."""
+  for chunk in _chunks(text):
+    if _ALONE.search(chunk):
+      yield [word for i, run in enumerate(_ALONE.split(chunk)) for word in ([run] if i % 2 else _cut(run))]
+    else:
+      yield _cut(chunk)
+
+
+def lcut(text: str) -> list[str]:
+  """The words of a text, as ``jieba.lcut`` gives them."""
+  return [word for words in cut(text) for word in words]

@@ -4,15 +4,15 @@
     python tools/benchmarks/against_pytorch.py                    # all
     python tools/benchmarks/against_pytorch.py train [--repeats=9] [--threads=2] [--json=FILE]
     python tools/benchmarks/against_pytorch.py decode
-    python tools/benchmarks/against_pytorch.py moe                # loss and gradients with experts: against a dense twin and
+    python tools/benchmarks/against_pytorch.py moe                # loss and gradients with experts, against a dense twin and
                                                                   # SwitchTransformers; one layer by its parts
 
-Each side runs in a process of its own, as its users run it, and the two take turns, so that what else the machine does hits
+Each side runs in a process of its own, as its users run it, and the two take turns, so that other load on the machine hits
 both. Figures are medians of wall time; a ratio above 1 means that this project is faster. Seconds of CPU are printed beside
 them: on a busy machine their ratio is the steadier one. The table names the versions of both sides, the attention that
-transformers chose, and the instructions of the processor, because a ratio holds for these alone. *target* is the ratio that
+transformers chose, and the instructions of the processor, because a ratio holds only for these. *target* is the ratio that
 the project aims at. Two columns say how far a ratio could go: *limit*, if all products ran at the rate of one large product and
-all weights were read at the full rate of the memory; *products*, if all but XLA's own products of this very work were free.
+all weights were read at the full rate of the memory; *products*, if everything but XLA's own products in this work were free.
 Weights are random. PyTorch uses its fused AdamW and transformers its default attention, the faster choices of each;
 torch.compile is not used.
 """
@@ -156,7 +156,7 @@ def products_of_decoding(rows: int) -> Run:
   import jax.numpy as jnp
 
   functions, params, batch = decoding(rows)
-  model = functions.model  # not compiled: its products are to be found
+  model = functions.model  # not compiled, so that its products can be found
   start = functools.partial(model.start, max_len=NEW_TOKENS)
   cache = jax.eval_shape(start, params, batch)
   token = jnp.zeros((rows, 1), jnp.int32)
@@ -182,7 +182,7 @@ def their_model() -> Any:
       num_layers=MODEL.num_encoder_layers, num_decoder_layers=MODEL.num_decoder_layers, feed_forward_proj='gated-gelu',
       tie_word_embeddings=False, dropout_rate=0.0, decoder_start_token_id=0, eos_token_id=None)
   model = transformers.T5ForConditionalGeneration(config)
-  # Version 5 ties the tables whatever the configuration says.
+  # Version 5 of transformers ties the tables whatever the configuration says.
   model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
   return model
 
@@ -251,7 +251,7 @@ def their_decoding(rows: int) -> tuple[Run, str]:
 
 
 def decoding_bytes(rows: int) -> float:
-  """Bytes that the tokens of one run read: the decoder's weights, the head, and the keys and values that are there."""
+  """Bytes read to generate the tokens of one run: the decoder's weights, the head, and the keys and values so far."""
   D, HK, L = MODEL.d_model, MODEL.num_heads * MODEL.head_dim, MODEL.num_decoder_layers
   weights = L * (6 * D * HK + 3 * D * MODEL.d_ff) + D * MODEL.vocab_size
   return 4.0 * NEW_TOKENS * (weights + L * rows * 2 * HK * (S + NEW_TOKENS / 2))
@@ -261,7 +261,7 @@ def cases() -> dict[str, list[Case]]:
   """What each command compares."""
   from t5x_cpm.training import flops
 
-  def of(model: ModelConfig) -> float:
+  def needed(model: ModelConfig) -> float:
     return flops.model_flops(model, ROWS * S, ROWS * T, S, T)
 
   def with_experts(every: int = 1, **options: Any) -> ModelConfig:
@@ -269,20 +269,20 @@ def cases() -> dict[str, list[Case]]:
     return dataclasses.replace(MODEL, moe=moe, **({'mlp_activation': 'relu', 'tie_embeddings': True} if every == 2 else {}))
 
   def twin(name: str, **options: Any) -> Case:
-    """Compares with our dense model of equal active parameters, which stands where PyTorch does in other cases."""
+    """Compares with our dense model of equal active parameters, in place of PyTorch."""
     model = with_experts(**options)
     return Case(f'{EXPERTS} experts, {name} (dense twin)', 1 / 1.35, functools.partial(our_gradients, model),
-                lambda: (our_gradients(MODEL), ''), ROWS * (S + T), of(model))
+                lambda: (our_gradients(MODEL), ''), ROWS * (S + T), needed(model))
 
-  needed, switch = of(MODEL), with_experts(every=2, group_size=256)
+  switch = with_experts(every=2, group_size=256)
   return {
       'moe': [
           twin('einsum in 256', group_size=256), twin('dropless', group_size=256, dispatch='dropless'),
           twin('CPM-2, einsum in 512', group_size=512, router='random_projection'),
           Case(f'{EXPERTS} experts, Switch, every other layer', 2.0, functools.partial(our_gradients, switch), their_experts,
-               ROWS * (S + T), of(switch), products=functools.partial(products_of_gradients, switch))],
-      'train': [Case(f'training step, {ROWS} x ({S} + {T})', 1.3, our_training, their_training, ROWS * (S + T), needed,
-                     products=products_of_training)],
+               ROWS * (S + T), needed(switch), products=functools.partial(products_of_gradients, switch))],
+      'train': [Case(f'training step, {ROWS} x ({S} + {T})', 1.3, our_training, their_training, ROWS * (S + T),
+                     needed(MODEL), products=products_of_training)],
       'decode': [
           Case(f'greedy, {NEW_TOKENS} tokens, batch {rows}', target, functools.partial(our_decoding, rows),
                functools.partial(their_decoding, rows), rows * NEW_TOKENS,
@@ -296,7 +296,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('command', nargs='?', default='all', choices=['all', *cases()])
   parser.add_argument('--repeats', type=int, default=9, help='runs of each side')
-  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)), help='of each side')
+  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)), help='threads of each side')
   parser.add_argument('--json', help='file to write the figures to as well')
   parser.add_argument('--worker', choices=['ours', 'theirs'], help=argparse.SUPPRESS)
   parser.add_argument('--index', type=int, default=0, help=argparse.SUPPRESS)

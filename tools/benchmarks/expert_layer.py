@@ -1,6 +1,6 @@
-"""One dropless layer of experts: the time of its parts, and how it grows with the number of experts; no program of its own.
+"""Times a dropless layer of experts: its parts, and how its time grows with the number of experts. Not a program of its own.
 
-`against_pytorch.py moe` prints it at its end. There is no peer here; figures are medians of runs that take turns.
+`against_pytorch.py moe` prints this at its end. There is no peer here; figures are medians of runs that take turns.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig, MoEConfig
 
 TOKENS, GROUP = 8192, 256
-COUNTS = 4, 8, 16, 32, 64, 128  # experts: 64 tokens each at the most
+COUNTS = 4, 8, 16, 32, 64, 128  # numbers of experts; with the greatest, each has 64 tokens
 SHARES_OF = 8, 2048  # experts and tokens whose shares are shown
 
 Program = Callable[[], Any]
 
 
 def _alternating(programs: dict[Any, Program], repeats: int) -> dict[Any, float]:
-  """Median seconds of each program. They take turns, so that what else the machine does hits all of them."""
+  """Median seconds of each program. They take turns, so that other load on the machine hits all of them."""
   seconds: dict[Any, list[float]] = {name: [] for name in programs}
   for turn in range(repeats + 1):
     for name, program in programs.items():
@@ -37,9 +37,9 @@ class Layer(NamedTuple):
 
   Attributes:
     route: says where tokens go.
-    dispatch: takes that too, and gives the output.
-    products: the matrix products alone, on tokens in the order that they have.
-    even: the products as if every expert had equally many tokens, one batched product for each matrix.
+    dispatch: takes that as well, and gives the output of the layer.
+    products: the matrix products alone, with tokens in the order in which they are.
+    even: the products as if all experts had equally many tokens: one batched product for each matrix.
     arguments: random weights and tokens.
   """
 
@@ -102,7 +102,7 @@ def _ready(program: Callable, *arguments: Any) -> Program:
 
 
 def _with_gradients(fn: Callable) -> Callable:
-  """The sum of all that fn returns, and its gradients by the first two arguments."""
+  """The sum of all that fn returns, and its gradients with respect to the first two arguments."""
   import jax
   import jax.numpy as jnp
 
@@ -113,7 +113,7 @@ def _with_gradients(fn: Callable) -> Callable:
 
 
 def shares(model: ModelConfig, repeats: int) -> dict[str, float]:
-  """Seconds of a layer, forward and backward, and of each of its parts as a program of its own."""
+  """Seconds of a layer, forward and backward, and of each part as a program of its own."""
   import jax
 
   from t5x_cpm.models import dispatch as dispatch_lib

@@ -1,6 +1,6 @@
-"""The matrix products of a traced program without the rest of it: the time that XLA needs at least; no program of its own.
+"""Runs the matrix products of a traced program without the rest: the least time that XLA needs. Not a program of its own.
 
-`against_pytorch.py` prints it as the column *products*.
+`against_pytorch.py` prints that time in the column *products*.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,32 +11,32 @@ import numpy as np
 from side_by_side import Run
 
 
-def _products(jaxpr: Any, place: dict[Any, object]) -> Iterator[tuple[Any, object, object]]:
+def _products(jaxpr: Any, operands: dict[Any, object]) -> Iterator[tuple[Any, object, object]]:
   """Each product, with one object for each of its operands: the same object wherever the same value is used.
 
   Args:
-    jaxpr: the program, or a part of it.
-    place: the objects of variables that are known from outside; those found are added.
+    jaxpr: the program, or a program within it.
+    operands: the objects of variables that are known from outside; those found are added.
   """
 
-  def of(variable: Any) -> object:
-    return place.setdefault(variable, object()) if isinstance(variable, jax.extend.core.Var) else object()
+  def operand(variable: Any) -> object:
+    return operands.setdefault(variable, object()) if isinstance(variable, jax.extend.core.Var) else object()
 
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'dot_general':
       left, right = equation.invars
-      yield equation, of(left), of(right)
+      yield equation, operand(left), operand(right)
       continue
     for value in equation.params.values():
       inner = getattr(value, 'jaxpr', value)
       if hasattr(inner, 'eqns'):
         assert equation.primitive.name not in ('scan', 'while', 'cond'), 'a loop: how often it runs is not known here'
         known = zip(inner.invars, equation.invars) if len(inner.invars) == len(equation.invars) else ()
-        yield from _products(inner, {theirs: of(ours) for theirs, ours in known})
+        yield from _products(inner, {theirs: operand(ours) for theirs, ours in known})
 
 
 def alone(fn: Callable[..., Any], *args: Any) -> Run:
-  """Prepares the products of fn(*args) on random numbers, in the order of the program; operands that are shared stay shared."""
+  """Prepares the products of fn(*args), on random numbers, in the order of the program; shared operands stay shared."""
   found = list(_products(jax.make_jaxpr(fn)(*args).jaxpr, {}))
   shapes = {key: variable.aval for equation, *keys in found for key, variable in zip(keys, equation.invars, strict=True)}
   rng = np.random.default_rng(0)
@@ -46,10 +46,10 @@ def alone(fn: Callable[..., Any], *args: Any) -> Run:
   @jax.jit
   def products(operands: list[Any]) -> Any:
     total: Any = 0.0
-    for equation, left, right in found:  # one waits for the other, as in a program that needs each for the next
+    for equation, left, right in found:  # each waits for the one before, as in a program whose products need each other
       a, b, total = jax.lax.optimization_barrier((operands[number[left]], operands[number[right]], total))
       product = equation.primitive.bind(a, b, **equation.params)
-      total += jax.lax.optimization_barrier(product)[(0,) * product.ndim]  # else only this number would be computed
+      total += jax.lax.optimization_barrier(product)[(0,) * product.ndim]  # otherwise only this number would be computed
     return total
 
   given = list(operands.values())

@@ -3,8 +3,8 @@
     python tools/benchmarks/reader_speed.py [--documents=100000000]
 
 Slots are those of the batch, encoder and decoder together, padding included; the ratio is to the 1 M slots/s that the project
-promises. Documents are random tokens of random lengths; the large cache has real lengths, and its tokens are a sparse file of
-zeros. Every figure is one run of three seconds, in a process that was just started.
+promises. Documents are random tokens of random lengths; in the large cache only the lengths are real, and the tokens are a
+sparse file of zeros. Every figure is one run of three seconds, in a process that has just started.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def make_config(folder: str, objective: str, batch_size: int, mean_span: float) 
 
 
 def fill(config: Config, lengths: np.ndarray, real: bool) -> None:
-  """Writes a cache of documents of these lengths; their tokens are drawn at random, or are a hole in the file."""
+  """Writes a cache of documents of these lengths. If `real`, their tokens are random, otherwise they are a hole in the file."""
   path, total = caches.directory(config), int(lengths.sum())
   vocabulary = vocabularies.load(config.task.vocabulary)
   path.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def run(folder: str, objective: str, batch_size: int, mean_span: float) -> dict:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--documents', type=int, default=100_000_000, help='of the simulated cache; 0 leaves it out')
+  parser.add_argument('--documents', type=int, default=100_000_000, help='documents of the simulated cache; 0 leaves it out')
   parser.add_argument('--batch_size', type=int, default=32)
   parser.add_argument('--folder', help=argparse.SUPPRESS)
   parser.add_argument('--objective', default='isolated', help=argparse.SUPPRESS)

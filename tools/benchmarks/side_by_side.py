@@ -1,7 +1,7 @@
-"""Two processes that take turns at the same work, and the table of their times; no program of its own.
+"""Times two processes that take turns at the same work, and prints a table. Not a program of its own.
 
-`against_pytorch.py` says what the work is. Each figure is the median of runs that alternate between the two sides, so that what
-else the machine does hits both; the table names everything that a figure depends on.
+`against_pytorch.py` says what the work is. Each figure is the median of runs that alternate between the two sides, so that
+other load on the machine hits both; the table names everything that a figure depends on.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import numpy as np
 from t5x_cpm import backend
 
 GEMM = 2048  # size of the square product whose rate is the yardstick
-STREAM = 2**28  # bytes that are summed to learn how fast memory is read
+STREAM = 2**28  # bytes that are summed to measure how fast memory is read
 PACKAGES = ('jax', 'jaxlib', 'torch', 'transformers')
 # Instructions that products of matrices use, as /proc/cpuinfo names them (x86, then Arm).
 INSTRUCTIONS = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_tile', 'amx_bf16',
@@ -36,13 +36,13 @@ class Case:
   """One comparison.
 
   Attributes:
-    title: for the table.
-    target: ratio to reach.
+    title: its name in the table.
+    target: the ratio to reach.
     ours: prepares our side and returns what is timed.
-    theirs: likewise for the peer, and says which attention implementation it has chosen ('': it is no transformers model).
-    work: tokens of one run.
-    flops: of the products of many rows in one run.
-    bytes: of float32 weights and keys that one run reads again for every token.
+    theirs: likewise for the peer, and says which attention implementation it has chosen ('' if it is not of transformers).
+    tokens: how many tokens one run computes.
+    flops: FLOPs of the products of many rows in one run.
+    bytes: bytes of float32 weights and keys that one run reads anew for every token, in all.
     products: prepares the matrix products of our side alone.
   """
 
@@ -50,7 +50,7 @@ class Case:
   target: float
   ours: Callable[[], Run]
   theirs: Callable[[], tuple[Run, str]]
-  work: int
+  tokens: int
   flops: float
   bytes: float = 0.0
   products: Callable[[], Run] | None = None
@@ -101,12 +101,12 @@ def their_stream() -> Run:
 
 
 def work(case: Case, side: str, threads: int) -> None:
-  """A worker: says what is known of its side, then does what each line of its input names and answers with its seconds.
+  """Runs as a worker: describes its side, then does what each line of its input names and answers with the seconds taken.
 
   Answers are lines of JSON: first a dict, then pairs of wall and CPU seconds.
   """
   answers = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # what libraries print does not go between the answers
+  os.dup2(2, 1)  # what libraries print must not come between the answers
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
   about = {}
   if side == 'ours':
@@ -171,11 +171,11 @@ def compare(script: str, command: str, index: int, case: Case, repeats: int, thr
   """Times one case, `repeats` runs of each side in turn.
 
   Args:
-    script: file that starts a worker when it is given --worker.
-    command, index: the case, for the workers.
+    script: the file that starts a worker when it is given --worker.
+    command, index: name the case to the workers.
     case: the same case.
     repeats: runs of each side.
-    threads: of each side.
+    threads: threads of each side.
 
   Returns:
     The figures of its row of the table.
@@ -198,7 +198,7 @@ def compare(script: str, command: str, index: int, case: Case, repeats: int, thr
       'ours': mine, 'peer': their, 'ratio': their / mine, 'target': case.target,
       'ours cpu': ours.median('run', cpu=True), 'peer cpu': theirs.median('run', cpu=True),
       'cpu ratio': theirs.median('run', cpu=True) / ours.median('run', cpu=True),
-      'tokens/s': case.work / mine, 'gemm GFLOP/s': gemm / 1e9, 'stream GB/s': stream / 1e9,
+      'tokens/s': case.tokens / mine, 'gemm GFLOP/s': gemm / 1e9, 'stream GB/s': stream / 1e9,
       'limit': their / (case.flops / gemm + case.bytes / stream),
       'products': their / ours.median('products') if case.products else None,
       'share': None if case.bytes else case.flops / mine / gemm,
