@@ -26,15 +26,15 @@ def compiling_for(platform: str) -> Iterator[None]:
     _compiling_for.reset(token)
 
 
-def on_cpu() -> bool:
-  """Whether computations run on the CPU."""
-  return _platform() == 'cpu'
-
-
 def _platform() -> str:
   import jax
 
   return _compiling_for.get() or jax.default_backend()
+
+
+def on_cpu() -> bool:
+  """Whether computations run on the CPU."""
+  return _platform() == 'cpu'
 
 
 def keep_memory() -> None:

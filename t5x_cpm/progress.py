@@ -6,6 +6,13 @@ import time
 from typing import Any, TextIO
 
 
+def clock(seconds: float) -> str:
+  """A duration as h:mm:ss."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02d}:{seconds:02d}'
+
+
 class Progress:
   """Shows how much of some work is done and how long the rest will take.
 
@@ -75,10 +82,3 @@ class Progress:
     """Ends the bar, which stays on the screen as it is."""
     if self.bar is not None:
       self.bar.close()
-
-
-def clock(seconds: float) -> str:
-  """A duration as h:mm:ss."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02d}:{seconds:02d}'

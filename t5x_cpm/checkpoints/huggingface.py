@@ -80,6 +80,32 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     yield Tensor('lm_head', 'lm_head.weight', (), True)
 
 
+def is_scaled(theirs: Mapping[str, Any]) -> bool:
+  """Whether a config.json says that the decoder's output is divided by sqrt(d_model)."""
+  if theirs.get('model_type') == 'mt5':
+    return False
+  # Version 5 ties always and keeps the old meaning of the other key here.
+  return bool(theirs.get('scale_decoder_outputs', theirs.get('tie_word_embeddings', True)))
+
+
+def read_experts(theirs: Mapping[str, Any]) -> MoEConfig:
+  """The MoEConfig of a SwitchTransformers config.json. Its capacity, in tokens, is not carried over."""
+  every: dict[str, Any] = {}
+  for stack, layers, sparse in (('encoder', 'num_layers', 'num_sparse_encoder_layers'),
+                                ('decoder', 'num_decoder_layers', 'num_sparse_decoder_layers')):
+    number, of = theirs.get(sparse, 3), theirs.get(layers, 12)
+    if number and of % number:
+      raise ConfigError(f'config.json: {sparse} = {number} does not divide {layers} = {of}.')
+    every[f'{stack}_every'] = of // number if number else 0
+  if not theirs.get('tie_word_embeddings', True):
+    raise ConfigError(f'config.json: tie_word_embeddings = false: {UNTIED}')
+  if theirs.get('router_bias'):
+    raise ConfigError('config.json: router_bias = true: routers have no bias here.')
+  return MoEConfig(
+      num_experts=theirs.get('num_experts', 8), jitter=theirs.get('router_jitter_noise', 0.01),
+      balance_loss=theirs.get('router_aux_loss_coef', 0.001), router_z_loss=theirs.get('router_z_loss_coef', 0.001), **every)
+
+
 def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
   """The ModelConfig of a config.json. Tied means here: tied and scaled by 1 / sqrt(d_model), as in the first T5.
 
@@ -106,43 +132,6 @@ def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
       moe=read_experts(theirs) if kind == SWITCH else MoEConfig(), **values)
 
 
-def read_experts(theirs: Mapping[str, Any]) -> MoEConfig:
-  """The MoEConfig of a SwitchTransformers config.json. Its capacity, in tokens, is not carried over."""
-  every: dict[str, Any] = {}
-  for stack, layers, sparse in (('encoder', 'num_layers', 'num_sparse_encoder_layers'),
-                                ('decoder', 'num_decoder_layers', 'num_sparse_decoder_layers')):
-    number, of = theirs.get(sparse, 3), theirs.get(layers, 12)
-    if number and of % number:
-      raise ConfigError(f'config.json: {sparse} = {number} does not divide {layers} = {of}.')
-    every[f'{stack}_every'] = of // number if number else 0
-  if not theirs.get('tie_word_embeddings', True):
-    raise ConfigError(f'config.json: tie_word_embeddings = false: {UNTIED}')
-  if theirs.get('router_bias'):
-    raise ConfigError('config.json: router_bias = true: routers have no bias here.')
-  return MoEConfig(
-      num_experts=theirs.get('num_experts', 8), jitter=theirs.get('router_jitter_noise', 0.01),
-      balance_loss=theirs.get('router_aux_loss_coef', 0.001), router_z_loss=theirs.get('router_z_loss_coef', 0.001), **every)
-
-
-def is_scaled(theirs: Mapping[str, Any]) -> bool:
-  """Whether a config.json says that the decoder's output is divided by sqrt(d_model)."""
-  if theirs.get('model_type') == 'mt5':
-    return False
-  # Version 5 ties always and keeps the old meaning of the other key here.
-  return bool(theirs.get('scale_decoder_outputs', theirs.get('tie_word_embeddings', True)))
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-  """The config.json of a ModelConfig, without the special tokens."""
-  activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp_activation)
-  if config.moe.num_experts:
-    return write_switch(config, activation)
-  return {
-      'model_type': 't5', 'architectures': ['T5ForConditionalGeneration'], 'is_encoder_decoder': True,
-      'feed_forward_proj': activation, 'tie_word_embeddings': config.tie_embeddings,
-  } | {key: getattr(config, ours) for ours, key in FIELDS.items()}
-
-
 def write_switch(config: ModelConfig, activation: str) -> dict[str, Any]:
   """The config.json of a model with experts, as SwitchTransformers: every token keeps a place, as outside training here."""
   experts = config.moe
@@ -160,6 +149,17 @@ def write_switch(config: ModelConfig, activation: str) -> dict[str, Any]:
       'expert_capacity': 1 << 20, 'router_jitter_noise': experts.jitter, 'router_aux_loss_coef': experts.balance_loss,
       'router_z_loss_coef': experts.router_z_loss,
   } | layers | {key: getattr(config, ours) for ours, key in FIELDS.items()}
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+  """The config.json of a ModelConfig, without the special tokens."""
+  activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp_activation)
+  if config.moe.num_experts:
+    return write_switch(config, activation)
+  return {
+      'model_type': 't5', 'architectures': ['T5ForConditionalGeneration'], 'is_encoder_decoder': True,
+      'feed_forward_proj': activation, 'tie_word_embeddings': config.tie_embeddings,
+  } | {key: getattr(config, ours) for ours, key in FIELDS.items()}
 
 
 def head_to_ours(config: ModelConfig, given: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:

@@ -36,6 +36,13 @@ class _Keep:
     return [index in newest or index in best for index in range(count)]
 
 
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(f't5x_cpm.checkpoint.{name}')
+
+
 class Manager:
   """Writes and restores the checkpoints of one run.
 
@@ -196,10 +203,3 @@ class Manager:
     hint = 'It was written with another model or optimizer: set ModelConfig and OptimizerConfig as they were.'
     arrays.compare(arrays.stored(path), arrays.named(abstract_state), path, hint, dtypes=True)
     return arrays.read(path, abstract_state)
-
-
-def _wait_for_all(name: str) -> None:
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(f't5x_cpm.checkpoint.{name}')

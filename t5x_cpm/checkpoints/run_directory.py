@@ -153,6 +153,11 @@ def claim(path: epath.Path) -> Iterator[None]:
     yield
 
 
+def _short(value: Any) -> str:
+  text = value if value == '(nothing)' else json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= 100 else text[:97] + '...'
+
+
 def info_differences(saved: Any, given: Any, name: str = '') -> list[str]:
   """Lines 'data.rates.zh: 1.0 in the checkpoint, 2.0 now' for what differs between two JSON trees."""
   if isinstance(saved, Mapping) and isinstance(given, Mapping):
@@ -161,11 +166,6 @@ def info_differences(saved: Any, given: Any, name: str = '') -> list[str]:
       lines += info_differences(saved.get(key, '(nothing)'), given.get(key, '(nothing)'), f'{name}.{key}' if name else key)
     return lines
   return [] if saved == given else [f'{name}: {_short(saved)} in the checkpoint, {_short(given)} now']
-
-
-def _short(value: Any) -> str:
-  text = value if value == '(nothing)' else json.dumps(value, ensure_ascii=False)
-  return text if len(text) <= 100 else text[:97] + '...'
 
 
 def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any]) -> None:

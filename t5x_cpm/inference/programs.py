@@ -71,6 +71,18 @@ class Program(Protocol):
     ...
 
 
+def _sharding(mesh: Any, *names: str | None) -> jax.sharding.NamedSharding:
+  return jax.sharding.NamedSharding(mesh, mesh_lib.spec(names))
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+  """The shapes of a tree with shardings. A sharding where the tree has a subtree is that of all its leaves."""
+  def split(sharding: Any, part: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+  return jax.tree.map(split, shardings, tree)
+
+
 @dataclasses.dataclass(frozen=True)
 class Functions:
   """The compiled functions of one model on one mesh. Rows are split over `data` and `expert`.
@@ -126,6 +138,11 @@ class Functions:
     return self.params, _abstract(cache, mesh_lib.shardings(self.mesh, _CACHE_AXES)), tokens, tokens
 
 
+def read_params(functions: Functions, model_dir: Any, step: int) -> Params:
+  """The parameters of a checkpoint, as the functions take them. Each device reads its own part."""
+  return functions.prepare(arrays.load_params(model_dir, step=step, into=functions.stored))
+
+
 class Resident:
   """The program whose parameters all lie on the devices of a mesh.
 
@@ -167,11 +184,6 @@ class Resident:
     self.params = read_params(self.functions, model_dir, step)
 
 
-def read_params(functions: Functions, model_dir: Any, step: int) -> Params:
-  """The parameters of a checkpoint, as the functions take them. Each device reads its own part."""
-  return functions.prepare(arrays.load_params(model_dir, step=step, into=functions.stored))
-
-
 def _generate(model: encoder_decoder.Model, params: Params, rule: decode.Rule, batch: Batch, prefix_BP: jax.Array,
               stop_BE: jax.Array, allowed: jax.Array | None, seed: jax.Array, rows_B: jax.Array | None) -> decode.Output:
   """The encoder and the whole decoding loop as one program."""
@@ -183,18 +195,6 @@ def _generate(model: encoder_decoder.Model, params: Params, rule: decode.Rule, b
 
 def _score(model: encoder_decoder.Model, params: Params, measure: Measure, batch: Batch) -> Any:
   return measure(model.apply(params, batch)[0], batch)
-
-
-def _sharding(mesh: Any, *names: str | None) -> jax.sharding.NamedSharding:
-  return jax.sharding.NamedSharding(mesh, mesh_lib.spec(names))
-
-
-def _abstract(tree: Any, shardings: Any) -> Any:
-  """The shapes of a tree with shardings. A sharding where the tree has a subtree is that of all its leaves."""
-  def split(sharding: Any, part: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
-
-  return jax.tree.map(split, shardings, tree)
 
 
 def _in_form_of(prepared: Params, shardings: Any) -> Any:

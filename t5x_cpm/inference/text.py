@@ -35,6 +35,15 @@ class Request(NamedTuple):
   prefix: tuple[int, ...]
 
 
+def fill(text: str, texts: Sequence[str]) -> str:
+  """Puts texts in the places of the blanks of a text. Where two spaces meet at a seam, one of them goes."""
+  filled, *rest = text.split(BLANK)
+  for given, following in zip(texts, rest, strict=True):
+    for piece in (given, following):
+      filled += piece[1:] if filled.endswith(' ') and piece.startswith(' ') else piece
+  return filled
+
+
 class Codec:
   """The form of inputs and answers for which an objective trains a model.
 
@@ -165,12 +174,3 @@ class Codec:
     """Generated tokens without the stop token and what follows it."""
     ends = [i for i, token in enumerate(ids) if token in request.stop]
     return [int(token) for token in ids[:ends[0] if ends else len(ids)]]
-
-
-def fill(text: str, texts: Sequence[str]) -> str:
-  """Puts texts in the places of the blanks of a text. Where two spaces meet at a seam, one of them goes."""
-  filled, *rest = text.split(BLANK)
-  for given, following in zip(texts, rest, strict=True):
-    for piece in (given, following):
-      filled += piece[1:] if filled.endswith(' ') and piece.startswith(' ') else piece
-  return filled

@@ -54,6 +54,10 @@ class Block(nnx.Module):
     return x_BTD, written
 
 
+def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context) -> jax.Array:
+  return mlp(u_BTD, lambda hidden: dropout(hidden, ctx.dropout_rate, ctx.key_of('mlp.hidden')))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
   """One layer of a model: pure functions of its own weights, and where these lie.
@@ -137,10 +141,6 @@ class Layer:
   def cross_cache(self, weights: Params, encoded_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A decoder layer's keys and values [B, H, S, K] of the encoder's output."""
     return self.roles['block'][0](weights['block']).cross_attention.keys_and_values(encoded_BSD)
-
-
-def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context) -> jax.Array:
-  return mlp(u_BTD, lambda hidden: dropout(hidden, ctx.dropout_rate, ctx.key_of('mlp.hidden')))
 
 
 def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> tuple[Layer, ...]:

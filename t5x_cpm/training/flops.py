@@ -11,6 +11,24 @@ from t5x_cpm.config import ModelConfig
 from t5x_cpm.models import routers
 
 
+def _of_a_token(config: ModelConfig, S: int, T: int) -> tuple[float, float, float]:
+  """Forward FLOPs: of an encoder token in the encoder, and as keys and values of cross-attention; of a decoder token."""
+  D, F, HK = config.d_model, config.d_ff, config.num_heads * config.head_dim
+  mlp = 2 * (3 if config.mlp_activation.startswith('gated') else 2) * D * F
+
+  def feed_forward(stack: str) -> float:
+    layers, every = config.num_layers(stack), config.moe.every(stack)
+    if not every:
+      return layers * mlp
+    networks = routers.experts_of_token(config.moe, stack) + config.moe.shared_experts
+    routed = layers // every
+    return (layers - routed) * mlp + routed * (networks * mlp + 2 * D * config.moe.num_experts)
+
+  encoder = config.num_encoder_layers * (8 * D * HK + 4 * S * HK) + feed_forward('encoder')
+  decoder = config.num_decoder_layers * (12 * D * HK + 4 * (S + T) * HK) + feed_forward('decoder') + 2 * D * config.vocab_size
+  return encoder, config.num_decoder_layers * 4 * D * HK, decoder
+
+
 def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: float, S: int, T: int) -> float:
   """Floating-point operations that one training step has to do, forward and backward.
 
@@ -50,24 +68,6 @@ def inference_flops(config: ModelConfig, step: str, rows: int, S: int, T: int) -
   """
   encoder, _, decoder = _of_a_token(config, S, T)
   return rows * S * encoder if step == 'encode' else rows * decoder
-
-
-def _of_a_token(config: ModelConfig, S: int, T: int) -> tuple[float, float, float]:
-  """Forward FLOPs: of an encoder token in the encoder, and as keys and values of cross-attention; of a decoder token."""
-  D, F, HK = config.d_model, config.d_ff, config.num_heads * config.head_dim
-  mlp = 2 * (3 if config.mlp_activation.startswith('gated') else 2) * D * F
-
-  def feed_forward(stack: str) -> float:
-    layers, every = config.num_layers(stack), config.moe.every(stack)
-    if not every:
-      return layers * mlp
-    networks = routers.experts_of_token(config.moe, stack) + config.moe.shared_experts
-    routed = layers // every
-    return (layers - routed) * mlp + routed * (networks * mlp + 2 * D * config.moe.num_experts)
-
-  encoder = config.num_encoder_layers * (8 * D * HK + 4 * S * HK) + feed_forward('encoder')
-  decoder = config.num_decoder_layers * (12 * D * HK + 4 * (S + T) * HK) + feed_forward('decoder') + 2 * D * config.vocab_size
-  return encoder, config.num_decoder_layers * 4 * D * HK, decoder
 
 
 def measure_gemm_flops(size: int = 1024, repeats: int = 5) -> float:
