@@ -92,7 +92,7 @@ def describe(config: Config, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
-  """What a complete checkpoint says of itself.
+  """The metadata of a complete checkpoint.
 
   Raises:
     CheckpointError: it is damaged, or a later version of t5x_cpm wrote it in another format.
@@ -124,7 +124,7 @@ def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
 
 @contextlib.contextmanager
 def claim(path: epath.Path) -> Iterator[None]:
-  """Creates a model_dir and keeps other runs out of it. The system frees it when the process ends, however it ends.
+  """Creates a model_dir and keeps other runs out of it. The system lifts the claim when the process ends, however it ends.
 
   Raises:
     CheckpointError: it cannot be written, holds something that is not a run, or another process trains in it.
@@ -172,7 +172,7 @@ def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any]) 
   """Compares a configuration and `info` with those of the last checkpoint, if there is one.
 
   Raises:
-    CheckpointError: with every identity field and every entry of info that differs.
+    CheckpointError: lists every identity field and every entry of info that differs.
   """
   steps, _ = scan(model_dir)
   if not steps:
