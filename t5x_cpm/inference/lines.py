@@ -1,4 +1,4 @@
-"""The input of `infer`: a line of a file is a text to answer, or what is wrong with it."""
+"""The input of `infer`: each line of a file is a text to answer, or else something is wrong with it."""
 
 import codecs
 import pathlib
@@ -73,8 +73,8 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config)
   """Reads the whole input once, so that a bad line is found before hours of work.
 
   Args:
-    path: of the input.
-    name: of the input, for errors.
+    path: the input.
+    name: what errors call it.
     codec, config: of the run, with the lengths to use.
 
   Returns:

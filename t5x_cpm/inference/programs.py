@@ -23,18 +23,18 @@ Batch = dict[str, Any]
 Params = Any
 Measure = Callable[[jax.Array, Batch], Any]
 
-# The logical axes of a cache. All leaves of one of its parts have the same.
+# The logical axes of a cache, by part. All leaves of a part have the same axes.
 _CACHE_AXES = {'layers': (None, *encoder_decoder.CACHE_AXES), 'encoder_valid': (None, 'batch'), 'row': (None, 'batch')}
 
 
 class Program(Protocol):
   """A model that is ready to run. Batches are dicts of arrays [B, ...], where B is a number that `whole` returns.
 
-  A cache is what `start` returns: leaves [L, B, ...] or [1, B, ...]. `step` and `reorder` use up the cache that they are given.
+  A cache is what `start` returns: leaves [L, B, ...] or [1, B, ...]. `step` and `reorder` consume the cache they are given.
   """
 
   def whole(self, rows: int) -> int:
-    """The number of rows, rounded up to what the devices share evenly."""
+    """The number of rows, rounded up to one that the devices can share evenly."""
     ...
 
   def start(self, batch: Batch, max_len: int) -> decode.Cache:
@@ -67,7 +67,7 @@ class Program(Protocol):
     ...
 
   def read(self, model_dir: Any, step: int) -> None:
-    """Takes the parameters of another checkpoint of the same run. Raises ConfigError where it cannot be read."""
+    """Loads the parameters of another checkpoint of the same run. Raises ConfigError where it cannot be read."""
     ...
 
 
@@ -76,7 +76,7 @@ def _sharding(mesh: Any, *names: str | None) -> jax.sharding.NamedSharding:
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:
-  """The shapes of a tree with shardings. A sharding where the tree has a subtree is that of all its leaves."""
+  """The shapes of a tree, with shardings. A sharding in the place of a subtree applies to all of its leaves."""
   def split(sharding: Any, part: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
 
@@ -198,7 +198,7 @@ def _score(model: encoder_decoder.Model, params: Params, measure: Measure, batch
 
 
 def _in_form_of(prepared: Params, shardings: Any) -> Any:
-  """The shardings of stacks of layers as those of prepared parameters, where a stack may be a tuple of its layers."""
+  """The shardings of stacks of layers in the form of prepared parameters, where a stack may be a tuple of its layers."""
   if isinstance(prepared, tuple):
     return tuple(_in_form_of(layer, shardings) for layer in prepared)
   if isinstance(prepared, dict):
@@ -226,7 +226,7 @@ def build(config: Config, mesh: Any) -> Functions:
   rows, cache = _sharding(mesh, 'batch'), mesh_lib.shardings(mesh, _CACHE_AXES)
 
   def jit(fn: Callable[..., Any], given: tuple[Any, ...], result: Any, **options: Any) -> Callable[..., Any]:
-    """Compiles fn; a sharding of None is left to the compiler, so that what another program returned fits."""
+    """Compiles fn; a sharding of None is left to the compiler, so that whatever another program returned fits."""
     return jax.jit(mesh_lib.traced(mesh, fn), in_shardings=given, out_shardings=result, **options)
 
   return Functions(
