@@ -19,11 +19,11 @@ from t5x_cpm.models.grouped import grouped_dot
 from t5x_cpm.models.layers import MLP, MLP_AXES, dropout, scramble
 from t5x_cpm.models.routing import Routing
 
-MODEL, EXPERT = mesh_lib.RULES['mlp'], mesh_lib.RULES['expert']  # the mesh axes that tokens meet here
+MODEL, EXPERT = mesh_lib.RULES['mlp'], mesh_lib.RULES['expert']  # the mesh axes that split the experts' weights
 
 
 def rows_together(rows: int, length: int, group_size: int) -> tuple[int, int]:
-  """How rows are divided into groups: (rows of a group, groups of a row). One of the two is 1."""
+  """How rows are divided into groups: (rows in a group, groups in a row). One of the two is 1."""
   if length <= group_size:
     return min(1 << (group_size // length).bit_length() - 1, rows & -rows), 1  # a power of two that divides the batch
   groups = next(groups for groups in range(-(-length // group_size), length + 1) if length % groups == 0)
@@ -101,13 +101,13 @@ def _inverse(order_A: jax.Array) -> jax.Array:
 
 
 def sort_by_expert(expert_A: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sorts rows by expert, with those that go nowhere last: the order [A], its inverse [A], and the rows of each expert [E]."""
+  """Sorts rows by expert, with those that go nowhere last: the order [A], its inverse [A], and the rows per expert [E]."""
   order_A = jnp.argsort(expert_A, stable=True)
   return order_A, _inverse(order_A), jnp.bincount(expert_A, length=num_experts + 1)[:num_experts]
 
 
 def _dropout_by_row(x_AF: jax.Array, rate: float, seed_A: jax.Array) -> jax.Array:
-  """Dropout that depends on a seed for each row, so that a token loses the same numbers on whatever device it is computed."""
+  """Dropout from a seed for each row, so that a token loses the same numbers whichever device computes it."""
   if rate == 0.0:
     return x_AF
   column_F = jnp.arange(x_AF.shape[1], dtype=jnp.uint32)

@@ -66,8 +66,8 @@ class Layer:
     config: of the model.
     stack: 'encoder' or 'decoder'.
     index: in its stack, from 0.
-    roles: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. For
-      each the component, and the row of this layer in it.
+    roles: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. Each
+      is a component, and the row of this layer in it.
   """
 
   config: ModelConfig
@@ -102,9 +102,9 @@ class Layer:
       cache: of this layer when decoding.
 
     Returns:
-      h [B, T, D], which the feed-forward part is added to; of the cache what has changed (were the encoder's keys and values
+      h [B, T, D], which the feed-forward part is added to; what has changed of the cache (were the encoder's keys and values
       returned too, a loop over layers would copy them for every token); the input u [B, T, D] of the feed-forward part; and
-      which experts each token goes to, None where there are none.
+      which experts each token goes to, or None where there are none.
     """
     block = self.roles['block'][0](weights['block'])
     h_BTD, written = block.attend(x_BTD, ctx, cache)
@@ -146,7 +146,7 @@ class Layer:
 def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> tuple[Layer, ...]:
   """The layers of a stack, in order.
 
-  With experts in every n-th layer, the last of each n has them; the others' networks lie in a component of their own.
+  With experts in every n-th layer, the last of each n has them; the networks of the others lie in a component of their own.
 
   Args:
     components: of the model, by path.
