@@ -12,7 +12,7 @@ from t5x_cpm.models import routers
 
 
 def _of_a_token(config: ModelConfig, S: int, T: int) -> tuple[float, float, float]:
-  """Forward FLOPs: of an encoder token in the encoder, and as keys and values of cross-attention; of a decoder token."""
+  """Forward FLOPs of an encoder token in the encoder, of its keys and values in cross-attention, and of a decoder token."""
   D, F, HK = config.d_model, config.d_ff, config.num_heads * config.head_dim
   mlp = 2 * (3 if config.mlp_activation.startswith('gated') else 2) * D * F
 
@@ -40,13 +40,13 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
     per decoder token, L_d times:  8 D HK + 4 D HK (q and output of cross-attention) + 2 m D F + 4 T HK + 4 S HK
     per decoder token:             2 D V (output head)
 
-  and the backward pass twice that. In a layer with experts a token pays for the experts it is sent to, shared ones, and 2 D E
-  for the router. Embedding look-ups, norms and activations are left out, and so is what
-  rematerialisation computes again; causal attention is not discounted (as in Chowdhery et al. 2022, appendix B).
+  and the backward pass twice that. In a layer with experts a token pays for the experts it is sent to, for shared experts, and
+  2 D E for the router. Embedding look-ups, norms and activations are left out, and so is what rematerialisation computes again;
+  causal attention is not discounted (as in Chowdhery et al. 2022, appendix B).
 
   Args:
     config: shape of the model.
-    encoder_tokens: that are not padding, in the whole batch.
+    encoder_tokens: tokens that are not padding, in the whole batch.
     decoder_tokens: likewise.
     S: slots of an encoder row.
     T: slots of a decoder row.

@@ -1,4 +1,4 @@
-"""The loss of a batch over what is frozen and what is trained, and its gradients, accumulated over microbatches."""
+"""The loss of a batch, and its gradients with respect to what is trained, accumulated over microbatches."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from t5x_cpm.training.layout import Batch, Frozen, Layout, State
 
 
 class Sums(NamedTuple):
-  """What adds up over the microbatches: pairs (sum, weight) for metrics, those of each layer, and for Model.advance."""
+  """What adds up over microbatches: pairs (sum, weight) for metrics, the same for each layer, and what Model.advance needs."""
 
   pairs: losses.Pairs
   layers: losses.Pairs
@@ -52,7 +52,7 @@ def _microbatch_gradients(layout: Layout, trained: Any, rest: Any, frozen: Froze
 
 
 def _microbatches(batch: Batch, count: int, together: int) -> Batch:
-  """[B, ...] -> [count, B / count, ...]. Rows, `together` at a time, are dealt out in turn: a device keeps rows of its own."""
+  """[B, ...] -> [count, B / count, ...]. Rows, `together` at a time, are dealt out in turn: a device keeps its own rows."""
 
   def deal(x: jax.Array) -> jax.Array:
     rows, rest = x.shape[0], x.shape[1:]

@@ -31,7 +31,7 @@ class Layout:
     model: the model.
     mesh: the mesh.
     leaves: a Leaf for every parameter of the state.
-    trained: those of `leaves` that change by their gradient: what gradients and the optimizer see.
+    trained: those of `leaves` that change by their gradient, which is what gradients and the optimizer see.
     base: a Leaf for every parameter of the frozen base; {} where the state holds all parameters.
     tx: the optimizer of what is trained.
     schedule: step -> learning rate.
@@ -64,7 +64,7 @@ class Layout:
     return compute_dtype(self.config.model)
 
   def split(self, params: Any) -> tuple[Any, Any]:
-    """The parameters of a state in two: what is trained, and what is fixed or changes by a rule of its own."""
+    """Splits the parameters of a state in two: what is trained, and what is fixed or changes by a rule of its own."""
     return partition.split(params, self.leaves, partition.has_gradient)
 
 
@@ -96,7 +96,7 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _group_rows(config: Config, model: encoder_decoder.Model, mesh: jax.sharding.Mesh) -> int:
-  """How many rows are routed together. Raises ConfigError where a microbatch is not divided by these, or by the mesh."""
+  """How many rows are routed together. Raises ConfigError where these or the mesh do not divide a microbatch."""
   rows = config.train.batch_size // config.train.microbatches
   mesh_lib.check_divides(mesh, (rows,), ('batch',), 'a microbatch')
   group_rows = model.group_rows(
