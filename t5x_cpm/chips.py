@@ -23,13 +23,13 @@ class Chip:
   flops: float  # per second, of dense bfloat16 products
   device_kinds: tuple[str, ...]  # JAX's device_kind contains one of these
   hbm: float = 0.0  # bytes of its memory that a program may use
-  hbm_rate: float = 0.0  # bytes a second
-  link_rate: float = 0.0  # bytes a second over one link in one direction; a TPU has two in each dimension, one each way
-  host_rate: float = 0.0  # bytes a second between a chip and its host, in one direction
+  hbm_rate: float = 0.0  # bytes per second
+  link_rate: float = 0.0  # bytes per second over one link in one direction; a TPU has two in each dimension, one on each side
+  host_rate: float = 0.0  # bytes per second between a chip and its host, in one direction
   dimensions: int = 0  # how many a slice's shape has; two for GPUs: hosts x GPUs
   ring_multiple: int = 0  # a dimension of a TPU slice closes to a ring when this divides its size
   options: tuple[tuple[str, Any], ...] = ()  # what libtpu needs to describe the chip
-  network_rate: float = 0.0  # bytes a second from a GPU to another host, or from a TPU to another slice
+  network_rate: float = 0.0  # bytes per second from a GPU to another host, or from a TPU to another slice
   target: str = ''  # XLA's description of a GPU; empty for a TPU
 
   @property

@@ -186,7 +186,7 @@ class Manager:
     except CheckpointError as own:
       if error is None:
         raise
-      print(own, file=sys.stderr, flush=True)  # beside the error that is on its way, not instead of it
+      print(own, file=sys.stderr, flush=True)  # in addition to the error on its way, not instead of it
 
   def restore(self, abstract_state: Any, step: int | None = None) -> Any:
     """The state of a checkpoint, bit for bit, on the given shardings.

@@ -86,7 +86,7 @@ def sizes(model: ModelConfig) -> Sizes:
 class Held(NamedTuple):
   """How many parameters one chip holds."""
 
-  local: float  # to compute with: split over `model` and `expert` alone
+  local: float  # to compute with: split only over `model` and `expert`
   weights: float  # stored, as MeshConfig.sharding splits parameters
   moments: float  # stored, as it splits the optimizer's state
 
@@ -116,7 +116,7 @@ def _spanned(slice_: Slice, size: int) -> int:
 
 
 def _rate(slice_: Slice, size: int) -> float:
-  """Bytes a second that a chip can send within a group of `size` chips."""
+  """Bytes per second that a chip can send within a group of `size` chips."""
   if slice_.chip.platform == 'cuda':
     return slice_.chip.link_rate if size <= slice_.shape[1] else slice_.chip.network_rate
   return _spanned(slice_, size) * slice_.chip.link_rate * (2 if all(slice_.rings) else 1)
@@ -252,7 +252,7 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes) -> Estimate
     config: the whole configuration.
     slice_: the chips to run on.
     step: 'train', 'encode' or 'decode'.
-    sizes: of the model's parameters, from `sizes`.
+    sizes: those of the model's parameters, from `sizes`.
 
   Returns:
     The estimate; its configuration has MeshConfig.host_gib set where a training step fits only with it.

@@ -183,7 +183,7 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
 
   Args:
     config: model, mesh, lengths and batch sizes; InferConfig.batch_size for inference.
-    slice_: to compile for.
+    slice_: the chips to compile for.
     step: 'train', or 'encode', or 'decode' for one token of each row.
 
   Raises:

@@ -120,7 +120,7 @@ def best(config: Config, slice_: Slice, step: str) -> Found:
 
   Args:
     config: model, task lengths and batch sizes.
-    slice_: to compile for.
+    slice_: the chips to compile for.
     step: 'train', 'encode' or 'decode'.
 
   Returns:

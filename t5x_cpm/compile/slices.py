@@ -60,7 +60,7 @@ class Slice:
             for extent, size, ring in zip(extents, self.shape, self.rings, strict=True) if extent > 1]
 
   def rate(self, coordinates: Any) -> float:
-    """Bytes a second that a chip can send to the group of chips at these coordinates [n, dimensions], its own included.
+    """Bytes per second that a chip can send to the group of chips at these coordinates [n, dimensions], its own included.
 
     In a dimension that is a ring a chip sends over both of its links; a line has no way back, so only one of them helps.
     """

@@ -176,7 +176,7 @@ def _keep(log_prob_NV: jax.Array, weight_NV: jax.Array, target: float) -> jax.Ar
 class Sample(Greedy):
   """A draw from softmax(logits / temperature), cut to the top_k most probable tokens, then to the fewest that reach top_p.
 
-  Every row draws with a key of its own, made of seed, row and step. So its result does not depend on the rest of the batch.
+  Every row draws with a key of its own, made of seed, row and step, so its result does not depend on the rest of the batch.
 
   Attributes:
     temperature: above 0.

@@ -48,9 +48,9 @@ class Engine:
 
   Attributes:
     program: the model, ready to run.
-    vocabulary: of the model.
-    config: of the run.
-    step: of the checkpoint.
+    vocabulary: the model's vocabulary.
+    config: the run's configuration.
+    step: the step of the checkpoint.
     codec: how texts become inputs, and what the model writes becomes a text.
   """
 
@@ -162,7 +162,7 @@ class Engine:
     self.step = step
 
   def decode_config(self, **overrides: Any) -> DecodeConfig:
-    """The run's DecodeConfig with other values. Raises ConfigError for a name that is no field, or a value out of range."""
+    """The run's DecodeConfig with other values. Raises ConfigError for a name that is not a field, or a value out of range."""
     names = {field.name for field in dataclasses.fields(DecodeConfig)}
     for name in overrides:
       if name not in names:

@@ -58,7 +58,7 @@ def task_row(config: Config, name: str, otherwise: Mapping[str, int]) -> dict[st
 
   Args:
     config: names the task, or a mixture that it may be a task of.
-    name: of the task.
+    name: the name of the task.
     otherwise: the values to use where its place in the mixture does not decide.
   """
   if row_features.names(config) and name != config.task.name:
@@ -236,8 +236,8 @@ def evaluate_task(engine: engine_lib.Engine, config: Config, name: str,
 
   Args:
     engine: the model.
-    config: of the run, or of a mixture that the task may belong to.
-    name: of the task or mixture.
+    config: the configuration of the run, or of a mixture that the task may belong to.
+    name: the name of the task or mixture.
     row: what rows carry besides tokens, where the mixture does not decide; by default what the configuration says.
 
   Raises:
@@ -311,9 +311,9 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
   """Evaluates checkpoints on tasks, writes the results, and prints a table for each checkpoint.
 
   Args:
-    config: of the run, with EvalConfig and DecodeConfig as wanted.
+    config: the run's configuration, with EvalConfig and DecodeConfig as wanted.
     model_dir: the run's directory.
-    names: of tasks or mixtures.
+    names: the names of tasks or mixtures.
 
   Returns:
     step -> task -> metric -> value.

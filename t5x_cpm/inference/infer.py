@@ -54,7 +54,7 @@ def identity(path: pathlib.Path, run: run_directory.RunInfo, config: Config) -> 
   with path.open('rb') as file:
     content = hashlib.file_digest(file, 'sha256').hexdigest()
   infer = dataclasses.asdict(config.infer)
-  del infer['batch_size']  # changes speed alone
+  del infer['batch_size']  # changes only the speed
   about_run = json.dumps([config_lib.to_dict(run.config), run.info, run.metrics], sort_keys=True)
   return {
       'input': content, 'step': run.step, 'run': hashlib.sha256(about_run.encode()).hexdigest()[:16],
@@ -199,7 +199,7 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   """Answers a file, or what is typed.
 
   Args:
-    config: of the run, with the decoding and lengths to use.
+    config: the run's configuration, with the decoding and lengths to use.
     model_dir: the run's directory.
     input_path: .txt with one input a line, or .jsonl; '-' is standard input, read to its end as a .txt, '-.jsonl' as a
       .jsonl; '' answers what is typed, or each line of a pipe as it comes.

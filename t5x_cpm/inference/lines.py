@@ -41,7 +41,7 @@ def _from_json(number: int, line: str, field: str) -> Line:
 
 
 def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
-  """The inputs of a .txt file, one a line, or of a .jsonl file, in `field` of each object."""
+  """The inputs of a .txt file, one per line, or of a .jsonl file, in `field` of each object."""
   with path.open('rb') as file:
     for number, raw in enumerate(file, 1):
       if number == 1:
@@ -75,7 +75,7 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config)
   Args:
     path: the input.
     name: what errors call it.
-    codec, config: of the run, with the lengths to use.
+    codec, config: those of the run, with the lengths to use.
 
   Returns:
     The number of lines.

@@ -46,7 +46,7 @@ def teacher_forced(batch: dict[str, np.ndarray], prefixes: Sequence[Sequence[int
   Args:
     batch: the encoder's features.
     prefixes: tokens that the decoder of each row reads before its targets, at least one. They are not counted.
-    targets: tokens of each row.
+    targets: the tokens of each row.
     length: slots, at least len(prefix) - 1 + len(target) of the longest row.
     fill: padding.
   """

@@ -48,7 +48,7 @@ class Codec:
   """The form of inputs and answers on which an objective trains a model.
 
   Attributes:
-    vocabulary: of the model.
+    vocabulary: the model's vocabulary.
     row: what the row of a request carries besides tokens.
     prefix: tokens that the decoder reads before it writes.
     end: tokens with which inputs and targets end.
@@ -59,8 +59,8 @@ class Codec:
     """The codec of a run.
 
     Args:
-      vocabulary: of the model.
-      config: of the run; TaskConfig.objective, and input_length and truncate of InferConfig, are read.
+      vocabulary: the model's vocabulary.
+      config: the run's configuration; TaskConfig.objective, and input_length and truncate of InferConfig, are read.
       row: what rows carry besides tokens; by default what the configuration says.
     """
     self.vocabulary, self.limits = vocabulary, config.infer

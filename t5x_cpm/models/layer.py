@@ -63,7 +63,7 @@ class Layer:
   """One layer of a model: pure functions of its own weights, and where these lie.
 
   Attributes:
-    config: of the model.
+    config: the model's configuration.
     stack: 'encoder' or 'decoder'.
     index: in its stack, from 0.
     roles: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. Each
@@ -149,7 +149,9 @@ def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> 
   With experts in every n-th layer, the last of each n has them; the networks of the others lie in a component of their own.
 
   Args:
-    components: of the model, by path.
+    config: the model's configuration.
+    stack: 'encoder' or 'decoder'.
+    components: the model's components, by path.
   """
   every = config.moe.every(stack)
   layers = []

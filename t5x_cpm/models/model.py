@@ -71,7 +71,7 @@ class Model:
   """Pure functions of plain trees of parameters for one configuration. Holds no array.
 
   Attributes:
-    config: of the model.
+    config: the model's configuration.
     stacks: names of its stacks.
     components: its modules by path, in the order in which their parameters are drawn.
     layers: its layers by stack, in order.
@@ -162,7 +162,7 @@ class Model:
     """The parameters after a step, once rules of their own have changed some, such as the biases of router 'loss_free'.
 
     Args:
-      params: of the model.
+      params: the model's parameters.
       updates: by stack, the load [layers, E] of the experts, as `apply` gives it.
     """
     for stack, load_LE in updates.items():
@@ -184,9 +184,9 @@ class Model:
 
     Args:
       stack: 'encoder' or 'decoder'.
-      params: of the model, as from `init` or `prepare`.
+      params: the model's parameters, as from `init` or `prepare`.
       x_BTD: the first layer's input.
-      ctx: of the stack.
+      ctx: the stack's context.
       cache: of its layers, stacked as they are; None for whole sequences.
 
     Returns:
@@ -229,7 +229,7 @@ def summary(abouts: dict[str, Any], config: ModelConfig) -> tuple[dict, dict, di
 
   Args:
     abouts: by stack, the third result of `Model.run`; empty where it has no experts.
-    config: of the model.
+    config: the model's configuration.
 
   Returns:
     Losses, already weighted, as means over the layers with experts; metrics, as pairs (sum, weight) [L, ...] by the names

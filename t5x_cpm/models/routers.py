@@ -279,8 +279,8 @@ def route(name: str, config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: Rou
   """Where tokens go by the router of a name.
 
   Args:
-    name: of ROUTERS.
-    config: of the experts.
+    name: one of ROUTERS.
+    config: the experts' configuration.
     weights: the router's module, or None for one without weights.
     u_GTD: the tokens, in groups.
     ctx: what else the router sees.

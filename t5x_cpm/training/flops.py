@@ -62,7 +62,7 @@ def inference_flops(config: ModelConfig, step: str, rows: int, S: int, T: int) -
     config: shape of the model.
     step: 'encode', rows of S tokens through the encoder alone; or 'decode', a token of each row through the decoder, whose
       cache has S and T slots and the keys and values of the encoder's output.
-    rows: of the batch.
+    rows: rows in the batch.
     S: slots of an encoder row.
     T: slots of a decoder row.
   """

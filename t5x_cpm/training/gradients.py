@@ -85,7 +85,7 @@ def gradients(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> tup
   """Gradients of the mean loss over the weighted targets of a batch; random draws depend on the state's step alone.
 
   Args:
-    layout: of the step.
+    layout: the step's layout.
     state: the whole state.
     frozen: what is read only.
     batch: the whole batch.

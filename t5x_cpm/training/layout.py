@@ -27,7 +27,7 @@ class Layout:
   """What the functions of a step are built from.
 
   Attributes:
-    config: of the run.
+    config: the run's configuration.
     model: the model.
     mesh: the mesh.
     leaves: a Leaf for every parameter of the state.
@@ -40,7 +40,7 @@ class Layout:
     abstract_state: shapes, dtypes and shardings of the state, with the copies of what lies in the memory of the hosts.
     abstract_frozen: the same of what a step reads but neither changes nor saves: {'base': ...}, or {}.
     abstract_batch: the same of a batch.
-    gradient_shardings: of the gradients, where the optimizer's state is split further than the parameters; else None.
+    gradient_shardings: of the gradients, where MeshConfig.sharding splits the optimizer's state over data; else None.
   """
 
   config: Config
@@ -122,8 +122,8 @@ def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | Non
   """The layout of a configuration on a mesh.
 
   Args:
-    config: of the run.
-    mesh: to run on.
+    config: the run's configuration.
+    mesh: the mesh to run on.
     trained: see `step.build`.
 
   Raises:

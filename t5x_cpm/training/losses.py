@@ -19,7 +19,7 @@ def _forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[Triple, Trip
 
 
 def _backward(residuals: Triple, cotangents: tuple[Any, ...]) -> tuple[jax.Array, None]:
-  """One pass that reads the logits and writes their gradient; nothing of size [B, T, V] is kept beside the logits."""
+  """One pass that reads the logits and writes their gradient; nothing of size [B, T, V] is kept besides the logits."""
   logits_BTV, targets_BT, log_z_BT = residuals
   d_log_z_BT, d_target_BT, _ = cotangents
   d_BTV = jnp.exp(logits_BTV.astype(log_z_BT.dtype) - log_z_BT[..., None]) * d_log_z_BT[..., None]

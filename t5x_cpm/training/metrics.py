@@ -69,8 +69,8 @@ class Writers:
     """Cuts what is already there back to start_step and opens everything for appending.
 
     Args:
-      model_dir: of the run; exists.
-      config: of the run.
+      model_dir: the run's directory, which exists.
+      config: the run's configuration.
       start_step: updates done: 0, or the step that was restored.
       total_steps: step at which the run ends.
 

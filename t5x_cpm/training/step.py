@@ -59,11 +59,11 @@ def metrics(
   """What a step reports: means over the batch, norms of gradients and parameters, the learning rate, and tokens.
 
   Args:
-    layout: of the step.
+    layout: the step's layout.
     step: updates done before.
     batch: the whole batch.
     sums: from `gradients`.
-    norm: of the gradients.
+    norm: the norm of the gradients.
     squares: the sum of the squares of the parameters.
   """
   return means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
@@ -132,7 +132,7 @@ class Step:
 
   Attributes:
     model: the model.
-    fn: (state, frozen, batch) -> (state, metrics); jit-compiled, donates the state alone.
+    fn: (state, frozen, batch) -> (state, metrics); jit-compiled; only the state is donated.
     evaluate: (host_memory.working(state), frozen, batch) -> pairs (sum, weight) over the batch, by name: loss, accuracy, ...
     explain: (state, frozen, batch) -> the name of the first tensor that is not finite among parameters, loss and gradients
       of a step, which is not taken; None where there is none.
@@ -162,8 +162,8 @@ def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] |
   """Builds the step of a configuration for a mesh.
 
   Args:
-    config: of the run.
-    mesh: to run on.
+    config: the run's configuration.
+    mesh: the mesh to run on.
     trained: names of the top-level subtrees of the parameters that the state holds and the step trains; the others are the
       frozen base, which the caller gives to each call. None: all are trained, and nothing is frozen.
 
