@@ -50,7 +50,7 @@ def _finite(value: Any) -> Any:
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-  """For curves: the mean of numbers for each layer, and the greatest of numbers for each layer and expert."""
+  """For curves: the mean of what each layer has, and the maximum of what each layer has for each expert."""
   scalars = {}
   for name, value in values.items():
     if not isinstance(value, list):

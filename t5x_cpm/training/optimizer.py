@@ -99,8 +99,7 @@ def _rms(x: jax.Array) -> jax.Array:
 def scale_by_adam(axes: Any, b1: float, b2: float, epsilon: float) -> Optimizer:
   """optax.scale_by_adam, except that the update is made from the moments that `keep` returns.
 
-  If `keep` came after the update, which would then still need the old moments, XLA:CPU would copy both: Adam takes twice as
-  long that way.
+  If `keep` came last, the update would still need the old moments, and XLA:CPU would copy both: Adam would take twice as long.
 
   Args:
     axes: tree of tuples of axis names, like the parameters.

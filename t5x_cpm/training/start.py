@@ -31,7 +31,7 @@ def fresh(config: Config, step: Step, frozen: Frozen, vocabulary: vocabularies.V
 
 
 def tell_of_another_rate(config: Config, step: Step, before: Config, number: int, say: Callable[[str], None]) -> None:
-  """Says so if a run, `before` until update `number`, continues with another length, which changes its learning rate there."""
+  """Says so if a run configured as `before` continues after `number` updates with another length, and so another rate."""
   old, new = (float(schedule(number)) for schedule in (
       optimizer.make_schedule(config.optimizer, before.train.steps), step.schedule))
   if old != new:
