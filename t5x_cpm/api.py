@@ -58,8 +58,8 @@ def train(config: Config, model_dir: Directory) -> dict[str, float]:
     The last evaluation, metric -> value; {} where there was nothing to do.
 
   Raises:
-    TypeError: an argument is of another type.
-    ConfigError: the configuration, data or model_dir cannot work; nothing was changed on disk.
+    TypeError: an argument has the wrong type.
+    ConfigError: the configuration, the data or model_dir cannot be used, or a checkpoint cannot be written.
     FloatingPointError: a loss, gradient or parameter is not finite.
   """
   config, folder = _checked('train', config), _directory('train', model_dir)
@@ -72,12 +72,12 @@ def load(model_dir: Directory, *, step: int | None = None, config: Config | None
   """Loads a trained model, which generates, scores, chooses, encodes and streams.
 
   Args:
-    model_dir: of the run.
-    step: of the checkpoint; default the last.
-    config: its decode, infer and mesh parts are used; default those of the run, on all devices of this process.
+    model_dir: the run's directory.
+    step: the step of the checkpoint; by default the last.
+    config: its decode, infer and mesh parts are used; by default those of the run, on all devices of this process.
 
   Raises:
-    TypeError: an argument is of another type.
+    TypeError: an argument has the wrong type.
     ConfigError: there is no such checkpoint, or it is damaged.
   """
   folder = _directory('load', model_dir)
@@ -94,17 +94,17 @@ def evaluate(model_dir: Directory, tasks: str | Iterable[str], *, step: int | st
   """Evaluates checkpoints on tasks; writes the results to model_dir/eval and prints a table.
 
   Args:
-    model_dir: of the run.
-    tasks: the name of a task or mixture, or several.
-    step: of the checkpoint, or 'all'; default what EvalConfig.checkpoints says, which is the last.
-    config: its eval, decode, infer, task and mesh parts are used; default those of the run, on all devices of this process.
+    model_dir: the run's directory.
+    tasks: the name of a task or mixture, or several names.
+    step: the step of the checkpoint, or 'all'; by default what EvalConfig.checkpoints says, which is the last.
+    config: its eval, decode, infer, task and mesh parts are used; by default those of the run, on all devices of this process.
 
   Returns:
     step -> task -> metric -> value.
 
   Raises:
-    TypeError: an argument is of another type.
-    ConfigError: no such checkpoint, task, split or metric.
+    TypeError: an argument has the wrong type.
+    ConfigError: there is no such checkpoint, task, split or metric.
   """
   folder = _directory('evaluate', model_dir)
   names = [tasks] if isinstance(tasks, str) else list(tasks) if isinstance(tasks, Iterable) else []

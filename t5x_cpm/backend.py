@@ -18,17 +18,12 @@ _compiling_for: contextvars.ContextVar[str] = contextvars.ContextVar('_compiling
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-  """A context in which programs are made for another platform than the one that JAX runs on."""
+  """Within the block, programs are built for `platform` instead of the platform that JAX runs on."""
   token = _compiling_for.set(platform)
   try:
     yield
   finally:
     _compiling_for.reset(token)
-
-
-def on_cpu() -> bool:
-  """Whether computations run on the CPU."""
-  return _platform() == 'cpu'
 
 
 def _platform() -> str:
@@ -37,19 +32,24 @@ def _platform() -> str:
   return _compiling_for.get() or jax.default_backend()
 
 
+def on_cpu() -> bool:
+  """Whether computations run on the CPU."""
+  return _platform() == 'cpu'
+
+
 def keep_memory() -> None:
   """Makes a process on the CPU reuse the memory of one step for the next.
 
-  XLA:CPU allocates the temporaries of a program, often hundreds of MB, anew for each execution. glibc would give them back to
-  the kernel each time, which then clears every page again: measured 14 % of the CPU time of a training step. The price is
-  that the process keeps its peak. (Huge pages save as much while memory is plenty, and cost more where the kernel must first
-  compact it.)
+  XLA:CPU allocates the temporaries of a program, often hundreds of MB, anew for each execution. glibc would return them to the
+  kernel each time, and the kernel would have to clear every page again: measured at 14 % of the CPU time of a training step.
+  The price is that the process never shrinks from its peak. (Huge pages save as much while memory is plentiful, but cost more
+  where the kernel must compact it first.)
 
-  XLA:CPU frees them a little after the program's results are there. By then a program that was dispatched ahead has taken
-  memory of its own: training at 3.1 GB grew to 7.5 GB. So programs are not dispatched ahead, which gains nothing on a CPU.
+  XLA:CPU frees them a little after the program's results are ready. By then, a program dispatched ahead has allocated memory of
+  its own: training at 3.1 GB grew to 7.5 GB. So asynchronous dispatch, which gains nothing on a CPU, is switched off.
 
-  Call it only in a process that belongs to t5x_cpm alone, before JAX makes its client. It does nothing with other C libraries
-  or where there is an accelerator.
+  Call it only in a process that belongs to t5x_cpm alone, before JAX makes its client. It does nothing with another C library,
+  or where JAX_PLATFORMS names anything but the CPU.
   """
   if os.environ.get('JAX_PLATFORMS', 'cpu') != 'cpu':
     return
@@ -57,7 +57,7 @@ def keep_memory() -> None:
     mallopt = ctypes.CDLL('libc.so.6').mallopt
   except (OSError, AttributeError):
     return
-  mallopt(M_ARENA_MAX, 1)  # all threads share one heap, so that what one frees another can use
+  mallopt(M_ARENA_MAX, 1)  # all threads share one heap, so that one can reuse what another frees
   mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap too
   mallopt(M_TRIM_THRESHOLD, -1)  # never give back: the temporaries of a step are a single block, easily above 2 GB
   mallopt(M_TOP_PAD, 64 * 2**20)
@@ -79,7 +79,7 @@ def use_cpu_devices(count: int, processes: int = 1) -> None:
   count //= processes
   import jax
 
-  with contextlib.suppress(RuntimeError):  # JAX has started: what counts is what it has
+  with contextlib.suppress(RuntimeError):  # JAX has started already: its devices are checked below
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', count)
   if not on_cpu() or jax.local_device_count() != count:
@@ -91,15 +91,15 @@ def use_cpu_devices(count: int, processes: int = 1) -> None:
 def compiler_options(deterministic: bool) -> dict[str, bool] | None:
   """XLA's options for the programs of training.
 
-  On GPUs some kernels add up in the order in which their threads finish, and the fastest of several is chosen by timing them.
-  Neither is done where runs are to be the same bit for bit; TPUs and CPUs need no option for that.
+  On GPUs, some kernels add in the order in which their threads finish, and XLA times several kernels to choose the fastest.
+  Both are switched off where runs must be the same bit for bit; TPUs and CPUs need no option for that.
   """
   return {'xla_gpu_deterministic_ops': True} if deterministic and _platform() in ('gpu', 'cuda') else None
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps what C++ code logs out of the terminal: libtpu and TensorFlow complain there that they find no device."""
+  """Keeps the logs of C++ code out of the terminal, where libtpu and TensorFlow would complain that they find no device."""
   saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(null, 2)
   try:

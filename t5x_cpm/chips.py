@@ -1,6 +1,6 @@
-"""What is known of each kind of chip: how fast it computes, what it holds, how fast it sends. The only table of chips.
+"""What is known about each kind of chip: how fast it computes, what it holds, how fast it sends. The only table of chips.
 
-MFU reads the peak rate of the device that a run has; `compile` reads the rest, for slices of chips that are not there.
+MFU reads the peak rate of a run's device; `compile` reads the rest, for slices of chips that need not be there.
 """
 
 import dataclasses
@@ -11,25 +11,25 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One kind of chip. A kind with `dimensions` 0 has a known peak alone: `compile` cannot plan for it.
+  """One kind of chip. If `dimensions` is 0, only its peak is known, and `compile` cannot plan for it.
 
-  Peaks are from the makers' data sheets. The rest of TPUs is from Austin et al. 2025, "How to Scale Your Model", part 2, and
-  from Google's data sheets; the memory that a program may use is what the compiler enforces. The rest of GPUs is from NVIDIA's
-  data sheets, with a network card of 400 Gbit/s for each GPU (A100: 200), and nine tenths of the memory
-  (XLA_PYTHON_CLIENT_MEM_FRACTION). Between TPU slices a chip has its share of its host's network cards: for v5e and v6e from
-  Google's data sheets (25 and 100 Gbit/s), for v4 and v5p an assumption (12.5 and 50 Gbit/s).
+  Peaks are from the makers' data sheets. The other figures for TPUs are from Austin et al. 2025, "How to Scale Your Model",
+  part 2, and from Google's data sheets; the memory that a program may use is what the compiler enforces. The other figures for
+  GPUs are from NVIDIA's data sheets, and assume a network card of 400 Gbit/s for each GPU (A100: 200) and nine tenths of the
+  memory (XLA_PYTHON_CLIENT_MEM_FRACTION). Between TPU slices a chip has its share of its host's network cards: for v5e and v6e
+  from Google's data sheets (25 and 100 Gbit/s), for v4 and v5p an assumption (12.5 and 50 Gbit/s).
   """
 
-  flops: float  # of dense bfloat16 products a second
+  flops: float  # per second, of dense bfloat16 products
   device_kinds: tuple[str, ...]  # JAX's device_kind contains one of these
   hbm: float = 0.0  # bytes of its memory that a program may use
-  hbm_rate: float = 0.0  # bytes a second
-  link_rate: float = 0.0  # bytes a second over one link in one direction; a TPU has two links in each dimension, one a side
-  host_rate: float = 0.0  # bytes a second between a chip and its host, in one direction
-  dimensions: int = 0  # of a slice's shape; for GPUs two, hosts x GPUs
+  hbm_rate: float = 0.0  # bytes per second
+  link_rate: float = 0.0  # bytes per second over one link in one direction; a TPU has two in each dimension, one on each side
+  host_rate: float = 0.0  # bytes per second between a chip and its host, in one direction
+  dimensions: int = 0  # how many a slice's shape has; two for GPUs: hosts x GPUs
   ring_multiple: int = 0  # a dimension of a TPU slice closes to a ring when this divides its size
-  options: tuple[tuple[str, Any], ...] = ()  # that libtpu needs to describe the chip
-  network_rate: float = 0.0  # bytes a second from a GPU to another host, or from a TPU to another slice
+  options: tuple[tuple[str, Any], ...] = ()  # what libtpu needs to describe the chip
+  network_rate: float = 0.0  # bytes per second from a GPU to another host, or from a TPU to another slice
   target: str = ''  # XLA's description of a GPU; empty for a TPU
 
   @property
@@ -39,7 +39,7 @@ class Chip:
 
 def _gpu_target(
     name: str, major: int, cores: int, lanes: int, shared: int, cache: int, clock: float, memory: int, rate: float) -> str:
-  """XLA's GpuTargetConfigProto as text: what its compiler must know of a GPU that is not there."""
+  """XLA's GpuTargetConfigProto as text: what its compiler must know about a GPU that is not there."""
   info = {
       'threads_per_block_limit': 1024, 'threads_per_warp': 32, 'shared_memory_per_block': 49152,
       'shared_memory_per_block_optin': shared - 1024, 'shared_memory_per_core': shared, 'threads_per_core_limit': 2048,
@@ -63,7 +63,7 @@ CHIPS = {
     'v6e': Chip(918e12, ('TPU v6',), 31.25 * GiB, 1.6e12, 1e11, 3.2e10, 2, 16, network_rate=1.25e10),
     'a100': Chip(312e12, ('A100',), 0.9 * A100_MEMORY, A100_RATE, 3e11, 2.5e10, 2, network_rate=2.5e10, target=A100),
     'h100': Chip(989e12, ('H100',), 0.9 * H100_MEMORY, H100_RATE, 4.5e11, 5e10, 2, network_rate=5e10, target=H100),
-    # Of these the peak is known alone.
+    # Of these only the peak is known.
     'v2': Chip(46e12, ('TPU v2',)),
     'v3': Chip(123e12, ('TPU v3',)),
     'v100': Chip(125e12, ('V100',)),
@@ -77,6 +77,6 @@ CHIPS = {
 
 
 def of_device_kind(kind: str) -> Chip | None:
-  """The chip whose name JAX's `device_kind` contains, the longest name where several fit ('TPU v5 lite' is no 'TPU v5')."""
+  """The chip whose name JAX's `device_kind` contains, the longest where several match ('TPU v5 lite' is no 'TPU v5')."""
   found = [(len(name), chip) for chip in CHIPS.values() for name in chip.device_kinds if name.lower() in kind.lower()]
   return max(found, key=lambda pair: pair[0])[1] if found else None

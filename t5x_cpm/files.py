@@ -28,7 +28,7 @@ def move(temporary: Any, path: Any) -> None:
 def replacing(path: Any) -> Iterator[BinaryIO]:
   """Opens a local file for writing that takes its name when the block ends, and that is removed if the block fails.
 
-  A reader, or a kill in between, meets the old content or the new one, never a part of it.
+  A reader finds, and a kill leaves, either the old content or the new, never a part of it.
   """
   temporary = path.with_name(f'.{path.name}.tmp{os.getpid()}')  # two processes may write the same file
   try:
@@ -42,7 +42,7 @@ def replacing(path: Any) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Any, data: bytes) -> None:
-  """Writes a file such that a reader, or a kill in between, meets the old content or the new one."""
+  """Writes a file so that a reader finds, and a kill leaves, either the old content or the new."""
   if '://' in str(path):
     path.write_bytes(data)
     return
@@ -59,10 +59,10 @@ def write_json(path: Any, value: Any) -> None:
 def lock(path: Any, *, wait: bool) -> Iterator[None]:
   """Holds a lock file within the block. The system frees it when the process ends, however it ends.
 
-  On a file system without locks nothing is held: there the block runs as if it were alone.
+  On a file system without locks nothing is held, and the block runs as if it were alone.
 
   Args:
-    path: the local file to lock; it is made if it is not there, and stays.
+    path: the local file to lock; it is created if it does not exist, and stays.
     wait: whether to wait until no other process holds it.
 
   Raises:

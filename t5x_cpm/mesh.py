@@ -18,7 +18,7 @@ Rules = dict[str, str | tuple[str, ...] | None]
 # head_dim.
 RULES: Rules = {
     'batch': ('data', 'expert'),
-    'rows': ('data', 'expert'),  # of a batch outside training
+    'rows': ('data', 'expert'),  # the batch axis outside training
     'length': None,
     'embed': None,
     'heads': 'model',
@@ -29,9 +29,9 @@ RULES: Rules = {
     'buckets': None,
 }
 
-# The rules where MeshConfig.sharding splits parameters or the optimizer's state over data: along d_model, over whichever of
-# these two mesh axes the array's other axes leave (an expert's weights are split over experts already). Weights are gathered
-# where they are used.
+# The rules for parameters or optimizer state that MeshConfig.sharding also splits over data: along d_model, over whichever of
+# these two mesh axes the array's other axes leave free (an expert's weights are already split over `expert`). Weights are
+# gathered where they are used.
 OVER_DATA: Rules = RULES | {'embed': ('data', 'expert')}
 
 # MeshConfig.sharding -> rules of the parameters, and of the optimizer's state.
@@ -53,11 +53,11 @@ FIELDS = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh data x model x expert over the given devices (default: all).
 
-  With MeshConfig.slices, neighbours along `data` are in one slice as far as possible and `model` and `expert` never leave it.
+  With MeshConfig.slices, neighbours along `data` lie in one slice where possible, and `model` and `expert` never leave a slice.
 
   Raises:
     ConfigError: the three sizes do not multiply to the number of devices, the slices do not divide `data`, or the devices
-      are in other slices.
+      do not form such slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [config.data, config.model, config.expert]
@@ -72,12 +72,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   if config.slices == 1:
     try:
       return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # an axis that takes only some of a torus's dimension, such as 32 of 4 x 4 x 4
+    except NotImplementedError:  # an axis that covers only part of a torus dimension, such as 32 of 4 x 4 x 4
       split = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
       return Mesh(split, AXES, axis_types=types)
   if sizes[0] % config.slices:
     raise ConfigError(f'{given}, slices={config.slices}: the slices split the data axis, and do not divide its {sizes[0]}.')
-  by_process = getattr(devices[0], 'slice_index', None) is None  # without TPUs, the hosts are the slices
+  by_process = getattr(devices[0], 'slice_index', None) is None  # not a TPU: each process counts as a slice
   try:
     array = mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // config.slices, sizes[1], sizes[2]), (config.slices, 1, 1), devices, process_is_granule=by_process,
@@ -91,7 +91,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _split(names: Sequence[str | None], rules: Rules) -> list[tuple[str, ...]]:
-  """The mesh axes that split each dimension. An axis splits one dimension: the first that names it."""
+  """The mesh axes that split each dimension. A mesh axis splits only the first dimension that asks for it."""
   used: set[str] = set()
   split = []
   for name in names:
@@ -150,7 +150,7 @@ def traced(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-  """Constrains an array's sharding, as an activation, by its logical axis names; does nothing where no mesh is set."""
+  """Constrains the sharding of an activation by its logical axis names; does nothing where no mesh is set."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(names))

@@ -1,4 +1,4 @@
-"""How far some work is: a bar on a terminal, elsewhere a line from time to time."""
+"""Shows how far some work has got: a bar on a terminal, and a line from time to time elsewhere."""
 
 import math
 import sys
@@ -6,11 +6,18 @@ import time
 from typing import Any, TextIO
 
 
+def clock(seconds: float) -> str:
+  """A duration as h:mm:ss."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02d}:{seconds:02d}'
+
+
 class Progress:
   """Shows how much of some work is done and how long the rest will take.
 
-  A terminal gets a bar on standard error, with the rate and the time left. Elsewhere a line is printed when the first of the
-  total is done, then at intervals, and when everything is done.
+  A terminal gets a bar on standard error, with the rate and the time left. Elsewhere a line is printed at the first progress,
+  then at intervals, and when everything is done.
   """
 
   def __init__(self, name: str, unit: str, total: int, done: int = 0, *, interval: float = 30.0, lines: TextIO | None = None):
@@ -33,12 +40,12 @@ class Progress:
     if sys.stderr.isatty():
       import tqdm
 
-      # miniters=0, because what stands beside the number may change while the number does not.
+      # miniters=0, because the text beside the number may change while the number does not.
       self.bar = tqdm.tqdm(total=total, initial=done, desc=name or None, unit=unit, dynamic_ncols=True, smoothing=0.1,
                            miniters=0)
 
   def rate(self, count: float) -> float:
-    """`count` a second, since the clock was started."""
+    """The rate per second at which `count` units were done since the clock was started."""
     return count / max(time.monotonic() - self.begin, 1e-6)
 
   def show(self, done: int, detail: str = '', *, bar_detail: str | None = None, seconds_left: float | None = None) -> None:
@@ -75,10 +82,3 @@ class Progress:
     """Ends the bar, which stays on the screen as it is."""
     if self.bar is not None:
       self.bar.close()
-
-
-def clock(seconds: float) -> str:
-  """A duration as h:mm:ss."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02d}:{seconds:02d}'

@@ -19,12 +19,12 @@ from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
 from t5x_cpm.mesh import is_names
 from t5x_cpm.models.leaf import STACKED
 
-MAX_CHUNK_BYTES = 128 * 2**20  # of arrays that are not stacks of layers: embedding tables
+MAX_CHUNK_BYTES = 128 * 2**20  # for arrays that are not stacks of layers, such as embedding tables
 
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-  """Keeps Orbax's log out of the terminal: it prints each failure of a save with four tracebacks, and raises it as well."""
+  """Keeps Orbax's log out of the terminal: it logs each failed save with four tracebacks, and raises the error too."""
   logger = logging.getLogger('absl')
 
   def keep(record: logging.LogRecord) -> bool:
@@ -40,11 +40,11 @@ def quiet_orbax() -> Iterator[None]:
 def save_args(tree: Any, axes: Any = None) -> Any:
   """How the arrays of a tree are cut into chunks: a slice of one layer, or of one expert of one layer, is one chunk.
 
-  No matrix is cut so: a stack of vectors of experts, [layers, experts, D], is cut into layers alone.
+  Beyond the first axis, the last two are never cut: expert vectors [layers, experts, D] are cut into layers only.
 
   Args:
     tree: arrays.
-    axes: a tree of the same structure, of tuples of logical axis names; None: nothing in it is a stack of layers.
+    axes: a tree of the same structure, of tuples of logical axis names. None: no array is a stack of layers.
   """
   import orbax.checkpoint as ocp
 
@@ -75,7 +75,7 @@ def stored(path: epath.Path) -> dict[str, Any]:
 
 
 def read(path: epath.Path, abstract: Any) -> Any:
-  """The arrays of a tree of ShapeDtypeStruct with shardings; what else is stored there is not read."""
+  """Reads the arrays that a tree of ShapeDtypeStruct with shardings asks for, and nothing else that is stored there."""
   import orbax.checkpoint as ocp
 
   restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -105,7 +105,7 @@ def compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: epath.Pa
 
 
 def _renamed(names: list[str], rename: Mapping[str, str | None], path: epath.Path) -> dict[str, str]:
-  """Stored name -> new name, by the longest prefix that `rename` has; names renamed to None are left out."""
+  """Stored name -> new name, by the longest prefix in `rename`; names renamed to None are left out."""
   result, used = {}, set()
   for name in names:
     prefixes = [old for old in rename if name == old or name.startswith(old + '/')]
@@ -129,25 +129,25 @@ def _renamed(names: list[str], rename: Mapping[str, str | None], path: epath.Pat
 def load_params(
     model_dir: Any, *, step: int | None = None, into: Any = None, rename: Mapping[str, str | None] | None = None,
     shardings: Any = None) -> Any:
-  """The parameters of a checkpoint alone: no optimizer state is read.
+  """Reads the parameters of a checkpoint, without the optimizer's state.
 
   Args:
-    model_dir: of the run.
-    step: default: the last checkpoint.
+    model_dir: the run's directory.
+    step: the step of the checkpoint; by default the last.
     into: tree of shapes and dtypes that the parameters must fit (they are converted to its dtypes). None: as stored.
-    rename: {'old/path': 'new/path'}, of parameters or whole subtrees; {'old/path': None} leaves it out. A parameter that
-      is in the checkpoint and not in `into` is an error unless it is left out so.
+    rename: {'old/path': 'new/path'}, for parameters or whole subtrees; {'old/path': None} leaves them out. A parameter that
+      is in the checkpoint but not in `into` is an error unless it is left out this way.
     shardings: tree like the result, or one sharding for all. None: those of `into`, else the first device.
 
   Returns:
     A nested dict of arrays.
 
   Raises:
-    CheckpointError: no such checkpoint, or a parameter that is missing, left over or of another shape, by name.
+    CheckpointError: there is no such checkpoint, or a parameter, which is named, is missing, left over or of another shape.
   """
   model_dir = resolve(model_dir)
   step = run_directory.choose(model_dir, step)
-  run_directory.read_meta(model_dir, step)  # refuses a format of the future
+  run_directory.read_meta(model_dir, step)  # refuses a later format
   path = model_dir / 'checkpoints' / str(step) / 'state'
   prefix = 'params/'
   saved = {name[len(prefix):]: leaf for name, leaf in stored(path).items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Models between this project and transformers: folders that its `from_pretrained` reads and `save_pretrained` writes.
+"""Converts models from and to transformers: folders that its `from_pretrained` reads and `save_pretrained` writes.
 
 Parameters are converted in memory, in float32 unless the configuration of the run says otherwise.
 """
@@ -52,7 +52,7 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _parts(pairs: Iterator[tuple[str, np.ndarray]], limit: int) -> Iterator[dict[str, np.ndarray]]:
-  """Tensors in groups of at most `limit` bytes, or one tensor."""
+  """Tensors in groups of at most `limit` bytes; a larger tensor is a group of its own."""
   part: dict[str, np.ndarray] = {}
   for name, value in pairs:
     if part and sum(other.nbytes for other in part.values()) + value.nbytes > limit:
@@ -85,7 +85,7 @@ def write_tensors(folder: pathlib.Path, pairs: Iterator[tuple[str, np.ndarray]],
 
 
 def read_description(folder: pathlib.Path) -> dict[str, Any]:
-  """The config.json of a folder. Raises ConfigError where there is none, or it is no JSON object."""
+  """The config.json of a folder. Raises ConfigError where it is missing or not a JSON object."""
   path = folder / 'config.json'
   if not path.is_file():
     raise ConfigError(f'--hf={folder}: there is no config.json in it.')
@@ -103,9 +103,9 @@ def from_huggingface(hf: str, model_dir: str, *, vocabulary: str = '', objective
 
   Args:
     hf: folder with config.json and weights, .safetensors or pytorch_model*.bin.
-    model_dir: new.
+    model_dir: a new directory.
     vocabulary: such as 'sentencepiece:FILE'; '' is what `to_huggingface` left in the folder.
-    objective: how the model was trained; '' is 't5', for CPM vocabularies 'isolated'.
+    objective: how the model was trained; '' is 't5', or 'isolated' for CPM vocabularies.
 
   Raises:
     ConfigError: the folder does not hold such a model, the vocabulary does not fit, or model_dir has a checkpoint.
@@ -131,12 +131,12 @@ def to_huggingface(model_dir: str, hf: str, *, step: int | None = None) -> None:
   """Writes what `T5ForConditionalGeneration.from_pretrained` reads, and the vocabulary beside it.
 
   Args:
-    model_dir: of the run.
-    hf: new folder.
-    step: of the checkpoint; default the last.
+    model_dir: the run's directory.
+    hf: a new folder.
+    step: the step of the checkpoint; by default the last.
 
   Raises:
-    ConfigError: no such checkpoint, a model that transformers does not have, or a folder that is not empty.
+    ConfigError: there is no such checkpoint, transformers has no such model, or the folder is not empty.
   """
   run, folder = run_directory.read_run(model_dir, step), pathlib.Path(hf)
   saved = pathlib.Path(model_dir) / 'vocabulary'

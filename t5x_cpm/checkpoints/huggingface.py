@@ -1,7 +1,8 @@
 """The format of transformers: T5 1.1, mT5, T5, CPM-2 written as T5, and SwitchTransformers.
 
-Which config.json a ModelConfig is, and which of its tensors a parameter. Kernels here are [in, out] and stacked over layers,
-there [out, in] and one a layer; query, key and value are never scaled on either side. Files are read and written by `convert`.
+Translates between a ModelConfig and a config.json, and between our parameters and their tensors. Our kernels are [in, out] and
+stacked over layers, theirs are [out, in] and one per layer; neither side scales query, key or value. `convert` reads and writes
+the files.
 """
 
 import dataclasses
@@ -26,21 +27,21 @@ DEFAULTS = {'relative_attention_num_buckets': 32, 'relative_attention_max_distan
 # Their 'gelu' is exact, which no published T5 uses; their 'gelu_new' is the tanh approximation, our 'gelu'.
 ACTIVATIONS = {'gated-gelu': 'gated_gelu', 'gated-gelu_new': 'gated_gelu', 'gated-silu': 'gated_silu', 'relu': 'relu',
                'gelu_new': 'gelu'}
-# Copies of other tensors, and one table that T5 never used: in files of some versions.
+# Tensors in files of some versions: copies of others, and one table that T5 never used.
 REDUNDANT = re.compile(
     r'(en|de)coder\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight')
 
 
 class Tensor(NamedTuple):
-  """Where one parameter stands on both sides."""
+  """Where one parameter is found on both sides."""
 
   path: str  # here: 'encoder/layers/attention/query'
-  name: str  # there; {0} is the number of the layer and {1} of the expert, where this is stacked
+  name: str  # there; {0} is the number of the layer and {1} that of the expert, where it is stacked
   stack: tuple[tuple[int, ...], ...]  # the numbers of layers, and of experts, that it is stacked over: (), (layers,) or both
   transposed: bool
 
   def each(self, stacked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Their name of each part, and the part as a view."""
+    """Their name for each part, and the part as a view."""
     for index in np.ndindex(*map(len, self.stack)):
       yield self.name.format(*(numbers[i] for numbers, i in zip(self.stack, index))), stacked[index]
 
@@ -80,8 +81,34 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     yield Tensor('lm_head', 'lm_head.weight', (), True)
 
 
+def is_scaled(theirs: Mapping[str, Any]) -> bool:
+  """Whether a config.json says that the decoder's output is divided by sqrt(d_model)."""
+  if theirs.get('model_type') == 'mt5':
+    return False
+  # Version 5 of transformers always ties, and keeps what tie_word_embeddings used to mean in scale_decoder_outputs.
+  return bool(theirs.get('scale_decoder_outputs', theirs.get('tie_word_embeddings', True)))
+
+
+def read_experts(theirs: Mapping[str, Any]) -> MoEConfig:
+  """The MoEConfig of a SwitchTransformers config.json. Its capacity, in tokens, is not carried over."""
+  every: dict[str, Any] = {}
+  for stack, layers, sparse in (('encoder', 'num_layers', 'num_sparse_encoder_layers'),
+                                ('decoder', 'num_decoder_layers', 'num_sparse_decoder_layers')):
+    number, of = theirs.get(sparse, 3), theirs.get(layers, 12)
+    if number and of % number:
+      raise ConfigError(f'config.json: {sparse} = {number} does not divide {layers} = {of}.')
+    every[f'{stack}_every'] = of // number if number else 0
+  if not theirs.get('tie_word_embeddings', True):
+    raise ConfigError(f'config.json: tie_word_embeddings = false: {UNTIED}')
+  if theirs.get('router_bias'):
+    raise ConfigError('config.json: router_bias = true: routers have no bias here.')
+  return MoEConfig(
+      num_experts=theirs.get('num_experts', 8), jitter=theirs.get('router_jitter_noise', 0.01),
+      balance_loss=theirs.get('router_aux_loss_coef', 0.001), router_z_loss=theirs.get('router_z_loss_coef', 0.001), **every)
+
+
 def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
-  """The ModelConfig of a config.json. Tied means here: tied and scaled by 1 / sqrt(d_model), as in the first T5.
+  """The ModelConfig of a config.json. Its tie_embeddings says only whether the head is scaled: see `head_to_ours`.
 
   Raises:
     ConfigError: it is not a T5, or uses an activation that this project does not have.
@@ -106,45 +133,8 @@ def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
       moe=read_experts(theirs) if kind == SWITCH else MoEConfig(), **values)
 
 
-def read_experts(theirs: Mapping[str, Any]) -> MoEConfig:
-  """The MoEConfig of a SwitchTransformers config.json. Its capacity, in tokens, is not carried over."""
-  every: dict[str, Any] = {}
-  for stack, layers, sparse in (('encoder', 'num_layers', 'num_sparse_encoder_layers'),
-                                ('decoder', 'num_decoder_layers', 'num_sparse_decoder_layers')):
-    number, of = theirs.get(sparse, 3), theirs.get(layers, 12)
-    if number and of % number:
-      raise ConfigError(f'config.json: {sparse} = {number} does not divide {layers} = {of}.')
-    every[f'{stack}_every'] = of // number if number else 0
-  if not theirs.get('tie_word_embeddings', True):
-    raise ConfigError(f'config.json: tie_word_embeddings = false: {UNTIED}')
-  if theirs.get('router_bias'):
-    raise ConfigError('config.json: router_bias = true: routers have no bias here.')
-  return MoEConfig(
-      num_experts=theirs.get('num_experts', 8), jitter=theirs.get('router_jitter_noise', 0.01),
-      balance_loss=theirs.get('router_aux_loss_coef', 0.001), router_z_loss=theirs.get('router_z_loss_coef', 0.001), **every)
-
-
-def is_scaled(theirs: Mapping[str, Any]) -> bool:
-  """Whether a config.json says that the decoder's output is divided by sqrt(d_model)."""
-  if theirs.get('model_type') == 'mt5':
-    return False
-  # Version 5 ties always and keeps the old meaning of the other key here.
-  return bool(theirs.get('scale_decoder_outputs', theirs.get('tie_word_embeddings', True)))
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-  """The config.json of a ModelConfig, without the special tokens."""
-  activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp_activation)
-  if config.moe.num_experts:
-    return write_switch(config, activation)
-  return {
-      'model_type': 't5', 'architectures': ['T5ForConditionalGeneration'], 'is_encoder_decoder': True,
-      'feed_forward_proj': activation, 'tie_word_embeddings': config.tie_embeddings,
-  } | {key: getattr(config, ours) for ours, key in FIELDS.items()}
-
-
 def write_switch(config: ModelConfig, activation: str) -> dict[str, Any]:
-  """The config.json of a model with experts, as SwitchTransformers: every token keeps a place, as outside training here."""
+  """The config.json of a model with experts, as SwitchTransformers; no token is dropped, as outside training here."""
   experts = config.moe
   if {experts.of(stack) for stack in ('encoder', 'decoder')} != {'switch'} or experts.shared_experts or 'gated' in activation:
     raise ConfigError(
@@ -162,11 +152,22 @@ def write_switch(config: ModelConfig, activation: str) -> dict[str, Any]:
   } | layers | {key: getattr(config, ours) for ours, key in FIELDS.items()}
 
 
+def write_config(config: ModelConfig) -> dict[str, Any]:
+  """The config.json of a ModelConfig, without the special tokens."""
+  activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp_activation)
+  if config.moe.num_experts:
+    return write_switch(config, activation)
+  return {
+      'model_type': 't5', 'architectures': ['T5ForConditionalGeneration'], 'is_encoder_decoder': True,
+      'feed_forward_proj': activation, 'tie_word_embeddings': config.tie_embeddings,
+  } | {key: getattr(config, ours) for ours, key in FIELDS.items()}
+
+
 def head_to_ours(config: ModelConfig, given: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
   """Brings the four combinations of (tied or not, scaled or not) to the two of ModelConfig.tie_embeddings.
 
   Args:
-    config: tie_embeddings says whether they scale.
+    config: its tie_embeddings says whether they scale.
     given: the tensors; a head that equals the embedding table is tied.
 
   Returns:
@@ -179,7 +180,7 @@ def head_to_ours(config: ModelConfig, given: Mapping[str, Any]) -> tuple[ModelCo
   if shared is None or tied == config.tie_embeddings:
     return config, given if tied else given | {'lm_head.weight': own}
   head = np.asarray(shared if tied else own)
-  if config.tie_embeddings:  # a head of its own, and scaled: put the scale into the head
+  if config.tie_embeddings:  # a head of its own, and scaled: fold the scale into the head
     head = head * np.asarray(config.d_model**-0.5, head.dtype)
   return dataclasses.replace(config, tie_embeddings=False), given | {'lm_head.weight': head}
 
@@ -188,7 +189,7 @@ def to_params(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
   """Our parameters, numpy in ModelConfig.param_dtype, from their tensors.
 
   Raises:
-    ConfigError: with every tensor that is missing, left over, or of another shape than the configuration says (up to 5).
+    ConfigError: names up to 5 tensors that are missing, left over, or of another shape than the configuration says.
   """
   import jax
 

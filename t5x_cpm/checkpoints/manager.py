@@ -14,7 +14,7 @@ from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
 from t5x_cpm.config import CheckpointConfig, Config
 
-DELETED = '.deleted'  # folder of checkpoints on their way out
+DELETED = '.deleted'  # folder of checkpoints that are being deleted
 
 
 class _Keep:
@@ -36,11 +36,18 @@ class _Keep:
     return [index in newest or index in best for index in range(count)]
 
 
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(f't5x_cpm.checkpoint.{name}')
+
+
 class Manager:
   """Writes and restores the checkpoints of one run.
 
   Every process of the run makes one and calls it in the same order. As a context manager it closes itself; a save in
-  progress is completed also when an exception leaves the block.
+  progress is completed even when an exception leaves the block.
   """
 
   def __init__(self, model_dir: Any, config: Config, *, info: dict[str, Any]):
@@ -83,12 +90,12 @@ class Manager:
                 # _Keep ranks by the metric; without a best_fn Orbax would not store it.
                 best_fn=lambda metrics: metrics.get(config.checkpoint.best_metric, math.nan),
                 preservation_policy=_Keep(config.checkpoint),
-                # A directory that a kill left half deleted would look complete, so it is renamed first.
+                # A checkpoint that a kill left half deleted could look complete, so it is moved away first.
                 todelete_subdir=DELETED))
       self._claim = claim.pop_all()
 
   def _clear_partial(self) -> None:
-    """Says which half-written checkpoints a killed run left, and puts them where no one looks."""
+    """Reports the half-written checkpoints that a killed run left, and deletes them, or renames those that look copied."""
     for path in run_directory.scan(self.model_dir)[1]:
       print(f'Ignoring a half-written checkpoint, left by a run that was stopped: {path}', file=sys.stderr, flush=True)
       if path.name.isdigit():  # copied in part, perhaps by hand: kept, under another name
@@ -115,8 +122,8 @@ class Manager:
     Args:
       step: updates done.
       state: tree of arrays.
-      metrics: by name, for CheckpointConfig.keep_best and for who reads the checkpoint.
-      axes: logical axes of the state (Step.axes), by which stacks of layers are cut into chunks. None: it has none.
+      metrics: by name, for CheckpointConfig.keep_best and for readers of the checkpoint.
+      axes: logical axes of the state (Step.axes), by which stacks of layers are cut into chunks. None: it has no stacks.
 
     Raises:
       CheckpointError: the previous save failed, or this one failed at once.
@@ -135,7 +142,7 @@ class Manager:
 
   @contextlib.contextmanager
   def _one_error(self) -> Iterator[None]:
-    """Turns any failure of a save into one message, and frees what the save had written."""
+    """Turns any failure of a save into one message, and deletes what the save had written."""
     try:
       with arrays.quiet_orbax():
         yield
@@ -161,7 +168,7 @@ class Manager:
     self._purge()
 
   def close(self) -> None:
-    """Waits, and releases the threads. Raises CheckpointError if the last save failed and that was not raised yet."""
+    """Waits, and releases the threads. Raises CheckpointError if the last save failed and this has not been raised yet."""
     try:
       if not self._failed:
         self.wait()
@@ -179,27 +186,21 @@ class Manager:
     except CheckpointError as own:
       if error is None:
         raise
-      print(own, file=sys.stderr, flush=True)  # beside the error that is on its way, not instead of it
+      print(own, file=sys.stderr, flush=True)  # in addition to the error on its way, not instead of it
 
   def restore(self, abstract_state: Any, step: int | None = None) -> Any:
     """The state of a checkpoint, bit for bit, on the given shardings.
 
     Args:
       abstract_state: tree of jax.ShapeDtypeStruct with shardings, such as Step.abstract_state.
-      step: default: the last.
+      step: the step of the checkpoint; by default the last.
 
     Raises:
-      CheckpointError: no such checkpoint, it is damaged, or a tensor is missing, left over, or of another shape or dtype.
+      CheckpointError: the checkpoint does not exist or is damaged, or a tensor is missing, left over, or of another shape or
+        dtype.
     """
     step = run_directory.choose(self.model_dir, step)
     path = self.model_dir / 'checkpoints' / str(step) / 'state'
     hint = 'It was written with another model or optimizer: set ModelConfig and OptimizerConfig as they were.'
     arrays.compare(arrays.stored(path), trees.named(abstract_state), path, hint, dtypes=True)
     return arrays.read(path, abstract_state)
-
-
-def _wait_for_all(name: str) -> None:
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(f't5x_cpm.checkpoint.{name}')

@@ -92,7 +92,7 @@ def describe(config: Config, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
-  """What a complete checkpoint says of itself.
+  """The metadata of a complete checkpoint.
 
   Raises:
     CheckpointError: it is damaged, or a later version of t5x_cpm wrote it in another format.
@@ -124,7 +124,7 @@ def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
 
 @contextlib.contextmanager
 def claim(path: epath.Path) -> Iterator[None]:
-  """Creates a model_dir and keeps other runs out of it. The system frees it when the process ends, however it ends.
+  """Creates a model_dir and keeps other runs out of it. The system lifts the claim when the process ends, however it ends.
 
   Raises:
     CheckpointError: it cannot be written, holds something that is not a run, or another process trains in it.
@@ -153,6 +153,11 @@ def claim(path: epath.Path) -> Iterator[None]:
     yield
 
 
+def _short(value: Any) -> str:
+  text = value if value == '(nothing)' else json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= 100 else text[:97] + '...'
+
+
 def info_differences(saved: Any, given: Any, name: str = '') -> list[str]:
   """Lines 'data.rates.zh: 1.0 in the checkpoint, 2.0 now' for what differs between two JSON trees."""
   if isinstance(saved, Mapping) and isinstance(given, Mapping):
@@ -163,16 +168,11 @@ def info_differences(saved: Any, given: Any, name: str = '') -> list[str]:
   return [] if saved == given else [f'{name}: {_short(saved)} in the checkpoint, {_short(given)} now']
 
 
-def _short(value: Any) -> str:
-  text = value if value == '(nothing)' else json.dumps(value, ensure_ascii=False)
-  return text if len(text) <= 100 else text[:97] + '...'
-
-
 def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any]) -> None:
   """Compares a configuration and `info` with those of the last checkpoint, if there is one.
 
   Raises:
-    CheckpointError: with every identity field and every entry of info that differs.
+    CheckpointError: lists every identity field and every entry of info that differs.
   """
   steps, _ = scan(model_dir)
   if not steps:

@@ -21,16 +21,16 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
 
   Args:
     config: model, mesh, task lengths and batch sizes.
-    topology: the slice, as in 'v5p:4x4x4'; of TPU slices there are MeshConfig.slices.
+    topology: the slice, as in 'v5p:4x4x4'; MeshConfig.slices says how many TPU slices there are.
     step: 'train', 'encode' or 'decode'.
     search: choose mesh, sharding, rematerialisation and microbatches, and write them beside `output` as a gin file.
     output: JSON file to write the plan to.
 
   Returns:
-    The plan as a dict, the same that the file holds.
+    The plan as a dict, the same as in the file.
 
   Raises:
-    ConfigError: the slice or step is unknown, libtpu is missing, or the mesh cannot split the model.
+    ConfigError: the slice or step is unknown, its compiler is missing, or the mesh cannot split the model.
   """
   from t5x_cpm.compile import plan, report, slices
   from t5x_cpm.compile import search as search_lib
@@ -39,7 +39,7 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
     raise ConfigError(f'--step={step}: expected one of {", ".join(plan.STEPS)}.{did_you_mean(step, plan.STEPS)}')
   slice_ = slices.parse(topology, config.mesh.slices)
   path = pathlib.Path(output)
-  if output:  # told now, not after minutes
+  if output:  # checked now rather than after minutes
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK) or path.is_dir():
       raise ConfigError(f'--output={output} cannot be written: expected a file in a folder that can.')

@@ -26,24 +26,24 @@ COMPUTE = 2  # activations, and the weights that products read, are bfloat16
 MOMENTS = 8  # AdamW keeps two float32 moments for each parameter
 
 # Memory of a training step.
-SUMMED_GRADIENTS = 2  # with microbatches, the sum so far and the gradients of the one at work
+SUMMED_GRADIENTS = 2  # with microbatches, the sum so far and the gradients of the current one
 KEPT_HEADS = 4  # arrays as wide as all heads that a layer keeps for its backward pass: query, key, value, their weighted sum
 KEPT_HIDDEN = 2  # arrays as wide as d_ff that it keeps: the two products of a gated feed-forward network
 KEPT_MODEL = 2  # arrays as wide as d_model that it keeps: the outputs of attention and of the feed-forward network
 WIDE = 3 * 4  # bytes for each attention score and each logit: float32, its exponential, its gradient
-WORKING = 5 * COMPUTE  # bytes for each number as wide as d_model or d_ff in the layer that is at work: five arrays
-GATHERED = 2 * COMPUTE  # bytes for each parameter of the layer at work, if it is gathered for that: itself and its gradient
+WORKING = 5 * COMPUTE  # bytes for each number as wide as d_model or d_ff in the current layer: five arrays
+GATHERED = 2 * COMPUTE  # bytes for each parameter of the current layer, if it is gathered for it: itself and its gradient
 
 # Arithmetic of a training step, in terms of what the model needs.
 AGAIN_FULL = 4 / 3  # remat 'full' repeats the forward pass, which is a third of a step
-AGAIN_DOTS = 1.05  # 'dots' repeats all but the products with weights; what counts of that is attention's own products
+AGAIN_DOTS = 1.05  # 'dots' repeats all but the products with weights; of that, only attention's own products matter
 
-# Passes through the layers in which their activations travel: forward and backward, and forward again with remat 'full'.
+# Passes through the layers that send activations: forward and backward, and forward again with remat 'full'.
 PASSES, PASSES_AGAIN = 2, 3
 ENCODER_SUMS, DECODER_SUMS = 2, 3  # sublayers of a layer, whose outputs are sums over the axis `model`
 RING = 2  # bytes that a chip sends for each byte that a ring sums up: once to add, once to hand round
 THERE_AND_BACK = 2  # a routed token goes to its expert, and its result comes back
-HOST_TRIPS = 2  # what the memory of the hosts keeps comes to the chip for the update, and goes back
+HOST_TRIPS = 2  # what is kept in host memory goes to the chip for the update, and back
 
 # Bytes that a chip sends for each parameter in a step.
 SENT_FULL = 3 * COMPUTE  # sharding 'full', for each microbatch: gathered forward and backward, then its gradient scattered
@@ -84,9 +84,9 @@ def sizes(model: ModelConfig) -> Sizes:
 
 
 class Held(NamedTuple):
-  """How many parameters one chip has a part in."""
+  """How many parameters one chip holds."""
 
-  local: float  # to compute with: split over `model` and `expert` alone
+  local: float  # to compute with: split only over `model` and `expert`
   weights: float  # stored, as MeshConfig.sharding splits parameters
   moments: float  # stored, as it splits the optimizer's state
 
@@ -106,31 +106,31 @@ def _held(sizes: Sizes, mesh: MeshConfig) -> Held:
   return Held(*(_split(sizes, mesh, rules) for rules in (mesh_lib.RULES, param_rules, optimizer_rules)))
 
 
-# The links of a slice, for groups of which only the size is known. `Slice` has the same for chips whose places are known.
+# The links of a slice, for groups of which only the size is known. `Slice` does the same for chips whose places are known.
 
 
 def _spanned(slice_: Slice, size: int) -> int:
-  """How many dimensions of the torus a group of `size` chips is thought to span."""
+  """How many dimensions of the torus a group of `size` chips is assumed to span."""
   chips = slice_.count // slice_.slices
   return max(1, round(len(slice_.shape) * math.log(size) / math.log(chips))) if size > 1 and chips > 1 else 1
 
 
 def _rate(slice_: Slice, size: int) -> float:
-  """Bytes a second that a chip can send within a group of `size` chips."""
+  """Bytes per second that a chip can send within a group of `size` chips."""
   if slice_.chip.platform == 'cuda':
     return slice_.chip.link_rate if size <= slice_.shape[1] else slice_.chip.network_rate
   return _spanned(slice_, size) * slice_.chip.link_rate * (2 if all(slice_.rings) else 1)
 
 
 def _exchange_seconds(slice_: Slice, size: int) -> float:
-  """Seconds of an all-to-all for each byte that a chip holds, as in Slice, for a group as long in every dimension."""
+  """Seconds of an all-to-all for each byte that a chip holds, as in `Slice`, if the group is as long in every dimension."""
   if slice_.chip.platform == 'cuda' or size == 1:
     return (size - 1) / size / _rate(slice_, size)
   spanned = _spanned(slice_, size)
   return size ** (1 / spanned) / 4 * spanned / _rate(slice_, size)
 
 
-# What both training and inference have.
+# Shared by training and inference.
 
 
 def _layers(model: ModelConfig) -> tuple[int, int]:
@@ -143,12 +143,12 @@ def _tokens_in_layers(model: ModelConfig, tokens: tuple[float, float]) -> float:
 
 
 def _travel_seconds(config: Config, slice_: Slice, tokens: tuple[float, float]) -> float:
-  """Seconds in which activations of one pass travel: they are summed over `model`, and routed tokens sent over `expert`.
+  """Seconds that the activations of one pass travel: they are summed over `model`, and routed tokens are sent over `expert`.
 
   Args:
-    config: complete.
-    slice_: to run on.
-    tokens: of a chip, in the encoder and in the decoder.
+    config: the whole configuration.
+    slice_: the chips to run on.
+    tokens: tokens per chip, in the encoder and in the decoder.
   """
   mesh, model = config.mesh, config.model
   encoder_layers, decoder_layers = _layers(model)
@@ -191,7 +191,7 @@ def _training_bytes(config: Config, held: Held) -> float:
 
 
 def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
-  """Seconds of a training step that keeps nothing in the memory of the hosts."""
+  """Seconds of a training step that keeps nothing in host memory."""
   mesh, model, chip, count = config.mesh, config.model, slice_.chip, config.train.microbatches
   B, S, T, rows = config.train.batch_size, config.task.encoder_length, config.task.decoder_length, _rows_at_a_time(config)
   tokens, full = (rows * S, rows * T), model.remat == 'full'
@@ -201,7 +201,7 @@ def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
   sent_each = {'none': SENT_NONE, 'optimizer': SENT_OPTIMIZER, 'full': count * SENT_FULL}[mesh.sharding]
   sent = sent_each * held.local / _rate(slice_, replicas)
   sent += count * (PASSES_AGAIN if full else PASSES) * _travel_seconds(config, slice_, tokens)
-  # Between slices go gradients that each slice has summed up, and with 'full' the gathered weights: of both a chip its part.
+  # Between slices travel gradients that each slice has summed up and, with 'full', gathered weights; each chip sends its part.
   between = (count * SENT_FULL if mesh.sharding == 'full' else SENT_NONE) * held.local / (replicas // slice_.slices)
   sent += (slice_.slices - 1) / slice_.slices * between / chip.network_rate
 
@@ -212,11 +212,11 @@ def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
 
 
 def _training(config: Config, slice_: Slice, held: Held) -> Estimate:
-  """A training step; what does not fit goes to the memory of the hosts, where that is possible and enough."""
+  """Estimates a training step; what does not fit goes to host memory, where that is possible and sufficient."""
   needed, seconds = _training_bytes(config, held), _training_seconds(config, slice_, held)
   room, moments = ROOM * slice_.chip.hbm, MOMENTS * held.moments
   missing = needed - room
-  # Moments go first, whole. A weight that goes leaves a bfloat16 copy of half its size behind, so twice as much must go.
+  # All moments move first. A weight that moves leaves a bfloat16 copy of half its size behind, so twice as much must move.
   away = missing + max(missing - moments, 0)
   if missing <= 0 or away >= moments + WEIGHT * held.weights or config.optimizer.name != 'adamw':
     return Estimate(config, needed, seconds)
@@ -229,7 +229,7 @@ def _training(config: Config, slice_: Slice, held: Held) -> Estimate:
 
 
 def _inference(config: Config, slice_: Slice, step: str, held: Held) -> Estimate:
-  """The step 'encode', of whole rows, or 'decode', of one token for each row."""
+  """Estimates the step 'encode', of whole rows, or 'decode', of one token for each row."""
   mesh, model, chip = config.mesh, config.model, slice_.chip
   B, S, T = config.infer.batch_size, config.task.encoder_length, config.task.decoder_length
   rows = B / (mesh.data * mesh.expert)
@@ -249,13 +249,13 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes) -> Estimate
   """Memory and time of a step, from sizes alone.
 
   Args:
-    config: complete.
-    slice_: to run on.
+    config: the whole configuration.
+    slice_: the chips to run on.
     step: 'train', 'encode' or 'decode'.
-    sizes: of the model's parameters, from `sizes`.
+    sizes: those of the model's parameters, from `sizes`.
 
   Returns:
-    The estimate; its configuration has MeshConfig.host_gib set where a training step fits by that alone.
+    The estimate; its configuration has MeshConfig.host_gib set where a training step fits only with it.
   """
   held = _held(sizes, config.mesh)
   return _training(config, slice_, held) if step == 'train' else _inference(config, slice_, step, held)

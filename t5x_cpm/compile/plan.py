@@ -1,7 +1,7 @@
 """Compiles a step for a slice and says what that shows: bytes of a chip, collectives, and a bound on the time of a step.
 
-The bound is a roofline: as if arithmetic, memory, interconnect and host transfers overlapped perfectly, and each ran at its
-full rate.
+The bound is a roofline: it assumes that arithmetic, memory, interconnect and host transfers overlap perfectly, and that each
+runs at its full rate.
 """
 
 import collections
@@ -43,12 +43,12 @@ class Plan:
   argument_bytes: float  # parameters, optimizer state, batch, cache
   temporary_bytes: float
   host_bytes: float
-  tokens: float  # that a step computes if no slot is padding; for `decode` one of each row
+  tokens: float  # that a step computes if no slot is padding; for `decode`, one for each row
   parameters: int
   active_parameters: int
   model_flops: float  # arithmetic that the model needs, all chips together
-  six_nd: float  # 6 ND summed over both stacks, N parameters that a token passes, D tokens: no products within attention
-  executed_flops: float  # arithmetic of the program, with what it computes again
+  six_nd: float  # 6 ND summed over both stacks, N parameters that a token passes, D tokens; without products within attention
+  executed_flops: float  # arithmetic of the program, including what it computes again
   hbm_bytes: float  # read from and written to the memory of a chip
   collectives: dict[str, dict[str, float]]  # kind -> times, bytes that a chip sends, seconds
   seconds: dict[str, float]  # of the terms 'compute', 'memory', 'interconnect' and 'host'
@@ -64,7 +64,7 @@ class Plan:
     return self.seconds[self.bound]
 
   def mfu(self, slice_: Slice) -> float:
-    """Model FLOP/s utilisation at best: which share of the slice's peak the model's own arithmetic reaches."""
+    """The best possible model FLOP/s utilisation: the share of the slice's peak that the model's own arithmetic reaches."""
     return self.model_flops / (slice_.count * slice_.chip.flops * self.step_seconds)
 
 
@@ -81,12 +81,12 @@ def _size(text: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler says of a step, in bytes of one chip. Of a step that is too large it gives no sizes: they are 0."""
+  """What the compiler says about a step, in bytes of one chip. It gives no sizes for a step that is too large: they are 0."""
 
   missing: float  # by which the step is too large; 0 if the compiler accepts it
   arguments: float = 0.0
   temporaries: float = 0.0
-  host: float = 0.0  # of the arguments, what lies in the memory of the host
+  host: float = 0.0  # arguments that lie in the memory of the host
   text: program.Program | None = None
 
 
@@ -131,18 +131,18 @@ def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
   passed = {'encoder': 0.0, 'decoder': 0.0}
   for leaf in jax.tree.leaves(model.leaves()):
     if leaf.axes[:1] == ('vocab',) and not model.config.tie_embeddings:
-      continue  # the embedding is looked up; only where it is the head as well it is multiplied
+      continue  # the embedding is only looked up, unless it is also the head
     passed[leaf.stack or 'decoder'] += model.share(leaf) * leaf.size  # the head belongs to no stack, and decoder tokens pass it
   return passed['encoder'], passed['decoder']
 
 
 def _seconds_of(one: program.Collective, coordinates: Any, slice_: Slice) -> float:
-  """Seconds of all runs of one collective of the program, over the links that its group spans.
+  """Seconds that all runs of one collective of the program take, over the links that its group spans.
 
   Args:
     one: the collective.
     coordinates: of every device of the mesh [n, dimensions].
-    slice_: that the devices are of.
+    slice_: the slice of these devices.
   """
   sent = one.times * one.sent
   if one.kind == 'between slices':
@@ -151,18 +151,18 @@ def _seconds_of(one: program.Collective, coordinates: Any, slice_: Slice) -> flo
   if one.kind == 'collective-permute':  # to a neighbour, over one link
     return sent / min(slice_.chip.link_rate, slice_.rate(group))
   if one.kind.endswith('all-to-all') and len(one.group) > 1:  # passed on from chip to chip
-    held = sent * len(one.group) / (len(one.group) - 1)  # what is sent leaves out the part that stays
+    held = sent * len(one.group) / (len(one.group) - 1)  # `sent` leaves out the part that stays
     return held * slice_.exchange_seconds(group)
   return sent / slice_.rate(group)
 
 
 def collectives_by_kind(found: list[program.Collective], mesh: Any, slice_: Slice) -> dict[str, dict[str, float]]:
-  """How often collectives of each kind run, and the bytes and seconds that each chip sends for them.
+  """How often collectives of each kind run, how many bytes each chip sends for them, and how many seconds that takes.
 
   Args:
     found: the collectives of a program.
-    mesh: that it was compiled for; groups index its devices.
-    slice_: that the devices are of.
+    mesh: the mesh that it was compiled for; groups index its devices.
+    slice_: the slice of these devices.
   """
   coordinates = slice_.coordinates(mesh.devices.ravel())
   neighbours: dict[tuple[int, ...], float] = collections.defaultdict(float)
@@ -179,15 +179,15 @@ def collectives_by_kind(found: list[program.Collective], mesh: Any, slice_: Slic
 
 
 def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
-  """Compiles a step for a slice. Needs libtpu and no TPU; takes minutes for models of billions.
+  """Compiles a step for a slice. Needs the compiler of its platform but no chip; takes minutes for billions of parameters.
 
   Args:
     config: model, mesh, lengths and batch sizes; InferConfig.batch_size for inference.
-    slice_: to compile for.
+    slice_: the chips to compile for.
     step: 'train', or 'encode', or 'decode' for one token of each row.
 
   Raises:
-    ConfigError: libtpu is missing, the slice is unknown, or the mesh cannot split the model and the batch.
+    ConfigError: the compiler is missing, the slice is unknown, or the mesh cannot split the model and the batch.
   """
   started, chip = time.monotonic(), slice_.chip
   with backend.compiling_for(chip.platform):

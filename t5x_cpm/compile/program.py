@@ -1,7 +1,7 @@
 """What a compiled program does: bytes that each chip sends to others, and bytes that it reads and writes in its own memory.
 
-Both are read from the compiler's text (XLA's HLO), because its own cost analysis counts the body of a loop once, and here it
-counts as often as it runs.
+Both are read from the compiler's text (XLA's HLO). XLA's own cost analysis counts the body of a loop once; here it counts as
+often as it runs.
 """
 
 import collections
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-# Of one element of an array.
+# Bytes of one element, by XLA's name of its type.
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
          's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
-# Instructions that move nothing themselves: names for values, and calls of bodies that are counted.
+# Instructions that move nothing themselves: names for values, and calls of bodies, which are counted where they are walked.
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
         'partition-id', 'replica-id', 'async-start', 'async-update', 'async-done', 'opt-barrier', 'optimization-barrier'}
-READ_A_PART = {'dynamic-slice', 'slice', 'gather'}  # of their first operand
+READ_A_PART = {'dynamic-slice', 'slice', 'gather'}  # only a part of their first operand
 # replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
 MESH_GROUPS = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
@@ -80,7 +80,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _bytes(shape: str, *, hbm_only: bool = False) -> float:
-  """Bytes of an array or a tuple of arrays, `hbm_only` without those in other memories: 1 is the scratchpad, 5 the host."""
+  """Bytes of an array or a tuple of arrays, `hbm_only` leaves out other memories: 1 is the scratchpad, 5 the host."""
   total = 0.0
   for dtype, sizes, layout in SHAPE.findall(shape):
     if dtype in BYTES and not (hbm_only and re.search(r'S\([1-9]\)', layout)):
@@ -134,12 +134,12 @@ class Program:
     self.types = {name: {i.name: i.type for i in body} for name, body in self.bodies.items()}
 
   def _trips(self, condition: str) -> int:
-    """How often a loop runs, whose counter starts at 0 and is compared with a constant."""
+    """How often a loop runs whose counter starts at 0 and is compared with a constant."""
     constants = [i.arguments for i in self.bodies[condition] if i.opcode == 'constant']
     return max((int(constant) for constant in constants if constant.isdigit()), default=1)
 
   def _walk(self, name: str, times: int, fused: bool) -> Iterator[tuple[str, Instruction, int, bool]]:
-    """Every instruction of a body and of those it calls: name of the body, instruction, how often, whether in a fusion."""
+    """Every instruction of a body and of those it calls: its body, itself, how often it runs, whether it is in a fusion."""
     for i in self.bodies.get(name, ()):
       yield name, i, times, fused
       if i.opcode == 'while':
@@ -160,8 +160,8 @@ class Program:
   def collectives(self, slices: int = 1) -> list[Collective]:
     """All collectives of the program, each with how often it runs.
 
-    What goes from slice to slice leaves through the hosts: the program sends each chip's part of what its slice has summed up.
-    It has the kind 'between slices', and no group.
+    What goes from slice to slice leaves through the hosts: each chip sends its part of what its slice has summed up. Such a
+    collective has the kind 'between slices', and no group.
 
     Args:
       slices: how many TPU slices the program is for.
@@ -216,7 +216,7 @@ class Program:
         size = 0.0
       read += size
     inside = {inner.name: inner.type for inner in body}
-    if written_into:  # the result shares its memory, so that only the updates are written
+    if written_into:  # the result shares the operand's memory, so that only the updates are written
       return read + sum(_bytes(inside.get(use.operands[1], '')) for use in written_into)
     return read + _bytes(i.type, hbm_only=True)
 
@@ -224,7 +224,7 @@ class Program:
 def arithmetic(jaxpr: Any) -> float:
   """Floating-point operations of all products of a traced program, on all devices together; loops count as often as they run.
 
-  A ragged product, of runs of rows with a matrix each, counts with all of its rows, even those that belong to no expert.
+  A ragged product, of runs of rows with a matrix each, counts all of its rows, even those that belong to no expert.
   """
   total = 0.0
   for equation in jaxpr.eqns:

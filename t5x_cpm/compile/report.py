@@ -26,7 +26,7 @@ def _smaller(plan: Plan, config: Config) -> list[str]:
 
 
 def _faster(plan: Plan, config: Config) -> list[str]:
-  """What makes a training step faster that is not bound by its arithmetic, most effective first."""
+  """What speeds up a training step that is not bound by its arithmetic, most effective first."""
   lines = []
   if plan.bound == 'interconnect':
     if config.train.microbatches > 1:
@@ -38,7 +38,7 @@ def _faster(plan: Plan, config: Config) -> list[str]:
 
 
 def advice(plan: Plan, config: Config) -> list[str]:
-  """What to change, most effective first, when a step does not fit or is bound by other than compute."""
+  """What to change, most effective first, when a step does not fit or is bound by something other than compute."""
   if not plan.fits:
     return _smaller(plan, config)
   return _faster(plan, config) if plan.step == 'train' else []

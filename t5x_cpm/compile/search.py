@@ -26,7 +26,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def candidates(config: Config, slice_: Slice, step: str) -> Iterator[Config]:
-  """Every configuration that divides model, batch and slice."""
+  """Every configuration whose mesh divides the model, the batch and the slice."""
   chips, model = slice_.count, config.model
   width = math.gcd(model.num_heads, model.d_ff, model.vocab_size)
   batch = config.train.batch_size if step == 'train' else config.infer.batch_size
@@ -56,7 +56,7 @@ def ranked(config: Config, slice_: Slice, step: str) -> list[Estimate]:
     batch = 'TrainConfig.batch_size' if step == 'train' else 'InferConfig.batch_size'
     raise ConfigError(f'no mesh of the {slice_.count} chips of {slice_.name} divides the model and the batch: change {batch}.')
   fitting = [one for one in found if one.bytes <= estimate.ROOM * slice_.chip.hbm]
-  # Of equals, fewer microbatches and less recomputation leave more room for what the estimate does not see.
+  # Of equally fast ones the smallest comes first: it leaves the most room for what the estimate does not see.
   return sorted(fitting, key=lambda one: (one.seconds, one.bytes)) or sorted(found, key=lambda one: one.bytes)
 
 
@@ -86,12 +86,12 @@ def _attempt(config: Config, slice_: Slice, step: str, estimated: str = '') -> l
 
 
 def _winner(plans: list[Found]) -> Found:
-  """The fastest plan that fits, or the one that comes nearest."""
+  """The fastest plan that fits, or the one that comes closest to fitting."""
   return min(plans, key=lambda pair: (not pair[1].fits, pair[1].missing_bytes, pair[1].step_seconds))
 
 
 def _different_meshes(order: list[Estimate], slice_: Slice, step: str) -> list[Found]:
-  """Compiles the first estimates that differ in their mesh; how many microbatches are best, the compiler says later."""
+  """Compiles the first estimates that differ in their mesh; how many microbatches are best is decided later."""
   plans: list[Found] = []
   seen: set[Any] = set()
   for one in order:
@@ -116,20 +116,20 @@ def _fewer_microbatches(plans: list[Found], slice_: Slice) -> Found:
 
 
 def best(config: Config, slice_: Slice, step: str) -> Found:
-  """Compiles the most promising candidates and returns the fastest that fits, or the one that comes nearest.
+  """Compiles the most promising candidates and returns the fastest that fits, or the one that comes closest.
 
   Args:
     config: model, task lengths and batch sizes.
-    slice_: to compile for.
+    slice_: the chips to compile for.
     step: 'train', 'encode' or 'decode'.
 
   Returns:
     The configuration with what the search has chosen (FIELDS), and its plan.
 
   Raises:
-    ConfigError: an unknown slice, a missing compiler, or nothing that divides model, batch and slice.
+    ConfigError: the slice is unknown, the compiler is missing, or nothing divides the model, the batch and the slice.
   """
-  slices.devices(slice_)  # an unknown slice, or a missing compiler, is told before the search
+  slices.devices(slice_)  # an unknown slice or a missing compiler is reported before the search
   order = ranked(config, slice_, step)
   print(f'{len(order)} candidates; compiling the best {min(TRIED, len(order))} by their estimates', flush=True)
   plans = _different_meshes(order, slice_, step)

@@ -1,6 +1,6 @@
 """Slices of chips, that is TPU slices and hosts with GPUs: how fast their chips reach each other, and their devices.
 
-The devices are descriptions that the compilers of TPUs and GPUs give; no chip is needed.
+The devices are descriptions from the compilers for TPUs and GPUs; no chip is needed.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Slice:
             for extent, size, ring in zip(extents, self.shape, self.rings, strict=True) if extent > 1]
 
   def rate(self, coordinates: Any) -> float:
-    """Bytes a second that a chip can send to the group of chips at these coordinates [n, dimensions], its own included.
+    """Bytes per second that a chip can send to the group of chips at these coordinates [n, dimensions], its own included.
 
     In a dimension that is a ring a chip sends over both of its links; a line has no way back, so only one of them helps.
     """
@@ -71,8 +71,8 @@ class Slice:
   def exchange_seconds(self, coordinates: Any) -> float:
     """Seconds of an all-to-all for each byte that every chip of a group holds, at these coordinates [n, dimensions].
 
-    Cut a dimension of n chips in the middle: half of what the one side holds must cross to the other, which is n / 4 for each
-    byte of a chip, over the one link of a line or the two of a ring. The dimensions work at the same time.
+    Cut a dimension of n chips in the middle: half of what one side holds must cross to the other, which is n / 4 bytes for each
+    byte that a chip holds, over the one link of a line or the two of a ring. All dimensions work at the same time.
     """
     if self.chip.platform == 'cuda':
       return (len(coordinates) - 1) / len(coordinates) / self.rate(coordinates)
@@ -86,10 +86,10 @@ class Slice:
 
 
 def parse(name: str, slices: int = 1) -> Slice:
-  """The slice of a name such as 'v5p:4x4x4' or 'h100:4x8', or `slices` of them (for GPUs the name alone counts).
+  """The slice of a name such as 'v5p:4x4x4' or 'h100:4x8', or `slices` of them (ignored for GPUs).
 
   Raises:
-    ConfigError: the chip is unknown or the shape is none of its shapes; the message says what is known.
+    ConfigError: the chip is unknown, or the shape does not suit it; the message says what is known.
   """
   kind, _, shape = name.partition(':')
   chip = TARGETS.get(kind)

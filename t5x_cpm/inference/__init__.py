@@ -19,10 +19,10 @@ def load(model_dir: Any, *, step: int | None = None, config: 'Config | None' = N
   """Loads a trained model.
 
   Args:
-    model_dir: of the run.
-    step: of the checkpoint; default the last.
-    config: says how to decode, with which lengths and on which mesh (all but MeshConfig.host_gib, which is for training
-      alone); default: as the run says, with all devices of this process along `data`.
+    model_dir: the run's directory.
+    step: the step of the checkpoint; by default the last.
+    config: says how to decode, with which lengths and on which mesh (without MeshConfig.host_gib, which is for training
+      alone); by default as the run says, with all devices of this process along `data`.
 
   Returns:
     An engine with `generate`, `score`, `choose`, `encode` and `stream`.

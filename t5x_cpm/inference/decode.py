@@ -22,8 +22,8 @@ Cache = Any
 Step = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 Take = Callable[[Cache, jax.Array], Cache]
 
-# Stands for "no hypothesis": low enough to lose against every real sum of log-probabilities, and finite, because
-# differences and quotients of it stay ordered.
+# Stands for "no hypothesis": low enough to lose against every real sum of log-probabilities, and finite, so that sums and
+# quotients with it stay ordered.
 _NONE = -1.0e9
 
 
@@ -67,7 +67,7 @@ class BeamState(NamedTuple):
 
 
 class Rule(Protocol):
-  """What the loops need of a rule."""
+  """What the loops need from a rule."""
 
   @property
   def width(self) -> int: ...
@@ -91,7 +91,7 @@ def _mask(logits_NV: jax.Array, allowed: jax.Array | None) -> jax.Array:
 def _largest(logits_NV: jax.Array) -> jax.Array:
   """argmax over the last axis, the first index among equals.
 
-  XLA vectorises these two plain reductions on CPU, but not the one over pairs (value, index) that `jnp.argmax` is.
+  XLA vectorises these two plain reductions on CPU, but not `jnp.argmax`, a reduction over pairs (value, index).
   """
   ids_V = jnp.arange(logits_NV.shape[-1], dtype=jnp.int32)
   return jnp.min(jnp.where(logits_NV == logits_NV.max(-1, keepdims=True), ids_V, ids_V.size - 1), axis=-1)
@@ -116,7 +116,7 @@ class Greedy:
 
     Args:
       stop_BE: int32, tokens that end a row; -1 fills the rows that have fewer of them.
-      seed: of rules that draw.
+      seed: for rules that draw random numbers.
       rows_B: int32, a number for each row on which its draws depend; default 0, 1, ...
       allowed: bool [V] or [B, V], the tokens that may be chosen; None allows all. Scores remain those of the model over its
         whole vocabulary.
@@ -176,7 +176,7 @@ def _keep(log_prob_NV: jax.Array, weight_NV: jax.Array, target: float) -> jax.Ar
 class Sample(Greedy):
   """A draw from softmax(logits / temperature), cut to the top_k most probable tokens, then to the fewest that reach top_p.
 
-  Every row draws with a key of its own, made of seed, row and step. So its result does not depend on the rest of the batch.
+  Every row draws with a key of its own, made of seed, row and step, so its result does not depend on the rest of the batch.
 
   Attributes:
     temperature: above 0.
@@ -211,10 +211,10 @@ class Beam:
   At every step the (1 + stop tokens) * K best continuations of the K open hypotheses are ranked by their sum of
   log-probabilities. Those among the first K that end in a stop token (at the last step: all of the first K) enter the pool
   with the score sum / length ** length_penalty, where length counts every generated token, the stop token included and the
-  decoder's start token not; the pool keeps the K best. The K best that do not end stay open. A row is done when its
-  pool is full and, with early_stopping, at once; without, as soon as the best open hypothesis, scored at its present length,
-  would not beat the worst one of the pool. Tokens and scores equal those of transformers 5.23 with the same
-  ``early_stopping`` and ``max_new_tokens``, except for ties, and for what fills the output after the stop token.
+  decoder's start token not; the pool keeps the K best. The K best that do not end stay open. Once its pool is full, a row is
+  done: with early_stopping at once, without it as soon as the best open hypothesis, scored at its present length, would not
+  beat the worst one of the pool. Tokens and scores equal those of transformers 5.23 with the same ``early_stopping`` and
+  ``max_new_tokens``, except for ties, and for what fills the output after the stop token.
 
   Attributes:
     width: K.
@@ -287,7 +287,7 @@ def make_rule(config: Any, pad_id: int) -> Greedy | Sample | Beam:
 
   Args:
     config: a `t5x_cpm.config.DecodeConfig`.
-    pad_id: fills outputs.
+    pad_id: what fills outputs after their stop token.
   """
   common = {'max_new_tokens': config.max_new_tokens, 'pad_id': pad_id}
   if config.rule == 'sample':

@@ -44,13 +44,13 @@ def round_up(length: int) -> int:
 
 
 class Engine:
-  """Generates, scores and encodes with one model. Knows neither where its parameters lie nor how it is computed.
+  """Generates, scores and encodes with one model. Knows neither where the model's parameters lie nor how it is computed.
 
   Attributes:
     program: the model, ready to run.
-    vocabulary: of the model.
-    config: of the run.
-    step: of the checkpoint.
+    vocabulary: the model's vocabulary.
+    config: the run's configuration.
+    step: the step of the checkpoint.
     codec: how texts become inputs, and what the model writes becomes a text.
   """
 
@@ -128,7 +128,7 @@ class Engine:
     request = self.codec.request(line)
     rule: decode.Rule = decode.make_rule(config, self.vocabulary.pad_id)
     program, rows = self.program, self.whole(1)
-    batch, prefix, stop, allowed = self._decode_inputs([request] * rows)  # equal rows, also where they are drawn
+    batch, prefix, stop, allowed = self._decode_inputs([request] * rows)  # equal rows, even where tokens are drawn
     cache = program.start(batch, prefix.shape[1] + rule.max_new_tokens - 1)
     states = decode.python_loop(
         program.step, cache, rule, jnp.asarray(prefix), jnp.asarray(stop), take=program.take, reorder=program.reorder,
@@ -153,16 +153,16 @@ class Engine:
   # What files and evaluation call.
 
   def whole(self, rows: int) -> int:
-    """A number of rows, rounded up to what the devices share evenly."""
+    """A number of rows, rounded up to one that the devices can share evenly."""
     return self.program.whole(rows)
 
   def read(self, model_dir: Any, step: int) -> None:
-    """Takes the parameters of another checkpoint of the run."""
+    """Loads the parameters of another checkpoint of the run."""
     self.program.read(model_dir, step)
     self.step = step
 
   def decode_config(self, **overrides: Any) -> DecodeConfig:
-    """The run's DecodeConfig with other values. Raises ConfigError for a name that is no field, or a value out of range."""
+    """The run's DecodeConfig with other values. Raises ConfigError for a name that is not a field, or a value out of range."""
     names = {field.name for field in dataclasses.fields(DecodeConfig)}
     for name in overrides:
       if name not in names:
@@ -197,7 +197,7 @@ class Engine:
     return result
 
   def score_ids(self, requests: Sequence[text.Request], targets: Sequence[Sequence[int]]) -> tuple[list[float], list[int]]:
-    """For targets that are encoded, the sum of the log-probabilities of each and how many tokens it has."""
+    """For each target, given as tokens: the sum of its log-probabilities, and how many tokens it has."""
     sums, counts = [], []
     for mine in self._batches(list(zip(requests, targets))):
       padded_requests, ids = zip(*self._padded(mine))
@@ -210,7 +210,7 @@ class Engine:
       counts += count[:len(mine)].tolist()
     return sums, counts
 
-  # How rows are made of requests, and answers of rows.
+  # From requests to rows, and from rows to answers.
 
   def _shown(self, request: text.Request, ids: Sequence[int]) -> str:
     hidden = self.vocabulary.sentinels[0] if request.blanks == 1 else None
@@ -222,12 +222,12 @@ class Engine:
       yield items[begin:begin + size]
 
   def _padded(self, items: list) -> list:
-    """Items, of which the last is repeated up to a power of two or the batch size, so that few shapes are compiled.
+    """Repeats the last item up to a power of two or the batch size, so that few shapes are compiled.
 
-    The number is rounded up to what the devices share evenly.
+    The number is rounded up to one that the devices can share evenly.
     """
     rows = self.whole(min(1 << (len(items) - 1).bit_length(), self.config.infer.batch_size))
-    return items + [items[-1]] * (rows - len(items))  # equal rows end together: they cost no step
+    return items + [items[-1]] * (rows - len(items))  # equal rows end together, so that they cost no step
 
   def _request_batch(self, requests: Sequence[text.Request]) -> dict[str, np.ndarray]:
     return self._encoder_batch([request.ids for request in requests], [request.row for request in requests])

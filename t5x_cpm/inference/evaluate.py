@@ -54,12 +54,12 @@ def task_config(config: Config, name: str) -> Config:
 
 
 def task_row(config: Config, name: str, otherwise: Mapping[str, int]) -> dict[str, int]:
-  """What the rows of a task carry beside tokens.
+  """What the rows of a task carry besides tokens.
 
   Args:
     config: names the task, or a mixture that it may be a task of.
-    name: of the task.
-    otherwise: the values where its place in the mixture does not decide.
+    name: the name of the task.
+    otherwise: the values to use where its place in the mixture does not decide.
   """
   if row_features.names(config) and name != config.task.name:
     with contextlib.suppress(ConfigError):  # what the run was trained on need not be known here
@@ -70,7 +70,7 @@ def task_row(config: Config, name: str, otherwise: Mapping[str, int]) -> dict[st
 
 
 def has_inputs(config: Config) -> bool:
-  """Whether a task has inputs of its own. Imports TensorFlow only for a task that needs it to be read, and is not cached."""
+  """Whether a task has inputs of its own. Imports TensorFlow only for a task that is not cached and needs it."""
   path = caches.directory(config)
   if caches.is_ready(path):
     return 'inputs' in cache_lib.components(path)[0][1].features
@@ -119,7 +119,7 @@ def evaluate_text(engine: engine_lib.Engine, config: Config, row: Mapping[str, i
   Args:
     engine: the model.
     config: names the task.
-    row: what rows carry beside tokens, where their task does not decide; default what the configuration says.
+    row: what rows carry besides tokens, where their task does not decide; by default what the configuration says.
   """
   objective = config.task.objective if config.task.objective != 'pairs' else 'isolated'
   rows, size = config.eval.max_examples, engine.whole(config.eval.batch_size)
@@ -168,7 +168,7 @@ def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Map
 
   from t5x_cpm.tasks import sources
 
-  tf.random.set_seed(0)  # for preprocessors that draw; a function as a source need not take a seed
+  tf.random.set_seed(0)  # for preprocessors that draw; a function data source need not take a seed
   seed = None if isinstance(task.source, seqio.FunctionDataSource) else 0
   limits = dataclasses.replace(config.infer, input_length=config.task.encoder_length, truncate=True)
   codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task), row)
@@ -195,7 +195,7 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers(values: Mapping[str, Any]) -> Metrics:
-  """Metrics as floats. SeqIO allows wrappers of its own around numbers; anything but a number has no place in a table."""
+  """Metrics as floats. SeqIO may wrap numbers in types of its own; anything but a number has no place in a table."""
   plain = {name: getattr(value, 'value', value) for name, value in values.items()}
   return {name: float(value) for name, value in plain.items() if isinstance(value, int | float | np.number)}
 
@@ -236,9 +236,9 @@ def evaluate_task(engine: engine_lib.Engine, config: Config, name: str,
 
   Args:
     engine: the model.
-    config: of the run, or of a mixture that the task may belong to.
-    name: of the task or mixture.
-    row: what rows carry beside tokens, where the mixture does not decide; default what the configuration says.
+    config: the configuration of the run, or of a mixture that the task may belong to.
+    name: the name of the task or mixture.
+    row: what rows carry besides tokens, where the mixture does not decide; by default what the configuration says.
 
   Raises:
     ConfigError: there is no such task, split or metric.
@@ -311,12 +311,12 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
   """Evaluates checkpoints on tasks, writes the results, and prints a table for each checkpoint.
 
   Args:
-    config: of the run, with EvalConfig and DecodeConfig as wanted.
-    model_dir: of the run.
-    names: of tasks or mixtures.
+    config: the run's configuration, with EvalConfig and DecodeConfig as wanted.
+    model_dir: the run's directory.
+    names: the names of tasks or mixtures.
 
   Returns:
-    By step, by task, the metrics.
+    step -> task -> metric -> value.
 
   Raises:
     ConfigError: there is no such checkpoint, task, split or metric.

@@ -54,7 +54,7 @@ def identity(path: pathlib.Path, run: run_directory.RunInfo, config: Config) -> 
   with path.open('rb') as file:
     content = hashlib.file_digest(file, 'sha256').hexdigest()
   infer = dataclasses.asdict(config.infer)
-  del infer['batch_size']  # changes speed alone
+  del infer['batch_size']  # changes only the speed
   about_run = json.dumps([config_lib.to_dict(run.config), run.info, run.metrics], sort_keys=True)
   return {
       'input': content, 'step': run.step, 'run': hashlib.sha256(about_run.encode()).hexdigest()[:16],
@@ -70,13 +70,13 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
     output: the file of answers.
     wanted: from `identity`.
     total: lines of the input.
-    batch_size: of the work that goes on.
+    batch_size: of the run that continues.
 
   Returns:
     How many lines are answered already.
 
   Raises:
-    ConfigError: the file is there and not made from the same (or nothing says from what), or cannot be written.
+    ConfigError: the file was made from something else (or nothing says from what), or it cannot be written.
   """
   note = output.with_name(output.name + '.run.json')
   remedy = 'Remove it, or give another --output.'
@@ -113,7 +113,7 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
 
 def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | None]], first: int, total: int,
                 out: TextIO, form: Callable[[dict[str, Any]], str]) -> dict[str, int]:
-  """Answers lines from number `first` (from 0) on, and writes one record for each in its form, batch by batch."""
+  """Answers lines from index `first` on, and writes a record for each, as `form` puts it, batch by batch."""
   counts = {'answered': 0, 'empty': 0, 'refused': 0}
   progress = Progress('infer', 'line', total, first)
   batch: list[tuple[Line, text.Request | None]] = []
@@ -148,7 +148,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   Returns:
     How many lines were answered, empty and refused.
   """
-  # What needs no JAX comes first, so that a mistake is told at once.
+  # What needs no JAX comes first, so that a mistake is reported at once.
   about = run_directory.read_run(model_dir, step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
   codec = text.Codec(vocabulary, config)
@@ -199,12 +199,12 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   """Answers a file, or what is typed.
 
   Args:
-    config: of the run, with the decoding and lengths to use.
-    model_dir: of the run.
+    config: the run's configuration, with the decoding and lengths to use.
+    model_dir: the run's directory.
     input_path: .txt with one input a line, or .jsonl; '-' is standard input, read to its end as a .txt, '-.jsonl' as a
       .jsonl; '' answers what is typed, or each line of a pipe as it comes.
     output_path: .jsonl to write, or .txt for the answers alone; '' prints the records.
-    step: of the checkpoint; default the last.
+    step: the step of the checkpoint; by default the last.
 
   Raises:
     ConfigError: no checkpoint, a bad input line (with its number), or an output that belongs to something else.

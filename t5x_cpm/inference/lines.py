@@ -1,4 +1,4 @@
-"""The input of `infer`: a line of a file is a text to answer, or what is wrong with it."""
+"""The input of `infer`: each line of a file is a text to answer, or else something is wrong with it."""
 
 import codecs
 import pathlib
@@ -41,7 +41,7 @@ def _from_json(number: int, line: str, field: str) -> Line:
 
 
 def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
-  """The inputs of a .txt file, one a line, or of a .jsonl file, in `field` of each object."""
+  """The inputs of a .txt file, one per line, or of a .jsonl file, in `field` of each object."""
   with path.open('rb') as file:
     for number, raw in enumerate(file, 1):
       if number == 1:
@@ -73,9 +73,9 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config)
   """Reads the whole input once, so that a bad line is found before hours of work.
 
   Args:
-    path: of the input.
-    name: of the input, for errors.
-    codec, config: of the run, with the lengths to use.
+    path: the input.
+    name: what errors call it.
+    codec, config: those of the run, with the lengths to use.
 
   Returns:
     The number of lines.

@@ -27,11 +27,11 @@ Measure = Callable[[jax.Array, Batch], Any]
 class Program(Protocol):
   """A model that is ready to run. Batches are dicts of arrays [B, ...], where B is a number that `whole` returns.
 
-  A cache is what `start` returns: leaves [L, B, ...] or [1, B, ...]. `step` and `reorder` use up the cache that they are given.
+  A cache is what `start` returns: leaves [L, B, ...] or [1, B, ...]. `step` and `reorder` consume the cache they are given.
   """
 
   def whole(self, rows: int) -> int:
-    """The number of rows, rounded up to what the devices share evenly."""
+    """The number of rows, rounded up to one that the devices can share evenly."""
     ...
 
   def start(self, batch: Batch, max_len: int) -> decode.Cache:
@@ -64,8 +64,20 @@ class Program(Protocol):
     ...
 
   def read(self, model_dir: Any, step: int) -> None:
-    """Takes the parameters of another checkpoint of the same run. Raises ConfigError where it cannot be read."""
+    """Loads the parameters of another checkpoint of the same run. Raises ConfigError where it cannot be read."""
     ...
+
+
+def _sharding(mesh: Any, *names: str | None) -> jax.sharding.NamedSharding:
+  return jax.sharding.NamedSharding(mesh, mesh_lib.spec(names))
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+  """The shapes of a tree, with shardings. A sharding in the place of a subtree applies to all of its leaves."""
+  def split(sharding: Any, part: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+  return jax.tree.map(split, shardings, tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +135,11 @@ class Functions:
     return self.params, _abstract(cache, mesh_lib.shardings(self.mesh, encoder_decoder.CACHE_AXES)), tokens, tokens
 
 
+def read_params(functions: Functions, model_dir: Any, step: int) -> Params:
+  """The parameters of a checkpoint, as the functions take them. Each device reads its own part."""
+  return functions.prepare(arrays.load_params(model_dir, step=step, into=functions.stored))
+
+
 class Resident:
   """The program whose parameters all lie on the devices of a mesh.
 
@@ -164,11 +181,6 @@ class Resident:
     self.params = read_params(self.functions, model_dir, step)
 
 
-def read_params(functions: Functions, model_dir: Any, step: int) -> Params:
-  """The parameters of a checkpoint, as the functions take them. Each device reads its own part."""
-  return functions.prepare(arrays.load_params(model_dir, step=step, into=functions.stored))
-
-
 def _generate(model: encoder_decoder.Model, params: Params, rule: decode.Rule, batch: Batch, prefix_BP: jax.Array,
               stop_BE: jax.Array, allowed: jax.Array | None, seed: jax.Array, rows_B: jax.Array | None) -> decode.Output:
   """The encoder and the whole decoding loop as one program."""
@@ -182,20 +194,8 @@ def _score(model: encoder_decoder.Model, params: Params, measure: Measure, batch
   return measure(model.apply(params, batch)[0], batch)
 
 
-def _sharding(mesh: Any, *names: str | None) -> jax.sharding.NamedSharding:
-  return jax.sharding.NamedSharding(mesh, mesh_lib.spec(names))
-
-
-def _abstract(tree: Any, shardings: Any) -> Any:
-  """The shapes of a tree with shardings. A sharding where the tree has a subtree is that of all its leaves."""
-  def split(sharding: Any, part: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
-
-  return jax.tree.map(split, shardings, tree)
-
-
 def _in_form_of(prepared: Params, shardings: Any) -> Any:
-  """The shardings of stacks of layers as those of prepared parameters, where a stack may be a tuple of its layers."""
+  """The shardings of stacks of layers in the form of prepared parameters, where a stack may be a tuple of its layers."""
   if isinstance(prepared, tuple):
     return tuple(_in_form_of(layer, shardings) for layer in prepared)
   if isinstance(prepared, dict):
@@ -223,7 +223,7 @@ def build(config: Config, mesh: Any) -> Functions:
   rows, cache = _sharding(mesh, 'batch'), mesh_lib.shardings(mesh, encoder_decoder.CACHE_AXES)
 
   def jit(fn: Callable[..., Any], given: tuple[Any, ...], result: Any, **options: Any) -> Callable[..., Any]:
-    """Compiles fn; a sharding of None is left to the compiler, so that what another program returned fits."""
+    """Compiles fn; a sharding of None is left to the compiler, so that whatever another program returned fits."""
     return jax.jit(mesh_lib.traced(mesh, fn), in_shardings=given, out_shardings=result, **options)
 
   return Functions(

@@ -34,7 +34,7 @@ def prompts(stdin: BinaryIO, is_terminal: bool) -> Iterator[Line]:
 
 
 def refuse(number: int, error: str, is_terminal: bool) -> None:
-  """Tells what is wrong with a line ('' for an empty one); a pipe gets an empty line, so that lines out match lines in."""
+  """Says what is wrong with a line ('' for an empty one); a pipe gets an empty line, so that output and input lines match."""
   if error:
     print(f'error: line {number}: {error}', file=sys.stderr, flush=True)
   if not is_terminal:
@@ -42,7 +42,7 @@ def refuse(number: int, error: str, is_terminal: bool) -> None:
 
 
 def interact(engine: 'Engine', stdin: BinaryIO, is_terminal: bool) -> None:
-  """Answers line by line, tokens as they come. A line with blanks is printed filled when it is complete."""
+  """Answers line by line, tokens as they come. A line with blanks is printed, filled in, once it is complete."""
   for line in prompts(stdin, is_terminal):
     if line.error or not line.text.strip():
       refuse(line.number, line.error, is_terminal)

@@ -18,7 +18,7 @@ def row_log_probs(logits_BTV: jax.Array, batch: dict[str, jax.Array]) -> tuple[j
   """The log-likelihood of each row's targets.
 
   Args:
-    logits_BTV: what the model says of the batch.
+    logits_BTV: the model's output for the batch.
     batch: from `teacher_forced`: decoder_target_tokens [B, T], and decoder_loss_weights [B, T], where 0 does not count.
 
   Returns:
@@ -46,7 +46,7 @@ def teacher_forced(batch: dict[str, np.ndarray], prefixes: Sequence[Sequence[int
   Args:
     batch: the encoder's features.
     prefixes: tokens that the decoder of each row reads before its targets, at least one. They are not counted.
-    targets: tokens of each row.
+    targets: the tokens of each row.
     length: slots, at least len(prefix) - 1 + len(target) of the longest row.
     fill: padding.
   """
@@ -61,6 +61,6 @@ def teacher_forced(batch: dict[str, np.ndarray], prefixes: Sequence[Sequence[int
 
 
 def best_choice(scores: Sequence[float], lengths: Sequence[int] | None = None) -> int:
-  """The index of the most likely choice; given the number of tokens of each, of that with the highest mean log-probability."""
+  """The index of the most likely choice; where `lengths` are given, of the one with the highest mean log-probability."""
   values = np.asarray(scores, np.float64)
   return int(np.argmax(values if lengths is None else values / np.maximum(np.asarray(lengths), 1)))

@@ -23,7 +23,7 @@ class Request(NamedTuple):
     ids: the tokens that the encoder reads.
     blanks: how many the answer must fill; 0 for a task of pairs, whose answer is one text.
     stop: tokens that end the answer.
-    row: what the row carries beside tokens, by the names of config.row_features.
+    row: what the row carries besides tokens, by the names of config.row_features.
     prefix: tokens that the decoder reads before it writes, at least one.
   """
 
@@ -35,12 +35,21 @@ class Request(NamedTuple):
   prefix: tuple[int, ...]
 
 
+def fill(text: str, texts: Sequence[str]) -> str:
+  """Puts texts in the places of the blanks of a text. Where two spaces meet at a seam, one is dropped."""
+  filled, *rest = text.split(BLANK)
+  for given, following in zip(texts, rest, strict=True):
+    for piece in (given, following):
+      filled += piece[1:] if filled.endswith(' ') and piece.startswith(' ') else piece
+  return filled
+
+
 class Codec:
-  """The form of inputs and answers for which an objective trains a model.
+  """The form of inputs and answers on which an objective trains a model.
 
   Attributes:
-    vocabulary: of the model.
-    row: what the row of a request carries beside tokens.
+    vocabulary: the model's vocabulary.
+    row: what the row of a request carries besides tokens.
     prefix: tokens that the decoder reads before it writes.
     end: tokens with which inputs and targets end.
     is_pairs: whether the model was trained on inputs and targets; else it fills blanks.
@@ -50,9 +59,9 @@ class Codec:
     """The codec of a run.
 
     Args:
-      vocabulary: of the model.
-      config: of the run; TaskConfig.objective, and input_length and truncate of InferConfig, are read.
-      row: what rows carry beside tokens; default what the configuration says.
+      vocabulary: the model's vocabulary.
+      config: the run's configuration; TaskConfig.objective, and input_length and truncate of InferConfig, are read.
+      row: what rows carry besides tokens; by default what the configuration says.
     """
     self.vocabulary, self.limits = vocabulary, config.infer
     self.row = row_features.defaults(config) if row is None else row
@@ -165,12 +174,3 @@ class Codec:
     """Generated tokens without the stop token and what follows it."""
     ends = [i for i, token in enumerate(ids) if token in request.stop]
     return [int(token) for token in ids[:ends[0] if ends else len(ids)]]
-
-
-def fill(text: str, texts: Sequence[str]) -> str:
-  """Puts texts in the places of the blanks of a text. Where two spaces meet at a seam, one of them goes."""
-  filled, *rest = text.split(BLANK)
-  for given, following in zip(texts, rest, strict=True):
-    for piece in (given, following):
-      filled += piece[1:] if filled.endswith(' ') and piece.startswith(' ') else piece
-  return filled

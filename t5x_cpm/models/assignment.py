@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 MAX_ROUNDS = 40
-STEP = 0.5  # of the way to the price that would clear one expert alone: all move at once, and the full way overshoots
+STEP = 0.5  # of the way to the price that would clear one expert alone: all prices move at once, so the full way overshoots
 BISECTIONS = 14  # to find that price
 
 
@@ -30,7 +30,7 @@ def balanced(scores_TE: jax.Array, valid_T: jax.Array) -> tuple[jax.Array, jax.A
 
   Args:
     scores_TE: of token t at expert e; what is not finite counts as the least score (as in the released CPM-2 code).
-    valid_T: bool; the others are assigned to nobody.
+    valid_T: bool; the others are assigned to no expert.
 
   Returns:
     The expert of each token [T] int32, E where it is not valid, and the number of rounds. The sum of scores is within 0.5 %
@@ -67,7 +67,7 @@ def balanced(scores_TE: jax.Array, valid_T: jax.Array) -> tuple[jax.Array, jax.A
   prices_E, rounds, _ = jax.lax.while_loop(
       lambda carry: carry[2] & (carry[1] < MAX_ROUNDS), adjust, (jnp.zeros(E, dtype), jnp.int32(0), tokens > 0))
 
-  # An expert that too many want keeps those who lose most by going elsewhere.
+  # An expert that too many tokens want keeps those that lose most by going elsewhere.
   wants_TE, margin_TE = _wanted(scores_TE, prices_E, valid_T)
   rank_E = jnp.argsort(jnp.argsort(-wants_TE.sum(axis=0)))
   places_E = fair + (rank_E < more)

@@ -16,8 +16,8 @@ from t5x_cpm.mesh import shard
 from t5x_cpm.models.layers import at_least_float32, dropout, normal
 from t5x_cpm.models.products import dense, for_rows, scores, weighted_mean
 
-# Added to the score of a key that must not be seen. It is finite so that a row that sees nothing (padding) gives finite values;
-# nothing reads them.
+# Added to the score of a key that must not be seen. It is finite so that a row that sees nothing (padding) gives finite values,
+# which are never read.
 MASKED = -1e9
 
 Cache = dict[str, Any]
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     return y.reshape(*y.shape[:-1], self.num_heads, -1)
 
   def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, S, D] -> keys and values [B, H, S, K]: heads first, so that a decoding step reads its cache as it lies there."""
+    """[B, S, D] -> keys and values [B, H, S, K]: heads first, the order in which a decoding step reads its cache."""
     k_BSHK, v_BSHK = self._heads(x_BSD, self.key[...]), self._heads(x_BSD, self.value[...])
     return jnp.swapaxes(k_BSHK, 1, 2), jnp.swapaxes(v_BSHK, 1, 2)
 
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
     """Attends from x to the given keys and values.
 
     Args:
-      x_BTD: what asks.
+      x_BTD: the input of the queries.
       keys_and_values: [B, H, S, K] each.
       bias: of relative positions, [H, T, S] or [B, H, T, S]; None in cross-attention.
       mask: additive, broadcastable to [B, H, T, S].

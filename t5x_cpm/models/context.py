@@ -1,4 +1,4 @@
-"""What the layers of a stack see beside their own input."""
+"""What the layers of a stack see besides their own input."""
 
 import dataclasses
 from typing import Any
@@ -7,8 +7,8 @@ import jax
 
 from t5x_cpm.models.layers import dropout
 
-# Where random numbers are drawn, and the number that each place folds into the key of its layer. Two places share a number
-# where they never share a key: the last two draw from the key of the stack.
+# Where random numbers are drawn, and the number that each place folds into the key of its layer. Two places may share a number
+# because they never share a key: the last two draw from the key of the stack.
 SITES = {
     'self.weights': 0, 'self.output': 1, 'cross.weights': 2, 'cross.output': 3, 'mlp.output': 4, 'mlp.hidden': 5, 'router': 6,
     'stack.input': 0, 'stack.output': 1}
@@ -17,7 +17,7 @@ SITES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What every layer of a stack sees beside its own input: a pytree, so that jit takes it.
+  """What every layer of a stack sees besides its own input: a pytree, so that jit takes it.
 
   Attributes:
     self_bias: relative positions, [H, T, S] or [B, H, T, S]; at least float32.
@@ -27,12 +27,12 @@ class Context:
     positions: [B, T] of the tokens of a decoding step; None for whole sequences.
     ids: token ids [B, T], for routers.
     valid: [B, T], False at padding, which is never routed.
-    row: config.row_features: what rows carry beside tokens, by name, int32 [B].
+    row: config.row_features: what rows carry besides tokens, by name, int32 [B].
     key: of dropout and of random draws by routers; None: nothing is dropped or drawn.
     train: whether tokens are routed as in training: in groups, balanced, within a capacity. Otherwise no token depends on
       another row, and none is left behind.
     dropout_rate: of everything but the experts' hidden activations.
-    expert_dropout_rate: of these.
+    expert_dropout_rate: of the experts' hidden activations.
   """
 
   self_bias: jax.Array
@@ -49,7 +49,7 @@ class Context:
   expert_dropout_rate: float = dataclasses.field(default=0.0, metadata={'static': True})
 
   def at_layer(self, index: Any) -> 'Context':
-    """The context of one layer of the stack, by its index: its random numbers are its own."""
+    """The context of one layer of the stack, by its index, with random numbers of its own."""
     return self if self.key is None else dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
 
   def key_of(self, site: str) -> jax.Array | None:

@@ -19,11 +19,11 @@ from t5x_cpm.models.grouped import grouped_dot
 from t5x_cpm.models.layers import MLP, MLP_AXES, dropout, scramble
 from t5x_cpm.models.routing import Routing
 
-MODEL, EXPERT = mesh_lib.RULES['mlp'], mesh_lib.RULES['expert']  # the mesh axes that tokens meet here
+MODEL, EXPERT = mesh_lib.RULES['mlp'], mesh_lib.RULES['expert']  # the mesh axes that split the experts' weights
 
 
 def rows_together(rows: int, length: int, group_size: int) -> tuple[int, int]:
-  """How rows are divided into groups: (rows of a group, groups of a row). One of the two is 1."""
+  """How rows are divided into groups: (rows in a group, groups in a row). One of the two is 1."""
   if length <= group_size:
     return min(1 << (group_size // length).bit_length() - 1, rows & -rows), 1  # a power of two that divides the batch
   groups = next(groups for groups in range(-(-length // group_size), length + 1) if length % groups == 0)
@@ -60,6 +60,12 @@ def places_of(routing: Routing) -> tuple[jax.Array, jax.Array]:
   return place_GTK, (place_GTK < routing.capacity) & (routing.expert_GTK < routing.num_experts)
 
 
+def _each_expert(x_EGCI: jax.Array, kernel_EIO: jax.Array) -> jax.Array:
+  E, G, C, I = x_EGCI.shape
+  y = jnp.einsum('ENI,EIO->ENO', x_EGCI.reshape(E, G * C, I), kernel_EIO.astype(x_EGCI.dtype))
+  return y.reshape(E, G, C, -1)
+
+
 def einsum(
     mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
   """The sum of the experts' weighted outputs for each token [G, T, D]; 0 for a token that finds no place."""
@@ -73,12 +79,6 @@ def einsum(
   y_EGCD = mlp(x_EGCD, lambda hidden: dropout(hidden, rate, key), _each_expert)
   weighted_GTEC = jnp.einsum('GTKE,GTKC->GTEC', to_E * routing.weight_GTK[..., None].astype(dtype), to_C)
   return jnp.einsum('GTEC,EGCD->GTD', weighted_GTEC, shard(y_EGCD, 'expert', 'batch', None, 'embed'))
-
-
-def _each_expert(x_EGCI: jax.Array, kernel_EIO: jax.Array) -> jax.Array:
-  E, G, C, I = x_EGCI.shape
-  y = jnp.einsum('ENI,EIO->ENO', x_EGCI.reshape(E, G * C, I), kernel_EIO.astype(x_EGCI.dtype))
-  return y.reshape(E, G, C, -1)
 
 
 # Dropless.
@@ -101,9 +101,20 @@ def _inverse(order_A: jax.Array) -> jax.Array:
 
 
 def sort_by_expert(expert_A: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sorts rows by expert, with those that go nowhere last: the order [A], its inverse [A], and the rows of each expert [E]."""
+  """Sorts rows by expert, with those that go nowhere last: the order [A], its inverse [A], and the rows per expert [E]."""
   order_A = jnp.argsort(expert_A, stable=True)
   return order_A, _inverse(order_A), jnp.bincount(expert_A, length=num_experts + 1)[:num_experts]
+
+
+def _dropout_by_row(x_AF: jax.Array, rate: float, seed_A: jax.Array) -> jax.Array:
+  """Dropout from a seed for each row, so that a token loses the same numbers whichever device computes it."""
+  if rate == 0.0:
+    return x_AF
+  column_F = jnp.arange(x_AF.shape[1], dtype=jnp.uint32)
+  if MODEL in jax.sharding.get_abstract_mesh().manual_axes:  # this device holds some of the columns
+    column_F += jax.lax.axis_index(MODEL).astype(jnp.uint32) * np.uint32(x_AF.shape[1])
+  keep = scramble(seed_A[:, None] ^ scramble(column_F)) >= np.uint32(rate * 2**32)
+  return jnp.where(keep, x_AF / (1.0 - rate), jnp.zeros_like(x_AF))
 
 
 def _by_expert(
@@ -120,15 +131,34 @@ def _by_expert(
   return _permute(mlp(_permute(x_AD, order_A, inverse_A), drop, product), inverse_A, order_A)
 
 
-def _dropout_by_row(x_AF: jax.Array, rate: float, seed_A: jax.Array) -> jax.Array:
-  """Dropout that depends on a seed for each row, so that a token loses the same numbers on whatever device it is computed."""
-  if rate == 0.0:
-    return x_AF
-  column_F = jnp.arange(x_AF.shape[1], dtype=jnp.uint32)
-  if MODEL in jax.sharding.get_abstract_mesh().manual_axes:  # this device holds some of the columns
-    column_F += jax.lax.axis_index(MODEL).astype(jnp.uint32) * np.uint32(x_AF.shape[1])
-  keep = scramble(seed_A[:, None] ^ scramble(column_F)) >= np.uint32(rate * 2**32)
-  return jnp.where(keep, x_AF / (1.0 - rate), jnp.zeros_like(x_AF))
+def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, seed_NK: jax.Array, *, num_experts: int,
+           rate: float, shards: int) -> jax.Array:
+  """Computes the tokens of one device. The mesh axis `expert` has `shards` devices, which hold equally many experts."""
+  K, D = expert_NK.shape[1], u_ND.shape[1]
+  x_AD, expert_A, seed_A = jnp.repeat(u_ND, K, axis=0), expert_NK.reshape(-1), seed_NK.reshape(-1)
+  if shards == 1:
+    y_AD = _by_expert(mlp, x_AD, expert_A, seed_A, num_experts, rate)
+  else:
+    # A device has room for every choice of every other device, because how many will come is not known at compile time.
+    A, mine = expert_A.shape[0], num_experts // shards
+    owner_A = expert_A // mine  # a row that goes nowhere has the owner `shards`
+    hot_AP = jax.nn.one_hot(owner_A, shards, dtype=jnp.int32)
+    rank_A = jnp.sum((jnp.cumsum(hot_AP, axis=0) - hot_AP) * hot_AP, axis=1)
+    nowhere_A = shards * A + jnp.arange(A)
+    slot_A = jnp.where(owner_A < shards, owner_A * A + rank_A, nowhere_A)
+
+    def exchange(x_S: jax.Array) -> jax.Array:
+      return jax.lax.all_to_all(x_S, EXPERT, split_axis=0, concat_axis=0, tiled=True)
+
+    def send(x_A: jax.Array, empty: Any) -> jax.Array:
+      room_S = jnp.full((shards * A, *x_A.shape[1:]), empty, x_A.dtype)
+      return exchange(room_S.at[slot_A].set(x_A, mode='drop', unique_indices=True))
+
+    y_SD = _by_expert(mlp, send(x_AD, 0), send(expert_A % mine, mine), send(seed_A, 0), mine, rate)
+    y_AD = exchange(y_SD).at[slot_A].get(mode='fill', fill_value=0)
+  goes_NK = expert_NK < num_experts
+  y_NKD = jnp.where(goes_NK[..., None], y_AD.reshape(-1, K, D), 0)
+  return jnp.sum(y_NKD * jnp.where(goes_NK, weight_NK, 0)[..., None].astype(y_NKD.dtype), axis=1)
 
 
 def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
@@ -157,36 +187,6 @@ def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
   y_ND = jax.shard_map(
       local, mesh=mesh, in_specs=(kernels, rows, rows, rows, rows), out_specs=rows, check_vma=False)(leaves, *tokens)
   return y_ND.reshape(u_GTD.shape)
-
-
-def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, seed_NK: jax.Array, *, num_experts: int,
-           rate: float, shards: int) -> jax.Array:
-  """Computes the tokens of one device. The mesh axis `expert` has `shards` devices, which hold equally many experts."""
-  K, D = expert_NK.shape[1], u_ND.shape[1]
-  x_AD, expert_A, seed_A = jnp.repeat(u_ND, K, axis=0), expert_NK.reshape(-1), seed_NK.reshape(-1)
-  if shards == 1:
-    y_AD = _by_expert(mlp, x_AD, expert_A, seed_A, num_experts, rate)
-  else:
-    # A device has room for every choice of every other device, because how many will come is not known at compile time.
-    A, mine = expert_A.shape[0], num_experts // shards
-    owner_A = expert_A // mine  # a row that goes nowhere has the owner `shards`
-    hot_AP = jax.nn.one_hot(owner_A, shards, dtype=jnp.int32)
-    rank_A = jnp.sum((jnp.cumsum(hot_AP, axis=0) - hot_AP) * hot_AP, axis=1)
-    nowhere_A = shards * A + jnp.arange(A)
-    slot_A = jnp.where(owner_A < shards, owner_A * A + rank_A, nowhere_A)
-
-    def send(x_A: jax.Array, empty: Any) -> jax.Array:
-      room_S = jnp.full((shards * A, *x_A.shape[1:]), empty, x_A.dtype)
-      return exchange(room_S.at[slot_A].set(x_A, mode='drop', unique_indices=True))
-
-    def exchange(x_S: jax.Array) -> jax.Array:
-      return jax.lax.all_to_all(x_S, EXPERT, split_axis=0, concat_axis=0, tiled=True)
-
-    y_SD = _by_expert(mlp, send(x_AD, 0), send(expert_A % mine, mine), send(seed_A, 0), mine, rate)
-    y_AD = exchange(y_SD).at[slot_A].get(mode='fill', fill_value=0)
-  goes_NK = expert_NK < num_experts
-  y_NKD = jnp.where(goes_NK[..., None], y_AD.reshape(-1, K, D), 0)
-  return jnp.sum(y_NKD * jnp.where(goes_NK, weight_NK, 0)[..., None].astype(y_NKD.dtype), axis=1)
 
 
 # What a layer calls.

@@ -135,7 +135,7 @@ class Model(model.Model):
   # Decoding protocol.
 
   def cross_cache(self, params: Params, encoded_BSD: jax.Array, max_len: int) -> Any:
-    """The cache of the decoder's layers before the first token: of its own keys and values [B, H, max_len, K] nothing yet."""
+    """The cache of the decoder's layers before the first token: their own keys and values [B, H, max_len, K] are still 0."""
     one, axes = self.layers['decoder'][0], CACHE_AXES['layers'][1:]
 
     def of_layer(block: Params) -> Cache:

@@ -54,16 +54,20 @@ class Block(nnx.Module):
     return x_BTD, written
 
 
+def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context) -> jax.Array:
+  return mlp(u_BTD, lambda hidden: dropout(hidden, ctx.dropout_rate, ctx.key_of('mlp.hidden')))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
   """One layer of a model: pure functions of its own weights, and where these lie.
 
   Attributes:
-    config: of the model.
+    config: the model's configuration.
     stack: 'encoder' or 'decoder'.
     index: in its stack, from 0.
-    roles: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. For
-      each the component, and the row of this layer in it.
+    roles: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. Each
+      is a component, and the row of this layer in it.
   """
 
   config: ModelConfig
@@ -98,9 +102,9 @@ class Layer:
       cache: of this layer when decoding.
 
     Returns:
-      h [B, T, D], which the feed-forward part is added to; of the cache what has changed (were the encoder's keys and values
+      h [B, T, D], which the feed-forward part is added to; what has changed of the cache (were the encoder's keys and values
       returned too, a loop over layers would copy them for every token); the input u [B, T, D] of the feed-forward part; and
-      which experts each token goes to, None where there are none.
+      which experts each token goes to, or None where there are none.
     """
     block = self.roles['block'][0](weights['block'])
     h_BTD, written = block.attend(x_BTD, ctx, cache)
@@ -139,17 +143,15 @@ class Layer:
     return self.roles['block'][0](weights['block']).cross_attention.keys_and_values(encoded_BSD)
 
 
-def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context) -> jax.Array:
-  return mlp(u_BTD, lambda hidden: dropout(hidden, ctx.dropout_rate, ctx.key_of('mlp.hidden')))
-
-
 def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> tuple[Layer, ...]:
   """The layers of a stack, in order.
 
-  With experts in every n-th layer, the last of each n has them; the others' networks lie in a component of their own.
+  With experts in every n-th layer, the last of each n has them; the networks of the others lie in a component of their own.
 
   Args:
-    components: of the model, by path.
+    config: the model's configuration.
+    stack: 'encoder' or 'decoder'.
+    components: the model's components, by path.
   """
   every = config.moe.every(stack)
   layers = []

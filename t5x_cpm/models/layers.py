@@ -53,7 +53,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def scramble(x: jax.Array) -> jax.Array:
-  """A number that looks random for each uint32, always the same (the finaliser of MurmurHash3, by Austin Appleby)."""
+  """Maps each uint32 to a fixed number that looks random (the finaliser of MurmurHash3, by Austin Appleby)."""
   x = x + jnp.uint32(0x9e3779b9)
   for shift, factor in ((16, 0x85ebca6b), (13, 0xc2b2ae35)):
     x = (x ^ (x >> shift)) * jnp.uint32(factor)
@@ -99,7 +99,7 @@ class MLP(nnx.Module):
   """wo(act(wi_0 x) * wi_1 x), or wo(act(wi_0 x)) for an activation that is not gated; no bias vectors."""
 
   def __init__(self, config: ModelConfig, num_layers: int, rngs: nnx.Rngs, width: int = 1):
-    """width: d_ff times this."""
+    """width: multiplies d_ff."""
     self.activation = config.mlp_activation
     d, f = config.d_model, config.d_ff * width
     std_in, std_out = d**-0.5, f**-0.5
@@ -163,7 +163,7 @@ class RelativeBias(nnx.Module):
 
   def sequence(self, T: int, S: int, dtype: jnp.dtype) -> jax.Array:
     """The bias [H, T, S] of queries 0..T-1 on keys 0..S-1."""
-    # Row i holds the values of the distances -i .. S-1-i: the same row, moved by one. The skew below writes that with
+    # Row i holds the values of the distances -i .. S-1-i: the row before it, moved by one. The skew below writes that with
     # reshapes, whose gradient is a sum; the gradient of a gather would be a scatter over T * S entries.
     bucket = self._of_distance(np.arange(1 - T, S))
     by_distance_WH = jax.nn.one_hot(bucket, self.num_buckets, dtype=self.table[...].dtype) @ self.table[...]

@@ -1,4 +1,4 @@
-"""What one array of parameters is: described once, by the model, for everything that stores, splits, counts or trains it."""
+"""The description of one array of parameters: made once, by the model, for all that stores, splits, counts or trains it."""
 
 import dataclasses
 import math

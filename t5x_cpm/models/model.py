@@ -27,7 +27,7 @@ Experts = Callable[[Layer, Params, jax.Array, Any, Context], jax.Array]
 
 
 def row_of(batch: dict[str, Any]) -> dict[str, jax.Array]:
-  """What the rows of a batch carry beside tokens, by name: int32 [B]."""
+  """What the rows of a batch carry besides tokens, by name: int32 [B]."""
   return {name: batch[name] for name in ROW_FEATURES if name in batch}
 
 
@@ -71,7 +71,7 @@ class Model:
   """Pure functions of plain trees of parameters for one configuration. Holds no array.
 
   Attributes:
-    config: of the model.
+    config: the model's configuration.
     stacks: names of its stacks.
     components: its modules by path, in the order in which their parameters are drawn.
     layers: its layers by stack, in order.
@@ -79,7 +79,7 @@ class Model:
 
   def __init__(self, config: ModelConfig, stacks: Sequence[str], components: Callable[[ModelConfig], Sequence[Component]],
                experts: Experts):
-    """components: the modules of a configuration that can work. Raises ConfigError for one that cannot."""
+    """Raises ConfigError for a configuration that cannot work; `components` is only called with one that can."""
     config.validate()
     routers.check(config.moe)
     self.config, self.stacks, self._experts = config, tuple(stacks), experts
@@ -112,17 +112,17 @@ class Model:
     return sum(leaf.size for leaf in jax.tree.leaves(self.leaves()))
 
   def num_active_parameters(self) -> int:
-    """Parameters that one token of each stack uses: of a layer's experts, those it is sent to, on average."""
+    """Parameters that one token of each stack uses: of a layer's experts, only those it is sent to, on average."""
     return round(sum(leaf.size * self.share(leaf) for leaf in jax.tree.leaves(self.leaves())))
 
   def share(self, leaf: Leaf) -> float:
-    """The share of a parameter that one token of its stack passes: 1, but for experts."""
+    """The share of a parameter that one token of its stack passes: 1 except for experts."""
     if 'expert' not in leaf.stacked:
       return 1.0
     return routers.experts_of_token(self.config.moe, leaf.stack) / self.config.moe.num_experts
 
   def prepare(self, params: Params) -> Params:
-    """Parameters for many calls without gradient: cast once (but for routers), and unstacked where layers are not scanned."""
+    """Parameters for many calls without gradient: cast once (except routers), and unstacked where layers are not scanned."""
     dtype, scanned = compute_dtype(self.config), stacks.loop(self.config) == 'scan'
 
     def prepared(one: Component) -> Any:
@@ -138,7 +138,7 @@ class Model:
 
     Args:
       B: rows of the batch.
-      **lengths: tokens of a row of each stack.
+      **lengths: tokens in a row, by stack.
 
     Raises:
       ConfigError: a capacity of less than one token, or a length whose equal parts are all far shorter than a group.
@@ -149,7 +149,7 @@ class Model:
         continue
       rows, groups = dispatch.rows_together(B, length, config.group_size)
       fewest = -(-length // config.group_size)
-      if groups >= 4 * fewest:  # the balance of a group of a few tokens is none
+      if groups >= 4 * fewest:  # a few tokens cannot be balanced over experts
         raise ConfigError(
             f'TaskConfig.{stack}_length = {length}: its equal parts of at most MoEConfig.group_size = {config.group_size} '
             f'tokens have {length // groups}, too few to be balanced over experts. Take a length such as '
@@ -159,10 +159,10 @@ class Model:
     return together
 
   def advance(self, params: Params, updates: dict[str, jax.Array]) -> Params:
-    """Parameters after a step, where a rule of their own changes them: the biases of router 'loss_free'.
+    """The parameters after a step, once rules of their own have changed some, such as the biases of router 'loss_free'.
 
     Args:
-      params: of the model.
+      params: the model's parameters.
       updates: by stack, the load [layers, E] of the experts, as `apply` gives it.
     """
     for stack, load_LE in updates.items():
@@ -175,18 +175,18 @@ class Model:
   # Layers.
 
   def module(self, path: str, params: Params) -> Any:
-    """The component of a path, with its part of a model's parameters."""
+    """The module at a path, with its part of a model's parameters."""
     one = self.components[path]
     return one(one.of(params))
 
   def run(self, stack: str, params: Params, x_BTD: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any, Any]:
-    """The layers of one stack, without what comes before and after them.
+    """Runs the layers of one stack, without what comes before and after them.
 
     Args:
       stack: 'encoder' or 'decoder'.
-      params: of the model, as from `init` or `prepare`.
+      params: the model's parameters, as from `init` or `prepare`.
       x_BTD: the first layer's input.
-      ctx: of the stack.
+      ctx: the stack's context.
       cache: of its layers, stacked as they are; None for whole sequences.
 
     Returns:
@@ -199,7 +199,7 @@ class Model:
     def fn(x: jax.Array, given: stacks.Slices, index: Any) -> tuple[jax.Array, stacks.Slices]:
       outs: stacks.Slices = {'about': [{}]}
       for within, layer in enumerate(period):
-        # The rows of the first period's layers are also their places in the slices of any other period.
+        # A layer's row in the first period is also its place in the slices of every other period.
         weights = {role: given[component.path][row] for role, (component, row) in layer.roles.items()}
         own = ctx.at_layer(index * len(period) + within)
         h, written, u, routing = layer.before(weights, x, own, given['cache'][within] if 'cache' in given else None)
@@ -225,15 +225,15 @@ class Model:
 
 
 def summary(abouts: dict[str, Any], config: ModelConfig) -> tuple[dict, dict, dict]:
-  """What the layers with experts tell of themselves: auxiliary losses, metrics, and what `Model.advance` wants.
+  """What the layers with experts report: auxiliary losses, metrics, and what `Model.advance` needs.
 
   Args:
     abouts: by stack, the third result of `Model.run`; empty where it has no experts.
-    config: of the model.
+    config: the model's configuration.
 
   Returns:
-    Losses, already weighted, means over the layers with experts; metrics, pairs (sum, weight) [L, ...] by 'encoder/...' and
-    'decoder/...'; and by stack sums that add up over the parts of a batch.
+    Losses, already weighted, as means over the layers with experts; metrics, as pairs (sum, weight) [L, ...] by the names
+    'encoder/...' and 'decoder/...'; and by stack the experts' loads, which add up over the parts of a batch.
   """
   moe, abouts = config.moe, {stack: about for stack, about in abouts.items() if about}
   routed = sum(config.num_layers(stack) // moe.every(stack) for stack in abouts)

@@ -24,10 +24,10 @@ from t5x_cpm.models.routing import Choice, RouteContext, Router, Routing, finish
 
 
 def orthonormal(key: jax.Array, D: int, E: int, dtype: Any) -> jax.Array:
-  """Random columns [D, E] of length 1, at right angles to each other as far as D dimensions have room for.
+  """Random columns [D, E] of length 1, at right angles to each other within every block of D columns.
 
-  By Gram and Schmidt, twice for rounding. Not by jnp.linalg.qr: on CPU each call over a stack of matrices waits in a thread of
-  the pool for others to do its parts, and two at a time on two cores wait for ever (jaxlib 0.10.2).
+  This is Gram-Schmidt, done twice because of rounding. It is not jnp.linalg.qr because on CPU a call over a stack of matrices
+  waits in a thread of the pool for other threads to do its parts, and two such calls on two cores deadlock (jaxlib 0.10.2).
   """
   x_DE = jax.random.normal(key, (D, E), dtype)
 
@@ -50,7 +50,7 @@ class Scores(nnx.Module):
 
 
 class BiasedScores(Scores):
-  """And a bias [E] that a rule of its own moves."""
+  """Scores, and a bias [E] that a rule of its own changes."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     super().__init__(config, rngs)
@@ -87,7 +87,7 @@ def _ones(u_GTD: jax.Array) -> jax.Array:
 
 
 def _balanced(scores_GTE: jax.Array, ctx: RouteContext) -> jax.Array:
-  """Balanced in training; the best expert of each token outside."""
+  """The balanced assignment in training; otherwise each token's best expert."""
   if not ctx.train:
     return jnp.argmax(scores_GTE, axis=-1)[..., None]
   return jax.vmap(balanced)(jax.lax.stop_gradient(scores_GTE), ctx.valid_GT)[0][..., None]
@@ -113,7 +113,7 @@ def top_k(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext) 
 
 
 def top_2(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext) -> Choice:
-  """GShard: two experts, weights renormalised; the second is kept by `second_policy`; only the first choice is balanced."""
+  """GShard: two experts, weights renormalised; `second_policy` decides whether the second stays; only the first is balanced."""
   logits = _scores(u_GTD, weights.kernel[...], config, ctx)
   probs = jax.nn.softmax(logits, axis=-1)
   weight, expert = jax.lax.top_k(probs, 2)
@@ -150,7 +150,7 @@ def expert_choice(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteC
   logits = _scores(u_GTD, weights.kernel[...], config, ctx)
   probs = jax.nn.softmax(logits, axis=-1)
   E = probs.shape[-1]
-  # Of what is valid: a short text must not fill its experts with padding, nor get more of them than a long one.
+  # Counted in valid tokens: a short text must neither fill its experts with padding nor get more of them than a long one.
   tokens = ctx.valid_GT.sum(axis=-1)
   takes = jnp.clip(jnp.round(config.capacity_factor * tokens / E), 1, tokens).astype(jnp.int32)[:, None, None]
   masked = jnp.where(ctx.valid_GT[..., None], probs, -1.0)
@@ -167,7 +167,7 @@ def hashed(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext)
 
 
 def domain(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext) -> Choice:
-  """DEMix: one expert for each domain, by the label of the row; weight 1."""
+  """DEMix: one expert for each domain, chosen by the label of the row; weight 1."""
   del config, weights
   if 'domain' not in ctx.row:
     raise ConfigError("MoEConfig.router = 'domain' needs the domain of every row: the feature `domain` [B] in the batch.")
@@ -183,7 +183,7 @@ def base(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext) -
 
 
 def random_projection(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteContext) -> Choice:
-  """CPM-2: fixed orthogonal centroids, balanced in training, arg-max outside; weight 1."""
+  """CPM-2: fixed orthogonal centroids, balanced in training, otherwise arg-max; weight 1."""
   scores = _scores(u_GTD, weights.centroids[...], config, ctx)
   return Choice(_balanced(scores, ctx), _ones(u_GTD))
 
@@ -198,7 +198,7 @@ def loss_free(config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: RouteConte
 
 
 def next_bias(params: dict[str, jax.Array], load_LE: jax.Array, config: MoEConfig) -> dict[str, jax.Array]:
-  """The biases of 'loss_free' after a step: raised for experts below the mean load of the global batch, lowered above it."""
+  """The biases of 'loss_free' after a step: raised where the load is below its mean over the global batch, lowered above."""
   bias_LE = params['bias']
   change_LE = config.bias_rate * jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
   return params | {'bias': bias_LE + change_LE.astype(bias_LE.dtype)}
@@ -237,7 +237,7 @@ ROUTERS: dict[str, Router] = {
 
 
 def register(name: str, router: Router) -> None:
-  """Adds a router under a name that MoEConfig.router may then have; for modules that `--import` names.
+  """Adds a router under a name that MoEConfig.router may then use; for modules that `--import` names.
 
   Raises:
     ConfigError: another router has that name.
@@ -279,11 +279,11 @@ def route(name: str, config: MoEConfig, weights: Any, u_GTD: jax.Array, ctx: Rou
   """Where tokens go by the router of a name.
 
   Args:
-    name: of ROUTERS.
-    config: of the experts.
+    name: one of ROUTERS.
+    config: the experts' configuration.
     weights: the router's module, or None for one without weights.
     u_GTD: the tokens, in groups.
-    ctx: what else it sees.
+    ctx: what else the router sees.
   """
   router = get(name)
   return finish(router, config, router.choose(config, weights, u_GTD, ctx), ctx)

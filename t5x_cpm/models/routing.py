@@ -1,6 +1,6 @@
 """What a router is: what it sees, what it chooses, and how its choice becomes a routing with losses and metrics.
 
-`routers` has the routers themselves. Tokens come in groups of T [G, T]; each goes to K experts, of which some may be nobody.
+`routers` has the routers themselves. Tokens come in groups of T [G, T]; each has K choices, of which some may be no expert.
 Scores, softmax and weights are in at least float32 (Fedus et al. 2022, selective precision).
 """
 
@@ -17,7 +17,7 @@ from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig
 
 @dataclasses.dataclass(frozen=True)
 class RouteContext:
-  """What a router sees beside its input.
+  """What a router sees besides its input.
 
   Attributes:
     valid_GT: False at padding, which is never routed.
@@ -39,11 +39,11 @@ class Choice:
   """What a router chooses.
 
   Attributes:
-    expert_GTK: the experts of each token; the number of experts where a choice is nobody.
+    expert_GTK: the experts of each token; the number of experts where a choice is none.
     weight_GTK: of each choice in the sum of outputs; at least float32.
     logits_GTE: for the z-loss; None: the router has none.
     probs_GTE: for balance loss, entropy and confidence; None: the router has none.
-    counted_GTK: choices that the balance loss counts, where not all.
+    counted_GTK: the choices that the balance loss counts; None: all.
   """
 
   expert_GTK: jax.Array
@@ -69,8 +69,8 @@ class Router:
     choices: how many experts a token has, for capacities.
     passes: how many experts a token passes, on average over tokens; None: as many as its choices.
     causal: whether a token's experts do not depend on later tokens; otherwise it is refused in a decoder.
-    overflows: whether an expert takes no more than MoEConfig.capacity_factor says in training; otherwise a fair share.
-    balanced: whether the balance loss is of use to it, where it has probabilities.
+    overflows: whether MoEConfig.capacity_factor limits what an expert takes in training; otherwise a fair share does.
+    balanced: whether the balance loss applies to it, where it has probabilities.
     advance: (its parameters, load [layers, E], MoEConfig) -> its parameters after a step, by a rule outside the gradient.
     check: raises ConfigError for a configuration that cannot work with it.
   """
@@ -86,10 +86,10 @@ class Router:
   check: Callable[[MoEConfig], None] | None = None
 
   def capacity(self, moe: MoEConfig, tokens: int) -> int | None:
-    """Tokens that an expert takes of a group of `tokens` in training; None: all that come.
+    """How many tokens of a group of `tokens` an expert takes in training; None: all that come.
 
     Raises:
-      ConfigError: less than one.
+      ConfigError: it would be less than one.
     """
     if moe.dispatch != 'einsum':
       return None
@@ -110,10 +110,10 @@ class Routing:
   """Where tokens go.
 
   Attributes:
-    expert_GTK: int32; the number of experts where a choice is nobody.
+    expert_GTK: int32; the number of experts where a choice is none.
     weight_GTK: of each choice in the sum of outputs; at least float32.
     num_experts: as in the configuration.
-    capacity: tokens that an expert takes of a group; None: all that come.
+    capacity: how many tokens of a group an expert takes; None: all that come.
     priority_GT: tokens are placed in the order of falling priority; None: in the order of the text.
     losses: already weighted, by name.
     metrics: by name, pairs (sum, weight); `load` [E] counts the choices of each expert, before anything overflows.
@@ -129,14 +129,14 @@ class Routing:
 
 
 def _one_hot(expert_GTK: jax.Array, E: int, dtype: Any) -> jax.Array:
-  return jax.nn.one_hot(expert_GTK, E, dtype=dtype)  # nobody is a row of zeros
+  return jax.nn.one_hot(expert_GTK, E, dtype=dtype)  # no expert is a row of zeros
 
 
 def balance_loss(probs_GTE: jax.Array, expert_GTK: jax.Array, valid_GT: jax.Array) -> jax.Array:
-  """E * sum_i f_i P_i, mean over groups: 1 for one choice a token and a uniform router, K for K choices.
+  """E * sum_i f_i P_i, mean over groups: 1 for one choice per token and a uniform router, K for K choices.
 
   f_i is the share of a group's valid tokens that chose expert i (no gradient), P_i its mean probability (Fedus et al. 2022,
-  equation 4). A group without a valid token counts as balanced with 0.
+  equation 4). A group without a valid token contributes 0.
   """
   E = probs_GTE.shape[-1]
   tokens_G1 = jnp.maximum(valid_GT.sum(axis=-1, keepdims=True), 1)
@@ -146,7 +146,7 @@ def balance_loss(probs_GTE: jax.Array, expert_GTK: jax.Array, valid_GT: jax.Arra
 
 
 def finish(router: Router, moe: MoEConfig, choice: Choice, ctx: RouteContext) -> Routing:
-  """A router's choice as a routing: padding left out, losses and metrics added, the experts' room said."""
+  """Makes a router's choice a routing: leaves padding out, adds losses and metrics, and sets the experts' capacity."""
   E = moe.num_experts
   expert_GTK = jnp.where(ctx.valid_GT[..., None], choice.expert_GTK, E).astype(jnp.int32)
   load_E = _one_hot(expert_GTK, E, jnp.float32).sum(axis=(0, 1, 2))

@@ -1,7 +1,7 @@
 """Runs a function over the layers of a stack.
 
 In every checkpoint layers are stacked: leaves are [L, ...]. For inference a stack may instead be a tuple of L trees with
-leaves [1, ...]. The outputs have the form of the inputs, so that a cache follows its parameters.
+leaves [1, ...]. The outputs have the form of the inputs, so a cache has that of its parameters.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def run(
     remat: bool) -> tuple[Any, dict[str, Any]]:
   """Runs x through a stack, one period after another.
 
-  A period is what repeats: one layer, or several of which some differ. Of a tree with n layers in each period, a period is
+  A period is what repeats: one layer, or several of which some differ. From a tree with n layers per period, each period is
   given a list of n trees, and it returns such lists.
 
   Args:

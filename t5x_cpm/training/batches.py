@@ -21,7 +21,7 @@ def own_rows(step: Step) -> np.ndarray:
 
 
 def put(step: Step, batch: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, jax.Array]:
-  """The batch on the devices of the mesh, of which this process has `rows`."""
+  """Puts a batch, of which this process has `rows`, on the devices of the mesh."""
 
   def put_feature(name: str) -> jax.Array:
     leaf, mine = step.abstract_batch[name], batch[name]
@@ -36,7 +36,7 @@ def put(step: Step, batch: dict[str, np.ndarray], rows: np.ndarray) -> dict[str,
 
 @contextlib.contextmanager
 def prefetch(make: Callable[[int], Any], start: int, stop: int, ahead: int = 2) -> Iterator[Iterator[Any]]:
-  """make(start), ..., make(stop - 1), computed in a thread that runs at most `ahead` items before its reader."""
+  """make(start), ..., make(stop - 1), computed in a thread that runs at most `ahead` items ahead of its reader."""
   items: queue.Queue[Any] = queue.Queue(maxsize=ahead)
   closed = threading.Event()
 
@@ -72,6 +72,6 @@ def prefetch(make: Callable[[int], Any], start: int, stop: int, ahead: int = 2) 
 
 
 def training_batches(step: Step, reader: Reader, start: int, stop: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
-  """The batches of the steps after `start`, ..., `stop - 1` updates: a context, in which they are an iterator."""
+  """A context with an iterator over the batches of the steps that follow `start`, ..., `stop - 1` updates."""
   rows = own_rows(step)
   return prefetch(lambda index: put(step, reader.batch(index, rows), rows), start, stop)

@@ -11,6 +11,24 @@ from t5x_cpm.config import ModelConfig
 from t5x_cpm.models import routers
 
 
+def _of_a_token(config: ModelConfig, S: int, T: int) -> tuple[float, float, float]:
+  """Forward FLOPs of an encoder token in the encoder, of its keys and values in cross-attention, and of a decoder token."""
+  D, F, HK = config.d_model, config.d_ff, config.num_heads * config.head_dim
+  mlp = 2 * (3 if config.mlp_activation.startswith('gated') else 2) * D * F
+
+  def feed_forward(stack: str) -> float:
+    layers, every = config.num_layers(stack), config.moe.every(stack)
+    if not every:
+      return layers * mlp
+    networks = routers.experts_of_token(config.moe, stack) + config.moe.shared_experts
+    routed = layers // every
+    return (layers - routed) * mlp + routed * (networks * mlp + 2 * D * config.moe.num_experts)
+
+  encoder = config.num_encoder_layers * (8 * D * HK + 4 * S * HK) + feed_forward('encoder')
+  decoder = config.num_decoder_layers * (12 * D * HK + 4 * (S + T) * HK) + feed_forward('decoder') + 2 * D * config.vocab_size
+  return encoder, config.num_decoder_layers * 4 * D * HK, decoder
+
+
 def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: float, S: int, T: int) -> float:
   """Floating-point operations that one training step has to do, forward and backward.
 
@@ -22,13 +40,13 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
     per decoder token, L_d times:  8 D HK + 4 D HK (q and output of cross-attention) + 2 m D F + 4 T HK + 4 S HK
     per decoder token:             2 D V (output head)
 
-  and the backward pass twice that. In a layer with experts a token pays for the experts it is sent to, shared ones, and 2 D E
-  for the router. Embedding look-ups, norms and activations are left out, and so is what
-  rematerialisation computes again; causal attention is not discounted (as in Chowdhery et al. 2022, appendix B).
+  and the backward pass twice that. In a layer with experts a token pays for the experts it is sent to, for shared experts, and
+  2 D E for the router. Embedding look-ups, norms and activations are left out, and so is what rematerialisation computes again;
+  causal attention is not discounted (as in Chowdhery et al. 2022, appendix B).
 
   Args:
     config: shape of the model.
-    encoder_tokens: that are not padding, in the whole batch.
+    encoder_tokens: tokens that are not padding, in the whole batch.
     decoder_tokens: likewise.
     S: slots of an encoder row.
     T: slots of a decoder row.
@@ -44,30 +62,12 @@ def inference_flops(config: ModelConfig, step: str, rows: int, S: int, T: int) -
     config: shape of the model.
     step: 'encode', rows of S tokens through the encoder alone; or 'decode', a token of each row through the decoder, whose
       cache has S and T slots and the keys and values of the encoder's output.
-    rows: of the batch.
+    rows: rows in the batch.
     S: slots of an encoder row.
     T: slots of a decoder row.
   """
   encoder, _, decoder = _of_a_token(config, S, T)
   return rows * S * encoder if step == 'encode' else rows * decoder
-
-
-def _of_a_token(config: ModelConfig, S: int, T: int) -> tuple[float, float, float]:
-  """Forward FLOPs: of an encoder token in the encoder, and as keys and values of cross-attention; of a decoder token."""
-  D, F, HK = config.d_model, config.d_ff, config.num_heads * config.head_dim
-  mlp = 2 * (3 if config.mlp_activation.startswith('gated') else 2) * D * F
-
-  def feed_forward(stack: str) -> float:
-    layers, every = config.num_layers(stack), config.moe.every(stack)
-    if not every:
-      return layers * mlp
-    networks = routers.experts_of_token(config.moe, stack) + config.moe.shared_experts
-    routed = layers // every
-    return (layers - routed) * mlp + routed * (networks * mlp + 2 * D * config.moe.num_experts)
-
-  encoder = config.num_encoder_layers * (8 * D * HK + 4 * S * HK) + feed_forward('encoder')
-  decoder = config.num_decoder_layers * (12 * D * HK + 4 * (S + T) * HK) + feed_forward('decoder') + 2 * D * config.vocab_size
-  return encoder, config.num_decoder_layers * 4 * D * HK, decoder
 
 
 def measure_gemm_flops(size: int = 1024, repeats: int = 5) -> float:

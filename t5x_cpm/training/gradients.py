@@ -1,4 +1,4 @@
-"""The loss of a batch over what is frozen and what is trained, and its gradients, accumulated over microbatches."""
+"""The loss of a batch, and its gradients with respect to what is trained, accumulated over microbatches."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from t5x_cpm.training.layout import Batch, Frozen, Layout, State
 
 
 class Sums(NamedTuple):
-  """What adds up over the microbatches: pairs (sum, weight) for metrics, those of each layer, and for Model.advance."""
+  """What adds up over microbatches: pairs (sum, weight) for metrics, the same for each layer, and what Model.advance needs."""
 
   pairs: losses.Pairs
   layers: losses.Pairs
@@ -53,7 +53,7 @@ def _microbatch_gradients(layout: Layout, trained: Any, rest: Any, frozen: Froze
 
 
 def _microbatches(batch: Batch, count: int, together: int) -> Batch:
-  """[B, ...] -> [count, B / count, ...]. Rows, `together` at a time, are dealt out in turn: a device keeps rows of its own."""
+  """[B, ...] -> [count, B / count, ...]. Rows, `together` at a time, are dealt out in turn: a device keeps its own rows."""
 
   def deal(x: jax.Array) -> jax.Array:
     rows, rest = x.shape[0], x.shape[1:]
@@ -86,7 +86,7 @@ def gradients(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> tup
   """Gradients of the mean loss over the weighted targets of a batch; random draws depend on the state's step alone.
 
   Args:
-    layout: of the step.
+    layout: the step's layout.
     state: the whole state.
     frozen: what is read only.
     batch: the whole batch.

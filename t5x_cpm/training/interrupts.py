@@ -13,8 +13,8 @@ from jax.experimental import multihost_utils
 class Interrupted:
   """Notes SIGTERM and SIGINT, so that the loop can stop between two steps with its state saved.
 
-  Of several processes one alone may be signalled, and all must stop at one step. JAX agrees on it, but hears SIGTERM only,
-  with a handler of its own.
+  Of several processes only one may be signalled, but all must stop at the same step. JAX makes them agree on the step, but it
+  reacts to SIGTERM only, with a handler of its own.
   """
 
   def __init__(self, several: bool) -> None:
@@ -28,14 +28,14 @@ class Interrupted:
       os.kill(os.getpid(), signal.SIGTERM)
 
   def before(self, step: int) -> str:
-    """The name of a signal, if all processes are to stop before this step; '' otherwise. To be asked before each step."""
+    """The name of a signal, if all processes are to stop before this step; '' otherwise. Call it before each step."""
     if self._several:
       return 'SIGTERM' if multihost_utils.reached_preemption_sync_point(step) else ''
     return self._signal
 
   @contextlib.contextmanager
   def noting(self) -> Iterator[None]:
-    """Signals are noted inside, and do what they did before afterwards."""
+    """Within the block signals are noted; afterwards they do what they did before."""
     if threading.current_thread() is not threading.main_thread():
       yield  # Python delivers signals to the main thread only
       return

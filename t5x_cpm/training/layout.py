@@ -28,11 +28,11 @@ class Layout:
   """What the functions of a step are built from.
 
   Attributes:
-    config: of the run.
+    config: the run's configuration.
     model: the model.
     mesh: the mesh.
     leaves: a Leaf for every parameter of the state.
-    trained: those of `leaves` that change by their gradient: what gradients and the optimizer see.
+    trained: those of `leaves` that change by their gradient, which is what gradients and the optimizer see.
     base: a Leaf for every parameter of the frozen base; {} where the state holds all parameters.
     tx: the optimizer of what is trained.
     schedule: step -> learning rate.
@@ -41,7 +41,7 @@ class Layout:
     abstract_state: shapes, dtypes and shardings of the state, with the copies of what lies in the memory of the hosts.
     abstract_frozen: the same of what a step reads but neither changes nor saves: {'base': ...}, or {}.
     abstract_batch: the same of a batch.
-    gradient_shardings: of the gradients, where the optimizer's state is split further than the parameters; else None.
+    gradient_shardings: of the gradients, where MeshConfig.sharding splits the optimizer's state over data; else None.
   """
 
   config: Config
@@ -65,7 +65,7 @@ class Layout:
     return compute_dtype(self.config.model)
 
   def split(self, params: Any) -> tuple[Any, Any]:
-    """The parameters of a state in two: what is trained, and what is fixed or changes by a rule of its own."""
+    """Splits the parameters of a state in two: what is trained, and what is fixed or changes by a rule of its own."""
     return trees.split(params, self.leaves, lambda leaf: leaf.has_gradient)
 
 
@@ -97,7 +97,7 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _group_rows(config: Config, model: encoder_decoder.Model, mesh: jax.sharding.Mesh) -> int:
-  """How many rows are routed together. Raises ConfigError where a microbatch is not divided by these, or by the mesh."""
+  """How many rows are routed together. Raises ConfigError where these or the mesh do not divide a microbatch."""
   rows = config.train.batch_size // config.train.microbatches
   mesh_lib.check_divides(mesh, (rows,), ('batch',), 'a microbatch')
   group_rows = model.group_rows(
@@ -123,8 +123,8 @@ def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | Non
   """The layout of a configuration on a mesh.
 
   Args:
-    config: of the run.
-    mesh: to run on.
+    config: the run's configuration.
+    mesh: the mesh to run on.
     trained: see `step.build`.
 
   Raises:

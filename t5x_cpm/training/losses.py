@@ -9,12 +9,6 @@ Pairs = dict[str, tuple[jax.Array, jax.Array]]
 Triple = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@jax.custom_vjp
-def _log_z_and_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> Triple:
-  """log(sum(exp(logits))), the target's logit, and whether no other logit is above it: each [B, T]."""
-  return _forward(logits_BTV, targets_BT)[0]
-
-
 def _forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[Triple, Triple]:
   x_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
   max_BT = jnp.max(x_BTV, axis=-1)
@@ -25,7 +19,7 @@ def _forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[Triple, Trip
 
 
 def _backward(residuals: Triple, cotangents: tuple[Any, ...]) -> tuple[jax.Array, None]:
-  """One pass that reads the logits and writes their gradient; nothing of size [B, T, V] is kept beside the logits."""
+  """One pass that reads the logits and writes their gradient; nothing of size [B, T, V] is kept besides the logits."""
   logits_BTV, targets_BT, log_z_BT = residuals
   d_log_z_BT, d_target_BT, _ = cotangents
   d_BTV = jnp.exp(logits_BTV.astype(log_z_BT.dtype) - log_z_BT[..., None]) * d_log_z_BT[..., None]
@@ -34,6 +28,12 @@ def _backward(residuals: Triple, cotangents: tuple[Any, ...]) -> tuple[jax.Array
   # Not a product with 0: logits at padding may be infinite, and 0 * inf would spread from there.
   unused_BT = (d_log_z_BT == 0) & (d_target_BT == 0)
   return jnp.where(unused_BT[..., None], 0, d_BTV).astype(logits_BTV.dtype), None
+
+
+@jax.custom_vjp
+def _log_z_and_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> Triple:
+  """log(sum(exp(logits))), the target's logit, and whether no other logit is above it: each [B, T]."""
+  return _forward(logits_BTV, targets_BT)[0]
 
 
 _log_z_and_target.defvjp(_forward, _backward)

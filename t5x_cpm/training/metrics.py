@@ -43,14 +43,14 @@ def _start_wandb(config: Config, model_dir: epath.Path, start_step: int) -> Any:
 
 
 def _finite(value: Any) -> Any:
-  """None for a number that JSON has not."""
+  """None in the place of a number that JSON does not have."""
   if isinstance(value, list):
     return [_finite(item) for item in value]
   return value if math.isfinite(value) else None
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-  """For curves: the mean over layers of what each has, and of a number for each layer and expert the greatest."""
+  """For curves: the mean of what each layer has, and the maximum of what each layer has for each expert."""
   scalars = {}
   for name, value in values.items():
     if not isinstance(value, list):
@@ -69,13 +69,13 @@ class Writers:
     """Cuts what is already there back to start_step and opens everything for appending.
 
     Args:
-      model_dir: of the run; exists.
-      config: of the run.
+      model_dir: the run's directory, which exists.
+      config: the run's configuration.
       start_step: updates done: 0, or the step that was restored.
       total_steps: step at which the run ends.
 
     Raises:
-      ConfigError: W&B is asked for and not installed.
+      ConfigError: W&B is asked for, but is not installed or does not start.
     """
     self._config, self._total = config, total_steps
     self._active = jax.process_index() == 0
@@ -111,7 +111,7 @@ class Writers:
 
     Args:
       step: updates done, this one included.
-      values: finite numbers by name: 'loss', 'encoder_tokens' and 'decoder_tokens' (not padding, of the whole batch), others.
+      values: numbers by name: 'loss', 'encoder_tokens' and 'decoder_tokens' (not padding, of the whole batch), and others.
         A list has a number for each layer, a list of lists one for each layer and expert.
     """
     if not self._active:
@@ -198,7 +198,7 @@ class LateMetrics:
     self._waiting = number, values, batch
 
   def report(self, state: State) -> None:
-    """Writes what waits. The state is of then or of now: one that is not finite has not changed since.
+    """Writes what waits. `state` may be that of the step or a later one: once something is not finite, it does not change.
 
     Raises:
       FloatingPointError: a loss, gradient or parameter is not finite.

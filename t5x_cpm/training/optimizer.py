@@ -23,7 +23,7 @@ class Optimizer(NamedTuple):
   Attributes:
     init: params -> state.
     update: (gradients, state, params, *, halted) -> (updates to add to the parameters, state). Where `halted` is true the
-      state stays as it was and the updates mean nothing; None is never halted. That of `make` takes more.
+      state stays as it was and the updates mean nothing; None: never halted. The update of `make` takes more arguments.
     axes: the logical axes of the state: a tree like that of `init`, of tuples of axis names. Without shardings made from
       these, jax.jit(init) would put every moment on one device.
   """
@@ -34,14 +34,14 @@ class Optimizer(NamedTuple):
 
 
 def keep(halted: jax.Array | None, old: Any, new: Any) -> Any:
-  """The tree `old` where a run has halted, else `new`; None is a run that never halts."""
+  """The tree `old` where a run has halted, else `new`; None: a run that never halts."""
   return new if halted is None else jax.tree.map(lambda a, b: a if a is b else jnp.where(halted, a, b), old, new)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
   """The learning rate of each update.
 
-  With t = step + 1 (the number of the update, from 1), w = warmup_steps, d = decay_steps (of the run if 0), and
+  With t = step + 1 (the number of the update, from 1), w = warmup_steps, d = decay_steps (or `steps` if 0), and
   p = (step - w) / (d - w) clipped to [0, 1]:
 
     noam                 learning_rate / sqrt(w) * t / w  up to t = w, then learning_rate / sqrt(t) (the released CPM-2 code)
@@ -86,7 +86,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def _is_factored(leaf: Leaf) -> bool:
-  """Whether Adafactor factors a parameter's second moment. What has an axis without a name, a router or table, it does not."""
+  """Whether Adafactor factors a parameter's second moment. An axis without a name, as in routers and tables, rules it out."""
   count = len(leaf.stacked)
   shape, names = leaf.shape[count:], leaf.axes[count:]
   return len(shape) >= 2 and all(names[-2:]) and min(shape[-2:]) >= MIN_FACTORED_SIZE
@@ -97,9 +97,9 @@ def _rms(x: jax.Array) -> jax.Array:
 
 
 def scale_by_adam(axes: Any, b1: float, b2: float, epsilon: float) -> Optimizer:
-  """optax.scale_by_adam, but that the update is made of the moments that `keep` leaves.
+  """optax.scale_by_adam, except that the update is made from the moments that `keep` returns.
 
-  Of moments kept after that, XLA:CPU copies both, as the update still needs the old ones: Adam then takes twice as long.
+  If `keep` came last, the update would still need the old moments, and XLA:CPU would copy both: Adam would take twice as long.
 
   Args:
     axes: tree of tuples of axis names, like the parameters.
@@ -132,7 +132,7 @@ def trace(axes: Any, momentum: float) -> Optimizer:
 
 
 def _statistics(leaf: Leaf, whole: tuple[Any, ...], make: Callable[[Any], Any]) -> dict[str, Any]:
-  """make() of what each statistic of a parameter keeps of `whole`, its shape or its axes."""
+  """For each statistic of a parameter, make() of what it keeps of `whole`, which is the parameter's shape or its axes."""
   if _is_factored(leaf):
     return {'row': make(whole[:-1]), 'col': make(whole[:-2] + whole[-1:])}
   return {'full': make(whole)}
@@ -221,8 +221,8 @@ def make(config: OptimizerConfig, steps: int, leaves: Any) -> Optimizer:
     leaves: tree of Leaf, of trained parameters only.
 
   Returns:
-    An optimizer whose state is {'count': updates done, 'inner': of the named optimizer}. A caller that gives its update some of
-    the gradients says so with `norm`, that of all, and `decay`, of these.
+    An optimizer whose state is {'count': updates done, 'inner': of the named optimizer}. A caller that updates only some of the
+    parameters also passes `norm`, the norm of all gradients, and `decay`, the weight decay of each of these parameters.
 
   Raises:
     ConfigError: see `make_schedule`.

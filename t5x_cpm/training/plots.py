@@ -1,4 +1,4 @@
-"""Pictures of a run, from its metrics.jsonl: the loss, and what its routers do."""
+"""Plots of a run, from its metrics.jsonl: the loss, and what its routers do."""
 
 from typing import Any
 
@@ -65,12 +65,12 @@ def plot_loss(model_dir: Any) -> epath.Path:
 
 
 def plot_experts(model_dir: Any) -> epath.Path | None:
-  """Draws model_dir/experts.png: each expert's load in each layer at the last step, and how that and lost tokens went.
+  """Draws model_dir/experts.png: loads of experts by layer at the last step, and the greatest load and lost tokens over time.
 
   A load of 1 is the fair share.
 
   Returns:
-    None for a run without experts.
+    The path of the plot; None for a run without experts.
   """
   model_dir = resolve(model_dir)
   records = [record for record in _records(model_dir) if record['split'] == 'train']

@@ -20,12 +20,12 @@ class Profile:
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
-    """Around the dispatch of the step after `step` updates."""
+    """A context around the dispatch of the step after `step` updates."""
     if step == self._first:
       jax.profiler.start_trace(self._folder)
       self._running = True
     elif self._running and step > self._first + self._steps:
-      # One step late: only now is it sure that the window's last step, dispatched ahead, has run.
+      # One step late: only now is it certain that the window's last step, dispatched ahead, has run.
       self.close()
     with jax.profiler.StepTraceAnnotation('train', step_num=step) if self._running else contextlib.nullcontext():
       yield

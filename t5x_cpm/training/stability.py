@@ -1,4 +1,4 @@
-"""Finding what went wrong first in a run that produced a number that is not finite."""
+"""Finds what went wrong first in a run that produced a number that is not finite."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ def first_bad_tensor(tree: Any, axes: Any) -> str | None:
   """The name of the first tensor that holds a NaN or an infinity.
 
   Args:
-    tree: arrays in any nesting; integers are always finite. One small transfer from the device, whatever their size.
+    tree: arrays in any nesting; integers are always finite. No array is transferred to the host, only a flag for each.
     axes: a tree of the same structure, of tuples of logical axis names.
 
   Returns:
-    The path of the tensor, like 'decoder/layers/attention/query', followed for a stack of layers by the first bad
-    layer, like '[layer 3]'; None where all is finite.
+    The path of the tensor, such as 'decoder/layers/attention/query', followed for a stack of layers by the first bad layer,
+    such as ' [layer 3]'; None where everything is finite.
   """
   names = jax.tree.leaves(axes, is_leaf=is_names)
   leaves = [(path, leaf, own) for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(tree), names, strict=True)

@@ -1,4 +1,4 @@
-"""What a run starts from: fresh parameters or those of another run; what a later start is told."""
+"""What a run starts from: fresh parameters or those of another run; and what a run that continues is told."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ def fresh(config: Config, step: Step, frozen: Frozen, vocabulary: vocabularies.V
 
 
 def tell_of_another_rate(config: Config, step: Step, before: Config, number: int, say: Callable[[str], None]) -> None:
-  """Says where a run that continues after `number` updates, as `before` until now, is so much longer that its rate changes."""
+  """Says so if a run configured as `before` continues after `number` updates with another length, and so another rate."""
   old, new = (float(schedule(number)) for schedule in (
       optimizer.make_schedule(config.optimizer, before.train.steps), step.schedule))
   if old != new:

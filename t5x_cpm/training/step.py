@@ -3,9 +3,9 @@
 Building touches no device and no data: training, ahead-of-time compilation, benchmarks and tests call the same function.
 
 The state is a plain dict: `step` (int32), `params`, `opt_state`, and `halted` (bool), which a loss or gradient that is not
-finite sets: from then on the state stays as it was before that step, so that the cause can be looked for. Parameters that an
-update made not finite set it too, and stay. Where weights lie in the memory of the hosts there are their `copies` too: see
-host_memory.
+finite sets: from then on the state stays as it was before that step, so that the cause can be found. It is also set when an
+update makes parameters not finite, and these stay. Where weights lie in the memory of the hosts, the state has their `copies`
+too: see host_memory.
 
 What is frozen is a plain dict as well: {} where all parameters are trained, else {'base': the other ones}. A step reads it, and
 neither changes, donates nor saves it. The model sees frozen['base'] | state['params'], and over such a base it chooses experts
@@ -58,11 +58,11 @@ def metrics(
   """What a step reports: means over the batch, norms of gradients and parameters, the learning rate, and tokens.
 
   Args:
-    layout: of the step.
+    layout: the step's layout.
     step: updates done before.
     batch: the whole batch.
     sums: from `gradients`.
-    norm: of the gradients.
+    norm: the norm of the gradients.
     squares: the sum of the squares of the parameters.
   """
   return means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
@@ -77,7 +77,7 @@ def metrics(
 def train_step(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
   """One update of the state, and its metrics."""
   grads, sums = gradients(layout, state, frozen, batch)
-  if layout.gradient_shardings is not None:  # a device updates its part alone, so it needs that part of the sum alone
+  if layout.gradient_shardings is not None:  # a device updates only its part, so it needs only that part of the sum
     grads = jax.lax.with_sharding_constraint(grads, layout.gradient_shardings)
   norm, halted, check = optax.tree.norm(grads), state['halted'], layout.config.train.check_finite
   if check:
@@ -88,7 +88,7 @@ def train_step(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> tu
   reported = metrics(layout, state['step'], batch, sums, norm, squares)
   new['step'] = keep(halted, state['step'], state['step'] + 1)
   if check:
-    halted |= ~jnp.isfinite(squares)  # the update itself did it: reported by this step, before anything is saved
+    halted |= ~jnp.isfinite(squares)  # the update made them so: reported by this step, before anything is saved
   return new | {'halted': halted}, reported | {'halted': halted}
 
 
@@ -110,14 +110,14 @@ def explain(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> str |
 
 
 def fresh_state(layout: Layout, key: jax.Array) -> State:
-  """A state as a checkpoint holds it, before the first step: only what is trained of fresh parameters."""
+  """The state before the first step, as a checkpoint holds it: of fresh parameters, only the subtrees that are trained."""
   params = {name: value for name, value in layout.model.init(key).items() if name in layout.leaves}
   opt_state = layout.tx.init(layout.split(params)[0])
   return {'step': jnp.int32(0), 'params': params, 'opt_state': opt_state, 'halted': jnp.bool(False)}
 
 
 def check_frozen(layout: Layout, frozen: Frozen) -> None:
-  """Raises ConfigError where what is frozen has other arrays than the step was built for; types may differ."""
+  """Raises ConfigError where what is frozen has other arrays than the step was built for; dtypes may differ."""
   wanted, given = trees.named(layout.abstract_frozen), trees.named(frozen)
   for name in sorted(wanted.keys() | given.keys()):
     a, b = ('no such array' if name not in leaves else list(leaves[name].shape) for leaves in (wanted, given))
@@ -131,15 +131,15 @@ class Step:
 
   Attributes:
     model: the model.
-    fn: (state, frozen, batch) -> (state, metrics); jit-compiled, donates the state alone.
+    fn: (state, frozen, batch) -> (state, metrics); jit-compiled; only the state is donated.
     evaluate: (host_memory.working(state), frozen, batch) -> pairs (sum, weight) over the batch, by name: loss, accuracy, ...
     explain: (state, frozen, batch) -> the name of the first tensor that is not finite among parameters, loss and gradients
       of a step, which is not taken; None where there is none.
-    init: (key, frozen={}) -> a fresh state, laid out on the mesh. Raises ConfigError where `frozen` is not what belongs to it.
+    init: (key, frozen=None) -> a fresh state, laid out on the mesh. Raises ConfigError where `frozen` does not belong to it.
     complete: what host_memory.saved leaves of a state -> the state.
     axes: logical axes of host_memory.saved(state): a tree of tuples of names.
     abstract_state: shapes, dtypes and shardings of the state.
-    abstract_frozen: the same of what is frozen; its arrays may also be given in another type.
+    abstract_frozen: the same of what is frozen; its arrays may also be given in another dtype.
     abstract_batch: the same of a batch.
     schedule: step -> learning rate.
   """
@@ -161,8 +161,8 @@ def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] |
   """Builds the step of a configuration for a mesh.
 
   Args:
-    config: of the run.
-    mesh: to run on.
+    config: the run's configuration.
+    mesh: the mesh to run on.
     trained: names of the top-level subtrees of the parameters that the state holds and the step trains; the others are the
       frozen base, which the caller gives to each call. None: all are trained, and nothing is frozen.
 

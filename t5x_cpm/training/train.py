@@ -29,10 +29,10 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   Args:
     config: the run. A model_dir that holds a run with another identity is refused.
     model_dir: where checkpoints, metrics and the vocabulary are written; created when absent. Shared by all processes.
-    group: the processes that make this call together; None: this one is alone.
+    group: the processes that make this call together; None: this process is alone.
 
   Raises:
-    ConfigError: the configuration, data or model_dir cannot work; nothing was changed on disk.
+    ConfigError: the configuration, the data or model_dir cannot be used, or a checkpoint cannot be written.
     FloatingPointError: a loss, gradient or parameter is not finite; the message names the first bad tensor.
   """
   config.validate()
@@ -82,7 +82,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   evaluation: dict[str, float] = {}
   with (interrupted.noting(), writers, profile, manager,
         batches.training_batches(step, reader, first, steps) as rows):
-    for number in range(first + 1, steps + 1) or [first]:  # if no step is asked for: the parameters as they are
+    for number in range(first + 1, steps + 1) or [first]:  # if no step is asked for, only the parameters as they are
       if number > first:
         batch = next(rows)
         group.at(f'step {number}')
@@ -117,7 +117,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 
 
 def describe(config: Config) -> dict[str, Any]:
-  """What `--dry_run` prints beside the configuration: parameters, tokens per step, learning rates. Touches no device."""
+  """What `--dry_run` prints besides the configuration: parameters, tokens per step, learning rates. Touches no device."""
   schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
   steps = sorted({0, config.optimizer.warmup_steps, config.train.steps // 2, config.train.steps})
   slots = config.train.batch_size * (config.task.encoder_length + config.task.decoder_length)

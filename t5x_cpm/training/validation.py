@@ -1,4 +1,4 @@
-"""The evaluations of a run: mean loss and accuracy over the same rows of the validation split, whenever it is asked."""
+"""The evaluations of a run: mean loss and accuracy, each time over the same rows of the validation split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,10 @@ from t5x_cpm.training.step import Frozen, State, Step
 
 
 def open_reader(config: Config, step: Step, say: Callable[[str], None]) -> reader_lib.Reader | None:
-  """Opens what the run is evaluated on, once, so that every evaluation is of the same; None where the task has nothing.
+  """Opens what the run is evaluated on, once, so that every evaluation uses the same rows; None where the task has none.
 
   Raises:
-    ConfigError: checkpoints are to be ranked by what no evaluation gives.
+    ConfigError: checkpoints are to be ranked by a metric that no evaluation gives.
   """
   options = config.checkpoint
   if options.keep_best:
