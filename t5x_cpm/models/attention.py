@@ -14,7 +14,7 @@ from flax import nnx
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.mesh import shard
 from t5x_cpm.models.layers import at_least_float32, dropout, normal
-from t5x_cpm.models.products import dense, for_rows, scores, weighted_mean
+from t5x_cpm.models.products import dense, for_rows
 
 # Added to the score of a key that must not be seen. It is finite so that a row that sees nothing (padding) gives finite values,
 # which are never read.
@@ -82,12 +82,14 @@ class Attention(nnx.Module):
     q_BTHK = self._heads(x_BTD, self.query[...])
     q_BTHK = shard(q_BTHK, 'batch', 'length', 'heads', None)
     B, T = x_BTD.shape[:2]
-    scores_BHTS = scores(q_BTHK, k_BHSK, at_least_float32(x_BTD.dtype)) + mask
+    wide = at_least_float32(x_BTD.dtype)
+    scores_BHTS = jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, preferred_element_type=wide) + mask
     if bias is not None:
       scores_BHTS += bias if bias.ndim == 4 else for_rows(bias, B)
     weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
     dropped_BHTS = dropout(weights_BHTS.astype(x_BTD.dtype), self.dropout_rate, key)
-    y_BHTK = weighted_mean(weights_BHTS, dropped_BHTS, v_BHSK)
+    y_BHTK = jnp.einsum('BHTS,BHSK->BHTK', dropped_BHTS, v_BHSK, preferred_element_type=wide)
+    y_BHTK /= weights_BHTS.sum(axis=-1, keepdims=True)  # of the weights before dropout; this divides [T, K] numbers, not [T, S]
     y_BTHK = jnp.swapaxes(y_BHTK, 1, 2).astype(x_BTD.dtype)
     return dense(y_BTHK.reshape(B, T, -1), self.output[...])
 

@@ -27,6 +27,17 @@ class Ruled(nnx.Variable):
 UPDATES: dict[type[nnx.Variable], str] = {nnx.Param: 'gradient', Fixed: 'fixed', Ruled: 'rule'}  # as Leaf.update says it
 
 
+def _stack_of(make: Callable[[nnx.Rngs], Any], size: int) -> Callable[[nnx.Rngs], Any]:
+  """Makes `size` modules as one, whose parameters have a leading axis."""
+
+  @nnx.split_rngs(splits=size)
+  @nnx.vmap
+  def stack(rngs: nnx.Rngs) -> Any:
+    return make(rngs)
+
+  return stack
+
+
 class Component:
   """A module of a model, or a stack of modules of one kind. Holds no array.
 
@@ -43,25 +54,26 @@ class Component:
     """make: a module with fresh parameters, from random numbers; of a stack one of its modules."""
     self.path, self.stacked, self.stack, self.cast = path, stacked, stack, cast
     self._make_whole = make
-    for name, size in reversed(stacked):
-      self._make_whole = _stack_of(self._make_whole, name, size)
-    # Both here, because within a mesh nnx takes the names of axes for those of the mesh.
-    self._graph = nnx.split(_abstract(make))[0]
-    self.leaves = self._describe(nnx.split(_abstract(self._make_whole))[1])
+    for _, size in reversed(stacked):
+      self._make_whole = _stack_of(self._make_whole, size)
+    self._graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))
+    self.leaves = nnx.to_pure_dict(
+        jax.tree_util.tree_map_with_path(self._leaf, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
-  def _describe(self, state: Any) -> Params:
-    def leaf(path: Any, variable: nnx.Variable) -> Leaf:
-      value, names = variable.get_value(), [str(key.key) for key in path]
-      return Leaf('/'.join([self.path, *names] if self.path else names), value.shape, value.dtype,
-                  variable.get_metadata('out_sharding'), self.stack, UPDATES[type(variable)],
-                  variable.get_metadata('decays', True))
-
-    return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(leaf, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+  def _leaf(self, path: Any, variable: nnx.Variable) -> Leaf:
+    value, names = variable.get_value(), [str(key.key) for key in path]
+    return Leaf(
+        name='/'.join([self.path, *names] if self.path else names),
+        shape=(*(size for _, size in self.stacked), *value.shape),
+        dtype=value.dtype,
+        axes=(*(name for name, _ in self.stacked), *variable.get_metadata('axes')),
+        stack=self.stack,
+        update=UPDATES[type(variable)],
+        decays=variable.get_metadata('decays', True))
 
   def init(self, rngs: nnx.Rngs) -> Params:
     """Fresh parameters, stacks included."""
-    with nnx.use_eager_sharding(False):  # or the names of logical axes would be looked up in a mesh
-      return nnx.to_pure_dict(nnx.split(self._make_whole(rngs))[1])
+    return nnx.to_pure_dict(nnx.split(self._make_whole(rngs))[1])
 
   def __call__(self, params: Params) -> Any:
     """The module with given parameters, of a stack one slice of them (or slices along axes that its methods know of)."""
@@ -74,22 +86,6 @@ class Component:
     for name in self.path.split('/'):
       params = params[name]
     return params
-
-
-def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-  with nnx.use_eager_sharding(False):
-    return nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
-
-
-def _stack_of(make: Callable[[nnx.Rngs], Any], name: str, size: int) -> Callable[[nnx.Rngs], Any]:
-  """Makes `size` modules as one, whose parameters have a leading axis of that name."""
-
-  @nnx.split_rngs(splits=size)
-  @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: name})
-  def stack(rngs: nnx.Rngs) -> Any:
-    return make(rngs)
-
-  return stack
 
 
 def placed(tree: Params, component: Component, subtree: Params) -> Params:

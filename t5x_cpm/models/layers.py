@@ -41,7 +41,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, names: tuple[str 
            decays: bool = True) -> nnx.Param:
   """A parameter drawn from N(0, std) with these logical axis names; `decays` says whether weight decay applies to it."""
   value = std * jax.random.normal(rngs.params(), shape, jnp.dtype(config.param_dtype))
-  return nnx.Param(value, out_sharding=names, decays=decays)
+  return nnx.Param(value, axes=names, decays=decays)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -65,7 +65,7 @@ class RMSNorm(nnx.Module):
 
   def __init__(self, config: ModelConfig):
     self.epsilon = config.norm_epsilon
-    self.scale = nnx.Param(jnp.ones(config.d_model, jnp.dtype(config.param_dtype)), out_sharding=('embed',), decays=False)
+    self.scale = nnx.Param(jnp.ones(config.d_model, jnp.dtype(config.param_dtype)), axes=('embed',), decays=False)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     wide = x.astype(at_least_float32(x.dtype))

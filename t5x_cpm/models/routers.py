@@ -54,7 +54,7 @@ class BiasedScores(Scores):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     super().__init__(config, rngs)
-    self.bias = Ruled(jnp.zeros(config.moe.num_experts, jnp.dtype(config.param_dtype)), out_sharding=(None,))
+    self.bias = Ruled(jnp.zeros(config.moe.num_experts, jnp.dtype(config.param_dtype)), axes=(None,))
 
 
 class Centroids(nnx.Module):
@@ -63,7 +63,7 @@ class Centroids(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, trained: bool):
     variable = nnx.Param if trained else Fixed
     value = 0.1 * orthonormal(rngs.params(), config.d_model, config.moe.num_experts, jnp.dtype(config.param_dtype))
-    self.centroids = variable(value, out_sharding=('embed', None))
+    self.centroids = variable(value, axes=('embed', None))
 
 
 # Parts that several routers share.

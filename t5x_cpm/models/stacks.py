@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from t5x_cpm import backend
 from t5x_cpm.config import ModelConfig
-from t5x_cpm.models.products import PRODUCT
 
 Slices = dict[str, list[Any]]  # by name, a tree for each layer of a period
 Period = Callable[[Any, Slices, Any], tuple[Any, Slices]]
@@ -49,10 +48,8 @@ def each(fn: Callable[[Any], Any], layers: Any) -> Any:
 def _rematerialised(fn: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
   if config.remat == 'none':
     return fn
-  policies = jax.checkpoint_policies
-  products = policies.save_from_both_policies(
-      policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT))
-  return jax.checkpoint(fn, policy=products if config.remat == 'dots' else None)
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
+  return jax.checkpoint(fn, policy=policy)
 
 
 def _stack(trees: list[Any]) -> Any:
