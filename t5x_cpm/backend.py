@@ -11,6 +11,8 @@ from t5x_cpm.config import ConfigError
 
 # glibc's names for the first argument of mallopt().
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+# Files of the drivers of accelerators: NVIDIA's, AMD's, and those of two generations of TPUs.
+ACCELERATORS = '/dev/nvidia0', '/dev/kfd', '/dev/accel0', '/dev/vfio/0'
 
 
 _compiling_for: contextvars.ContextVar[str] = contextvars.ContextVar('_compiling_for', default='')
@@ -49,9 +51,10 @@ def keep_memory() -> None:
   its own: training at 3.1 GB grew to 7.5 GB. So asynchronous dispatch, which gains nothing on a CPU, is switched off.
 
   Call it only in a process that belongs to t5x_cpm alone, before JAX makes its client. It does nothing with another C library,
-  or where JAX_PLATFORMS names anything but the CPU.
+  or where JAX will use an accelerator: JAX_PLATFORMS says so, or says nothing and the machine has one.
   """
-  if os.environ.get('JAX_PLATFORMS', 'cpu') != 'cpu':
+  platforms = os.environ.get('JAX_PLATFORMS')
+  if platforms != 'cpu' and (platforms or any(map(os.path.exists, ACCELERATORS))):
     return
   try:
     mallopt = ctypes.CDLL('libc.so.6').mallopt

@@ -30,12 +30,26 @@ def make_config(folder: pathlib.Path, *, batch_size: int = 8, seed: int = 0, nam
                 train=TrainConfig(batch_size=batch_size, seed=seed))
 
 
+def write_cache(config: Config, vocabulary: vocabularies.Vocabulary, splits: dict, **facts) -> None:
+  """Writes the cache of `config` from arrays: {split: {feature: (tokens, lengths)}}; facts as in `cache.finish`."""
+  path = caches.directory(config)
+  path.mkdir(parents=True, exist_ok=True)
+  for split, features in splits.items():
+    for feature, (tokens, lengths) in features.items():
+      np.asarray(tokens, cache.token_dtype(vocabulary)).tofile(path / f'{split}.{feature}.tokens')
+      np.asarray(lengths, np.uint32).tofile(path / f'{split}.{feature}.lengths')
+  cache.finish(path, config.task.name, vocabulary, {
+      split: {'documents': len(next(iter(features.values()))[1]),
+              'tokens': {feature: int(np.sum(lengths)) for feature, (_, lengths) in features.items()}}
+      for split, features in splits.items()}, list(next(iter(splits.values()))), **facts)
+
+
 def fill(config: Config, splits: dict, checksum: str = 'x') -> vocabularies.Vocabulary:
   """Writes the cache of `config` from lists of documents: {split: {feature: [ids, ...]}}."""
   vocabulary = vocabularies.load(config.task.vocabulary)
   arrays = {split: {feature: (np.array([t for d in documents for t in d], np.int64), [len(d) for d in documents])
                     for feature, documents in features.items()} for split, features in splits.items()}
-  cache.write(caches.directory(config), config.task.name, vocabulary, arrays, checksum=checksum)
+  write_cache(config, vocabulary, arrays, checksum=checksum)
   return vocabulary
 
 

@@ -24,10 +24,12 @@ def optimum(scores_TE):
   return slots[rows, columns].sum()
 
 
-@pytest.mark.parametrize('T, E', [(512, 8), (2048, 32)])
+@pytest.mark.parametrize('T, E, seeds', [
+    (512, 8, range(3)), (2048, 32, range(1)),
+    pytest.param(2048, 32, range(1, 3), marks=pytest.mark.slow)], ids=str)  # scipy takes seconds for each of the large ones
 @pytest.mark.parametrize('common', [0.0, 0.7, 4.0])
-def test_near_the_optimum(T, E, common):
-  for seed in range(3 if T < 1000 else 1):  # scipy takes seconds for the large one
+def test_near_the_optimum(T, E, seeds, common):
+  for seed in seeds:
     scores_TE = scores(T, E, seed, common)
     expert_T, rounds = jax.jit(balanced)(scores_TE, jnp.ones(T, bool))
     assert (np.bincount(expert_T, minlength=E) == T // E).all()

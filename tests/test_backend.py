@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -30,6 +31,22 @@ def test_freed_memory_is_used_again():
     return int(subprocess.run([sys.executable, '-c', FAULTS.format(keep=keep)], capture_output=True, check=True).stdout)
 
   assert faults(True) < 0.3 * faults(False)
+
+
+def test_memory_is_left_alone_where_there_is_an_accelerator(monkeypatch):
+  called = []
+  monkeypatch.setattr(backend.ctypes, 'CDLL', lambda name: called.append(name) or types.SimpleNamespace())  # has no mallopt
+  monkeypatch.setattr(backend, 'ACCELERATORS', ('/nowhere', __file__))
+  for platforms, touched in (('cuda', False), ('', False), (None, False), ('cpu', True)):
+    monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+    if platforms is not None:
+      monkeypatch.setenv('JAX_PLATFORMS', platforms)
+    backend.keep_memory()
+    assert bool(called) == touched, platforms
+  monkeypatch.delenv('JAX_PLATFORMS')
+  monkeypatch.setattr(backend, 'ACCELERATORS', ('/nowhere',))
+  backend.keep_memory()
+  assert len(called) == 2
 
 
 def test_deterministic_kernels_are_asked_for_on_gpus_alone():

@@ -131,7 +131,7 @@ def test_answers_do_not_depend_on_the_batch(engine):
   order = [6, 3, 0, 1]
   for config in (engine.decode_config(), engine.decode_config(rule='sample', seed=3)):
     together = engine.answers(texts, config)
-    other = engine.answers([texts[i] for i in order], config, rows=order)
+    other = engine.answer_requests([engine.codec.request(texts[i]) for i in order], config, rows=order)
     assert [answer.ids for answer in other] == [together[i].ids for i in order]
     np.testing.assert_allclose([a.score for a in other], [together[i].score for i in order], atol=1e-4)
     assert len({tuple(answer.ids) for answer in together}) > 2

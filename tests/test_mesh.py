@@ -163,6 +163,7 @@ for sizes, sharding in [((1, 1, 1), 'none'), ((8, 1, 1), 'optimizer'), ((1, 8, 1
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype, dropout, experts', [
+    ('float64', 0.0, {}),
     ('float64', 0.2, {}),
     ('float32', 0.2, {}),
     ('float64', 0.0, {'router': 'random_projection', 'dispatch': 'dropless'}),

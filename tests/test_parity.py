@@ -38,13 +38,14 @@ golden_t5 = tool('golden_t5')
 
 
 class Reference:
-  """What transformers computed, and our model with its weights."""
+  """What transformers computed, and our model with its weights; routed as in training with these fields of MoEConfig."""
 
-  def __init__(self, file: dict[str, np.ndarray]):
-    self.file = file
+  def __init__(self, file: dict[str, np.ndarray], **training: Any):
+    self.file, self.train = file, bool(training)
     print(file['versions'])
     config = huggingface.read_config(json.loads(str(file['config'])))
     self.config, weights = huggingface.head_to_ours(config, self.part('weight/'))
+    self.config = dataclasses.replace(self.config, moe=dataclasses.replace(self.config.moe, **training))
     self.model = encoder_decoder.build(self.config)
     self.params = jax.tree.map(jnp.asarray, huggingface.to_params(self.config, weights))
     labels = file['labels']
@@ -62,7 +63,7 @@ class Reference:
     """Our logits, mean loss and gradients."""
 
     def loss(params: Any) -> tuple[Any, Any]:
-      logits = self.model.apply(params, self.batch)[0]
+      logits = self.model.apply(params, self.batch, train=self.train)[0]
       return losses.cross_entropy(logits, self.targets, self.weights, 0.0)[0] / self.weights.sum(), logits
 
     (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(self.params)
@@ -296,6 +297,19 @@ def test_live_against_switch_transformers():
   check_figures(reference)
   check_tokens(reference)
   check_auxiliary_losses(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('torch')
+def test_switch_transformers_leaves_the_same_tokens_behind():
+  """An expert takes 4 of the 24 tokens of a row, where 6 come on average: the first, on both sides."""
+  pytest.importorskip('torch')
+  pytest.importorskip('transformers')
+  file = golden_t5.make(golden_t5.SWITCH_CONFIG | {'expert_capacity': 4}, 15, S=24, T=24)
+  reference = Reference(file, dispatch='einsum', group_size=24, capacity_factor=4 / 6)
+  check_figures(reference)
+  metrics = reference.model.apply(reference.params, reference.batch, train=True)[2]
+  assert float(jnp.max(metrics['router/encoder/left_behind'])) > 0.1, metrics
 
 
 @pytest.mark.slow

@@ -364,7 +364,7 @@ def test_speed_and_seek(tmp_path):
   lengths = np.clip(rng.poisson(50, 200_000), 1, None)
   vocabulary = vocabularies.load(config.task.vocabulary)
   tokens = rng.integers(20, 1000, lengths.sum())
-  cache.write(caches.directory(config), 'wiki_zh', vocabulary, {'train': {'targets': (tokens, lengths)}})
+  small_data.write_cache(config, vocabulary, {'train': {'targets': (tokens, lengths)}})
   read = small_data.open_reader(config, 'train')
   begin = time.perf_counter()
   read.batch(10**12)

@@ -141,6 +141,13 @@ def test_an_update_that_is_not_finite_is_never_saved_and_its_first_bad_tensor_is
 
 
 @pytest.mark.slow
+def test_a_run_that_diverges_after_some_steps_names_the_first_bad_tensor(folder):
+  done = run(folder, 'diverged', 30, '--gin.OptimizerConfig.learning_rate=1e37', '--gin.OptimizerConfig.clip_norm=0.0')
+  assert done.returncode == 1, done.stderr[-3000:]
+  assert 'the first tensor that is not finite is' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow
 def test_weights_in_host_memory_are_saved_and_restored(tmp_path):
   """The run continues with them there or not."""
   write_run(tmp_path)

@@ -64,7 +64,6 @@ class Manager:
     import orbax.checkpoint as ocp
 
     self.model_dir = resolve(model_dir)
-    self.config = config
     self._primary = jax.process_index() == 0
     self._meta = run_directory.describe(config, info)
     self._failed = False

@@ -117,27 +117,6 @@ def finish(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, s
       'source': source or {'patterns': [], 'files': [], 'vocabulary': []}})
 
 
-def write(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, **facts) -> None:
-  """Writes the cache of a task from arrays.
-
-  Args:
-    path: the folder.
-    task: the name of the task.
-    vocabulary: what made the tokens.
-    splits: {split: {feature: (tokens, lengths)}}.
-    **facts: `checksum` and `source`, as in `finish`.
-  """
-  path.mkdir(parents=True, exist_ok=True)
-  for split, features in splits.items():
-    for feature, (tokens, lengths) in features.items():
-      np.asarray(tokens, token_dtype(vocabulary)).tofile(path / f'{split}.{feature}.tokens')
-      np.asarray(lengths, np.uint32).tofile(path / f'{split}.{feature}.lengths')
-  finish(path, task, vocabulary, {
-      split: {'documents': len(next(iter(features.values()))[1]),
-              'tokens': {feature: int(np.sum(lengths)) for feature, (_, lengths) in features.items()}}
-      for split, features in splits.items()}, list(next(iter(splits.values()))), **facts)
-
-
 def finish_mixture(path: pathlib.Path, task: str, caches: list[tuple[str, float, pathlib.Path]]) -> None:
   """Makes the cache of a mixture from those of its tasks, which lie beside it: (name, rate, folder) of each."""
   path.mkdir(exist_ok=True)

@@ -171,19 +171,24 @@ class Engine:
     config.validate()
     return config
 
-  def answers(self, texts: Sequence[str], config: DecodeConfig, rows: Sequence[int] | None = None) -> list[Answer]:
+  def answers(self, texts: Sequence[str], config: DecodeConfig) -> list[Answer]:
     """Answers texts in batches of InferConfig.batch_size.
 
     Args:
       texts: inputs; none is longer than InferConfig.input_length tokens, unless InferConfig.truncate.
       config: how tokens are chosen.
-      rows: a number for each, on which the draws of sampling depend; default 0, 1, ...
     """
-    return self.answer_requests([self.codec.request(line) for line in texts], config, rows)
+    return self.answer_requests([self.codec.request(line) for line in texts], config)
 
   def answer_requests(self, requests: Sequence[text.Request], config: DecodeConfig,
                       rows: Sequence[int] | None = None) -> list[Answer]:
-    """Does what `answers` does for inputs that are encoded already."""
+    """Answers inputs that are encoded already.
+
+    Args:
+      requests: from the codec.
+      config: how tokens are chosen.
+      rows: a number for each, on which the draws of sampling depend; default 0, 1, ...
+    """
     rule = decode.make_rule(config, self.vocabulary.pad_id)
     rows = range(len(requests)) if rows is None else rows
     result = []

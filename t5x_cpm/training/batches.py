@@ -12,6 +12,8 @@ import numpy as np
 from t5x_cpm.data.reader import Reader
 from t5x_cpm.training.step import Step
 
+AHEAD = 2  # batches that wait for the loop
+
 
 def own_rows(step: Step) -> np.ndarray:
   """The rows of a batch that the devices of this process hold, ascending."""
@@ -35,9 +37,9 @@ def put(step: Step, batch: dict[str, np.ndarray], rows: np.ndarray) -> dict[str,
 
 
 @contextlib.contextmanager
-def prefetch(make: Callable[[int], Any], start: int, stop: int, ahead: int = 2) -> Iterator[Iterator[Any]]:
-  """make(start), ..., make(stop - 1), computed in a thread that runs at most `ahead` items ahead of its reader."""
-  items: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Iterator[Any]]:
+  """make(start), ..., make(stop - 1), computed in a thread that runs at most AHEAD items ahead of its reader."""
+  items: queue.Queue[Any] = queue.Queue(maxsize=AHEAD)
   closed = threading.Event()
 
   def offer(item: Any) -> None:

@@ -70,13 +70,14 @@ def inference_flops(config: ModelConfig, step: str, rows: int, S: int, T: int) -
   return rows * S * encoder if step == 'encode' else rows * decoder
 
 
-def measure_gemm_flops(size: int = 1024, repeats: int = 5) -> float:
-  """FLOP/s of a float32 product of two square matrices on the default device, best of `repeats`; about 0.3 s on 2 cores."""
+def measure_gemm_flops() -> float:
+  """FLOP/s of a float32 product of two square matrices on the default device, best of 5; about 0.3 s on 2 cores."""
+  size = 1024
   x = jnp.ones((size, size), jnp.float32)
   product = jax.jit(lambda x: x @ x).lower(x).compile()
   product(x).block_until_ready()
   best = float('inf')
-  for _ in range(repeats):
+  for _ in range(5):
     start = time.perf_counter()
     product(x).block_until_ready()
     best = min(best, time.perf_counter() - start)

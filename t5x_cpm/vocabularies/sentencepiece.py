@@ -80,7 +80,6 @@ class SentencePiece(Vocabulary):
     inside = self._sentinels_inside()
     self.size = own if inside else own + int(extra)
     self.sentinels = inside or tuple(range(self.size - 1, own - 1, -1))
-    self._own = own
 
   def _sentinels_inside(self) -> tuple[int, ...]:
     for form in ('<extra_id_{}>', '\u2581<extra_id_{}>'):
