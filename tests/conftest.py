@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -15,6 +16,9 @@ FLAGS = ['--xla_backend_optimization_level=0']
 if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
   FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ.setdefault('XLA_FLAGS', ' '.join(FLAGS))
+# A torch that was built for GPUs brings triton 3.7, which crashes if TensorFlow 2.21 was imported before it.
+with contextlib.suppress(ImportError):
+  import triton  # noqa: F401
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
