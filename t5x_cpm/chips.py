@@ -13,11 +13,11 @@ GiB = 2**30
 class Chip:
   """One kind of chip. If `dimensions` is 0, only its peak is known, and `compile` cannot plan for it.
 
-  Peaks are from the makers' data sheets. The other figures for TPUs are from Austin et al. 2025, "How to Scale Your Model",
-  part 2, and from Google's data sheets; the memory that a program may use is what the compiler enforces. The other figures for
-  GPUs are from NVIDIA's data sheets, and assume a network card of 400 Gbit/s for each GPU (A100: 200) and nine tenths of the
-  memory (XLA_PYTHON_CLIENT_MEM_FRACTION). Between TPU slices a chip has its share of its host's network cards: for v5e and v6e
-  from Google's data sheets (25 and 100 Gbit/s), for v4 and v5p an assumption (12.5 and 50 Gbit/s).
+  Peaks are from the makers' data sheets. For TPUs the rates of memory, links and network are those that Google publishes
+  (cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, in November 2026), but for v4's network, for which 12.5 Gbit/s a chip is an
+  assumption; host rates are from Austin et al. 2025, "How to Scale Your Model", part 2; the memory that a program may use is
+  what the compiler enforces. The other figures for GPUs are from NVIDIA's data sheets, and assume a network card of 400 Gbit/s
+  for each GPU (A100: 200) and nine tenths of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
   """
 
   flops: float  # per second, of dense bfloat16 products
@@ -57,10 +57,10 @@ A100 = _gpu_target('NVIDIA A100-SXM4-80GB', 8, 108, 64, 167936, 41943040, 1.41, 
 H100 = _gpu_target('NVIDIA H100 80GB HBM3', 9, 132, 128, 233472, 52428800, 1.98, H100_MEMORY, H100_RATE)
 
 CHIPS = {
-    'v4': Chip(275e12, ('TPU v4',), 30.75 * GiB, 1.2e12, 4.5e10, 1.5e10, 3, 4, (('chip_config_name', 'megacore'),), 1.6e9),
-    'v5e': Chip(197e12, ('TPU v5 lite', 'TPU v5e'), 15.75 * GiB, 8.1e11, 5e10, 1.5e10, 2, 16, network_rate=3.1e9),
-    'v5p': Chip(459e12, ('TPU v5p', 'TPU v5'), 95.74 * GiB, 2.8e12, 1e11, 1.5e10, 3, 4, network_rate=6.2e9),
-    'v6e': Chip(918e12, ('TPU v6',), 31.25 * GiB, 1.6e12, 1e11, 3.2e10, 2, 16, network_rate=1.25e10),
+    'v4': Chip(275e12, ('TPU v4',), 30.75 * GiB, 1.228e12, 4.5e10, 1.5e10, 3, 4, (('chip_config_name', 'megacore'),), 1.6e9),
+    'v5e': Chip(197e12, ('TPU v5 lite', 'TPU v5e'), 15.75 * GiB, 8.19e11, 5e10, 1.5e10, 2, 16, network_rate=3.125e9),
+    'v5p': Chip(459e12, ('TPU v5p', 'TPU v5'), 95.74 * GiB, 2.765e12, 1e11, 1.5e10, 3, 4, network_rate=6.25e9),
+    'v6e': Chip(918e12, ('TPU v6',), 31.25 * GiB, 1.64e12, 1e11, 3.2e10, 2, 16, network_rate=1.25e10),
     'a100': Chip(312e12, ('A100',), 0.9 * A100_MEMORY, A100_RATE, 3e11, 2.5e10, 2, network_rate=2.5e10, target=A100),
     'h100': Chip(989e12, ('H100',), 0.9 * H100_MEMORY, H100_RATE, 4.5e11, 5e10, 2, network_rate=5e10, target=H100),
     # Of these only the peak is known.

@@ -45,6 +45,31 @@ def test_the_arithmetic_of_a_step_is_what_mfu_counts(count):
   assert 6 * (passed[0] * 96 + passed[1] * 64) == pytest.approx(needed, rel=0.1)
 
 
+def test_six_nd_is_the_arithmetic_without_products_within_attention():
+  config = gin.load(['gin/runs/pretrain.gin', 'gin/models/cpm2_11b.gin'], ['TrainConfig.batch_size=2048'])
+  slots, model = plan._token_slots(config, 'train'), encoder_decoder.build(config.model)
+  c, (S, T) = config.model, (config.task.encoder_length, config.task.decoder_length)
+  six_nd = plan.six_nd(model, slots)
+  attention = 12 * c.num_heads * c.head_dim * (
+      c.num_encoder_layers * slots[0] * S + c.num_decoder_layers * slots[1] * (S + T))
+  assert six_nd + attention == pytest.approx(plan._needed(config, 'train'), rel=1e-3)
+  assert six_nd == pytest.approx(4.31e16, rel=1e-3)
+
+
+def test_a_plan_that_does_not_fit_is_an_error_and_promises_no_rate(tmp_path, monkeypatch, capsys):
+  large = plan.Plan(
+      'v5p:2x2x2', 'train', {'data': 8, 'model': 1, 'expert': 1, 'sharding': 'none'}, fits=False, missing_bytes=3 * 2.0**30,
+      argument_bytes=0.0, temporary_bytes=0.0, host_bytes=0.0, tokens=1e6, parameters=1, active_parameters=1, model_flops=1e15,
+      six_nd=1e15, executed_flops=1e15, hbm_bytes=1e9, collectives={}, seconds={'compute': 1.0, 'memory': 0.5},
+      compile_seconds=1.0)
+  monkeypatch.setattr(plan, 'make', lambda *_: large)
+  with pytest.raises(ConfigError, match=r'does not fit a chip of v5p:2x2x2: 3.00 GiB too much'):
+    compile_lib.run(Config(), 'v5p:2x2x2', output=str(tmp_path / 'plan.json'))
+  said, written = capsys.readouterr().out, json.loads((tmp_path / 'plan.json').read_text())
+  assert 'DOES NOT FIT: 3.00 GiB' in said and 'try: ' in said and 'tokens/s' not in said and 'at least' not in said
+  assert not written['fits'] and written['mfu'] is written['step_seconds'] is None
+
+
 @pytest.mark.parametrize('what', ['encode', 'decode'])
 def test_inference_needs_what_its_parts_do(what):
   config = dataclasses.replace(

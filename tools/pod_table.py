@@ -20,6 +20,7 @@ def row(path: pathlib.Path) -> str:
     memory += f' + {plan["host_bytes"] / GiB:.1f} of host'
   if not plan['fits']:
     memory = f'{plan["missing_bytes"] / GiB:.1f} too much'
+    return f'| `{path.name.split("-")[0]}` | {plan["topology"]} | {plan["step"]} | {text} | {memory} | | | |'
   step = 'training' if plan['step'] == 'train' else f'{plan["step"]}, {plan["step_seconds"] * 1e3:.1f} ms'
   rate = plan['tokens'] / plan['step_seconds'] * 86400 / 1e9
   return (f'| `{path.name.split("-")[0]}` | {plan["topology"]} | {step} | {text} | {memory} | {plan["bound"]} | '

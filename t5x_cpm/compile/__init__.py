@@ -12,6 +12,7 @@ import os
 import pathlib
 from typing import Any
 
+from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.config.fields import did_you_mean
 
@@ -30,7 +31,8 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
     The plan as a dict, the same as in the file.
 
   Raises:
-    ConfigError: the slice or step is unknown, its compiler is missing, or the mesh cannot split the model.
+    ConfigError: the slice or step is unknown, its compiler is missing, the mesh cannot split the model, or the step does not
+      fit, which is said after the plan is printed and written.
   """
   from t5x_cpm.compile import plan, report, slices
   from t5x_cpm.compile import search as search_lib
@@ -48,7 +50,8 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
   else:
     made = plan.make(config, slice_, step)
   print('\n'.join(report.lines(made, config, slice_)), flush=True)
-  result = dataclasses.asdict(made) | {'bound': made.bound, 'step_seconds': made.step_seconds, 'mfu': made.mfu(slice_)}
+  speed = (made.bound, made.step_seconds, made.mfu(slice_)) if made.fits else (None, None, None)
+  result = dataclasses.asdict(made) | dict(zip(('bound', 'step_seconds', 'mfu'), speed))
   if output:
     path.write_text(json.dumps(result, indent=2) + '\n')
   if search:
@@ -56,4 +59,6 @@ def run(config: Config, topology: str, step: str = 'train', *, search: bool = Fa
     print(text, end='')
     if output:
       path.with_suffix('.gin').write_text(f'# {slice_.count} chips, {slice_.title}: found by compile --search\n{text}')
+  if not made.fits:
+    raise ConfigError(f'the step does not fit a chip of {slice_.title}: {made.missing_bytes / GiB:.2f} GiB too much.')
   return result

@@ -47,7 +47,7 @@ class Plan:
   parameters: int
   active_parameters: int
   model_flops: float  # arithmetic that the model needs, all chips together
-  six_nd: float  # 6 ND summed over both stacks, N parameters that a token passes, D tokens; without products within attention
+  six_nd: float  # see the function of that name
   executed_flops: float  # arithmetic of the program, including what it computes again
   hbm_bytes: float  # read from and written to the memory of a chip
   collectives: dict[str, dict[str, float]]  # kind -> times, bytes that a chip sends, seconds
@@ -127,13 +127,23 @@ def _needed(config: Config, step: str) -> float:
 
 
 def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
-  """How many parameters a token of the encoder passes, and a token of the decoder: the N of 6 ND."""
+  """How many parameters a token of the encoder passes, and a token of the decoder: the N of 6 ND.
+
+  What makes keys and values of cross-attention is the decoder's, but encoder tokens pass it.
+  """
   passed = {'encoder': 0.0, 'decoder': 0.0}
   for leaf in jax.tree.leaves(model.leaves()):
     if leaf.axes[:1] == ('vocab',) and not model.config.tie_embeddings:
       continue  # the embedding is only looked up, unless it is also the head
     passed[leaf.stack or 'decoder'] += model.share(leaf) * leaf.size  # the head belongs to no stack, and decoder tokens pass it
-  return passed['encoder'], passed['decoder']
+  config = model.config
+  cross = config.num_decoder_layers * 2 * config.d_model * config.num_heads * config.head_dim
+  return passed['encoder'] + cross, passed['decoder'] - cross
+
+
+def six_nd(model: encoder_decoder.Model, slots: tuple[int, int]) -> float:
+  """6 ND summed over both stacks: N parameters that a token passes, D tokens. Products within attention are not in it."""
+  return 6.0 * sum(N * n for N, n in zip(_passed(model), slots, strict=True))
 
 
 def _seconds_of(one: program.Collective, coordinates: Any, slice_: Slice) -> float:
@@ -211,7 +221,7 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
       fits=not compiled.missing and left >= 0, missing_bytes=compiled.missing or max(-left, 0.0),
       argument_bytes=compiled.arguments, temporary_bytes=compiled.temporaries, host_bytes=compiled.host,
       tokens=float(sum(slots)), parameters=model.num_parameters(), active_parameters=model.num_active_parameters(),
-      model_flops=_needed(config, step), six_nd=6.0 * sum(N * n for N, n in zip(_passed(model), slots, strict=True)),
+      model_flops=_needed(config, step), six_nd=six_nd(model, slots),
       executed_flops=executed, hbm_bytes=hbm, collectives=collectives,
       seconds={'compute': executed / (slice_.count * chip.flops), 'memory': hbm / chip.hbm_rate,
                'interconnect': sum(kind['seconds'] for kind in collectives.values()), 'host': compiled.host / chip.host_rate},

@@ -54,12 +54,18 @@ def _memory(plan: Plan, slice_: Slice) -> str:
           f'{left / GiB:.2f} of {there / GiB:.2f} left{host}')
 
 
-def lines(plan: Plan, config: Config, slice_: Slice) -> list[str]:
-  """The plan as text, one line for each of its parts, and what to try when it is not good."""
-  sizes = ' x '.join(f'{axis} {size}' for axis, size in plan.mesh.items() if axis != 'sharding')
-  six_nd = f'; 6ND is {plan.six_nd:.3g}' if plan.step == 'train' else ''
+def _speed(plan: Plan, slice_: Slice) -> list[str]:
   terms = ', '.join(f'{term} {seconds * 1e3:.2f} ms' for term, seconds in plan.seconds.items() if seconds)
   rate = plan.tokens / plan.step_seconds
+  return [
+      f'time of a step    at least {terms}: bound by {plan.bound}',
+      f'at most           {plan.mfu(slice_):.1%} MFU, {rate:,.0f} tokens/s, {rate * 86400 / 1e9:,.2f} billion tokens a day']
+
+
+def lines(plan: Plan, config: Config, slice_: Slice) -> list[str]:
+  """The plan as text, a line for each of its parts, and what to try if it is not good. A plan that does not fit has no rate."""
+  sizes = ' x '.join(f'{axis} {size}' for axis, size in plan.mesh.items() if axis != 'sharding')
+  six_nd = f'; 6ND is {plan.six_nd:.3g}' if plan.step == 'train' else ''
   collectives = sorted(plan.collectives.items(), key=lambda item: -item[1]['seconds'])
   return [
       f'{plan.topology}  {slice_.count} chips as {sizes}, sharding {plan.mesh["sharding"]!r}; compiled in '
@@ -69,6 +75,5 @@ def lines(plan: Plan, config: Config, slice_: Slice) -> list[str]:
       f'computed again{six_nd}',
       *(f'  {kind:<18}{total["times"]:>9,.0f} times, {total["bytes"] / 1e9:>9.3f} GB sent by each chip, '
         f'{total["seconds"] * 1e3:>9.2f} ms' for kind, total in collectives),
-      f'time of a step    at least {terms}: bound by {plan.bound}',
-      f'at most           {plan.mfu(slice_):.1%} MFU, {rate:,.0f} tokens/s, {rate * 86400 / 1e9:,.2f} billion tokens a day',
+      *(_speed(plan, slice_) if plan.fits else ()),
       *(f'  try: {line}' for line in advice(plan, config))]

@@ -26,7 +26,7 @@ class MoEConfig:
   second_threshold: float = 0.2  # a second expert above it is kept; one below never ('threshold') or at random ('random')
   capacity_factor: float = 1.25  # in training an expert takes at most this many times its fair share of a group
   capacity_counts: str = 'tokens'  # fair share: tokens / experts ('tokens'), or that times experts of a token ('assignments')
-  batch_prioritised: bool = False  # serve the most confident tokens of a group first; only in an encoder
+  batch_prioritised: bool = False  # serve the most confident tokens of a group first, in training
   group_size: int = 512
   dispatch: str = 'einsum'  # 'einsum' (within a capacity) or 'dropless' (only 'expert_choice' reads capacity_factor)
   jitter: float = 0.0  # in training the router's input is multiplied by U(1 - jitter, 1 + jitter); 0 is off
@@ -64,10 +64,6 @@ class MoEConfig:
     in_range(self, 'num_experts', 2)
     if self.top_k > self.num_experts:
       raise ConfigError(f'MoEConfig.top_k = {self.top_k}: expected at most MoEConfig.num_experts = {self.num_experts}.')
-    if self.decoder_every and self.batch_prioritised:
-      raise ConfigError(
-          "MoEConfig.batch_prioritised = True cannot be causal: a later token would take an earlier one's place in an expert "
-          'of the decoder. Set it to False, or MoEConfig.decoder_every = 0.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

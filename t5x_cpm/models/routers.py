@@ -90,7 +90,7 @@ def _balanced(scores_GTE: jax.Array, ctx: RouteContext) -> jax.Array:
   """The balanced assignment in training; otherwise each token's best expert."""
   if not ctx.train:
     return jnp.argmax(scores_GTE, axis=-1)[..., None]
-  return jax.vmap(balanced)(jax.lax.stop_gradient(scores_GTE), ctx.valid_GT)[0][..., None]
+  return jax.vmap(balanced)(jax.lax.stop_gradient(scores_GTE), ctx.valid_GT)[..., None]
 
 
 # The routers.
@@ -220,19 +220,22 @@ def _whole_groups(config: MoEConfig) -> None:
         f'{config.top_k} groups of one size; expected a multiple.')
 
 
+ASSIGNED = 'the tokens of a group are assigned together'
+
 ROUTERS: dict[str, Router] = {
     'switch': Router(switch, Scores),
-    'top_k': Router(top_k, Scores, choices=_k),
-    'top_2': Router(top_2, Scores, choices=_two),
+    'top_k': Router(top_k, Scores, choices=_k, ranked=True),
+    'top_2': Router(top_2, Scores, choices=_two, ranked=True),
     'prototypes': Router(prototypes, Scores, choices=_k, check=_whole_groups),
     'expert_choice': Router(
-        expert_choice, Scores, causal=False, balanced=False,
+        expert_choice, Scores, causal=False, sees_later='experts choose among all tokens of a group', balanced=False,
         passes=lambda config: min(config.capacity_factor, config.num_experts)),
     'hash': Router(hashed),
-    'base': Router(base, functools.partial(Centroids, trained=True), overflows=False),
-    'random_projection': Router(random_projection, functools.partial(Centroids, trained=False), overflows=False),
+    'base': Router(base, functools.partial(Centroids, trained=True), sees_later=ASSIGNED, overflows=False),
+    'random_projection': Router(
+        random_projection, functools.partial(Centroids, trained=False), sees_later=ASSIGNED, overflows=False),
     'domain': Router(domain),
-    'loss_free': Router(loss_free, BiasedScores, choices=_k, balanced=False, advance=next_bias),
+    'loss_free': Router(loss_free, BiasedScores, choices=_k, ranked=True, balanced=False, advance=next_bias),
 }
 
 
@@ -267,6 +270,11 @@ def check(config: MoEConfig) -> None:
       raise ConfigError(
           f'MoEConfig.router = {config.of(stack)!r} cannot be causal: in a decoder an expert would choose by tokens that are '
           "not written yet. Set MoEConfig.decoder_router, for instance to 'top_k', or MoEConfig.decoder_every = 0.")
+
+
+def leak(config: MoEConfig) -> str:
+  """Why later tokens of the decoder change where earlier ones go in training; '' if they do not, or there are no experts."""
+  return get(config.of('decoder')).leak(config) if config.num_experts and config.every('decoder') else ''
 
 
 def experts_of_token(config: MoEConfig, stack: str) -> float:

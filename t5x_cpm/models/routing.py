@@ -68,7 +68,9 @@ class Router:
     weights: (ModelConfig, random numbers) -> the module of its weights; None: it has none.
     choices: how many experts a token has, for capacities.
     passes: how many experts a token passes, on average over tokens; None: as many as its choices.
-    causal: whether a token's experts do not depend on later tokens; otherwise it is refused in a decoder.
+    causal: whether it can be used one token at a time; otherwise it is refused in a decoder.
+    sees_later: why a token's experts depend on later tokens of its group in training; '' if they do not.
+    ranked: whether all first choices of a group are placed before any second one, where experts may overflow.
     overflows: whether MoEConfig.capacity_factor limits what an expert takes in training; otherwise a fair share does.
     balanced: whether the balance loss applies to it, where it has probabilities.
     advance: (its parameters, load [layers, E], MoEConfig) -> its parameters after a step, by a rule outside the gradient.
@@ -80,10 +82,20 @@ class Router:
   choices: Callable[[MoEConfig], int] = one
   passes: Callable[[MoEConfig], float] | None = None
   causal: bool = True
+  sees_later: str = ''
+  ranked: bool = False
   overflows: bool = True
   balanced: bool = True
   advance: Callable[[Any, jax.Array, MoEConfig], Any] | None = None
   check: Callable[[MoEConfig], None] | None = None
+
+  def leak(self, moe: MoEConfig) -> str:
+    """Why, in training, later tokens of a group change where earlier ones go; '' if they do not."""
+    if self.sees_later or moe.dispatch != 'einsum' or not self.overflows:
+      return self.sees_later
+    if moe.batch_prioritised:
+      return 'the most confident tokens of a group are placed first'
+    return 'all first choices of a group are placed before any second one' if self.ranked and self.choices(moe) > 1 else ''
 
   def capacity(self, moe: MoEConfig, tokens: int) -> int | None:
     """How many tokens of a group of `tokens` an expert takes in training; None: all that come.

@@ -7,6 +7,7 @@ import jax
 from t5x_cpm import vocabularies
 from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.models import routers
 from t5x_cpm.training import host_memory, optimizer
 from t5x_cpm.training.step import Frozen, State, Step
 
@@ -28,6 +29,16 @@ def fresh(config: Config, step: Step, frozen: Frozen, vocabulary: vocabularies.V
     state['params'] = arrays.load_params(config.train.init_from, into=step.abstract_state['params'])
     state = step.complete(host_memory.saved(state))
   return state
+
+
+def tell_of_a_leak(config: Config, say: Callable[[str], None]) -> None:
+  """Says so if in training a token of the decoder can feel tokens after it, by the way in which tokens go to experts."""
+  moe = config.model.moe
+  reason = routers.leak(moe)
+  if reason:
+    remedy = 'another router' if routers.get(moe.of('decoder')).sees_later else "MoEConfig.dispatch = 'dropless'"
+    say(f'router {moe.of("decoder")!r} in the decoder is not causal in training, as published: {reason}, so that later tokens '
+        f'change where earlier ones go. At inference they do not. {remedy[0].upper() + remedy[1:]} avoids it.')
 
 
 def tell_of_another_rate(config: Config, step: Step, before: Config, number: int, say: Callable[[str], None]) -> None:

@@ -66,6 +66,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
           'Set TrainConfig.steps higher to go on.')
       return {}
     if latest is None:
+      start.tell_of_a_leak(config, say)
       state = start.fresh(config, step, frozen, reader.vocabulary)
     else:
       state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
