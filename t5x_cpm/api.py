@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from t5x_cpm.config import Config, MeshConfig
-from t5x_cpm.config.typed import check_types
 
 if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
@@ -34,7 +33,6 @@ def _checked(function: str, config: Any) -> Config:
     given = f'the class {config.__name__}' if isinstance(config, type) else f'of type {type(config).__name__}'
     raise TypeError(f't5x_cpm.{function}: config is {given}: expected a t5x_cpm.Config, from t5x_cpm.config.gin.load(files) or '
                     't5x_cpm.Config(...).')
-  check_types(config)
   return config
 
 
