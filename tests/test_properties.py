@@ -110,7 +110,8 @@ def members(kind):
 
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats() | st.text(st.characters(exclude_categories=()), max_size=4)
+    st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats()
+    | st.text(st.characters(exclude_categories=()), max_size=4)
     | st.sampled_from([2**63, 10**400, math.inf, math.nan, np.float64(0.5), np.int64(3), b'x', TrainConfig, TrainConfig()]),
     lambda inner: st.lists(inner, max_size=2) | st.tuples(inner) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4)
