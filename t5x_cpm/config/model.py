@@ -79,7 +79,9 @@ class ModelConfig(Typed):
   attention scores and logits, one relative position table per stack and no bias vector anywhere.
   """
 
-  vocab_size: int = 26_240  # rows of the embedding table: pieces of the vocabulary, and at most 127 more as padding
+  # rows of the embedding table: pieces of the vocabulary, and at most 127 more as padding; 0: as many as there are pieces (of
+  # a run that is continued, evaluated or started from: as many as that has)
+  vocab_size: int = 26_240
   d_model: int = 128  # width of what passes from layer to layer
   d_ff: int = 320  # hidden width of a feed-forward network
   num_heads: int = 4  # attention heads of a layer
@@ -105,7 +107,8 @@ class ModelConfig(Typed):
     return self.num_encoder_layers if stack == 'encoder' else self.num_decoder_layers
 
   def validate(self) -> None:
-    for field in ('vocab_size', 'd_model', 'd_ff', 'num_heads', 'head_dim', 'num_encoder_layers', 'num_decoder_layers'):
+    in_range(self, 'vocab_size', 0)
+    for field in ('d_model', 'd_ff', 'num_heads', 'head_dim', 'num_encoder_layers', 'num_decoder_layers'):
       in_range(self, field, 1)
     in_range(self, 'num_buckets', 4)
     if self.num_buckets % 4:

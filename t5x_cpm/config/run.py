@@ -179,7 +179,7 @@ class CheckpointConfig(Typed):
 
   every: int = free(1000)  # steps between checkpoints; there is also one at the end and on SIGTERM or SIGINT
   keep: int = free(3)  # how many of the newest checkpoints stay; 0 is all
-  keep_best: int = free(0)  # how many of the best by `best_metric` stay in addition
+  keep_best: int = free(0)  # how many of the best that were evaluated stay in addition, saved whatever `every` says
   best_metric: str = free('eval/loss')  # a metric of the evaluations, as eval/NAME
   best_mode: str = free('min')  # whether the least ('min') or the greatest ('max') value is the best
 
