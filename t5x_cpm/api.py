@@ -110,11 +110,11 @@ def evaluate(model_dir: Directory, tasks: str | Iterable[str], *, step: int | st
     raise TypeError(f't5x_cpm.evaluate: tasks = {tasks!r}: expected the name of a task, or a list of names.')
   if step != 'all':
     _check_step('evaluate', step)
-  from t5x_cpm import tasks
+  from t5x_cpm import tasks as task_lib
   from t5x_cpm.checkpoints import run_directory
 
   found = run_directory.read_run(folder, step if isinstance(step, int) else None)
-  run = tasks.located(found.config, found.started.get('folder', ''))
+  run = task_lib.located(found.config, found.started.get('folder', ''))
   config = dataclasses.replace(run, mesh=MeshConfig()) if config is None else _checked('evaluate', config)
   checkpoints = config.eval.checkpoints if step is None else str(step)
   config = dataclasses.replace(config, model=run.model, eval=dataclasses.replace(config.eval, checkpoints=checkpoints))
