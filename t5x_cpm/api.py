@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from t5x_cpm.config import Config, MeshConfig
-from t5x_cpm.config.typed import check_types
 
 if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
@@ -34,7 +33,6 @@ def _checked(function: str, config: Any) -> Config:
     given = f'the class {config.__name__}' if isinstance(config, type) else f'of type {type(config).__name__}'
     raise TypeError(f't5x_cpm.{function}: config is {given}: expected a t5x_cpm.Config, from t5x_cpm.config.gin.load(files) or '
                     't5x_cpm.Config(...).')
-  check_types(config)
   return config
 
 
@@ -112,9 +110,11 @@ def evaluate(model_dir: Directory, tasks: str | Iterable[str], *, step: int | st
     raise TypeError(f't5x_cpm.evaluate: tasks = {tasks!r}: expected the name of a task, or a list of names.')
   if step != 'all':
     _check_step('evaluate', step)
+  from t5x_cpm import tasks as task_lib
   from t5x_cpm.checkpoints import run_directory
 
-  run = run_directory.read_run(folder, step if isinstance(step, int) else None).config
+  found = run_directory.read_run(folder, step if isinstance(step, int) else None)
+  run = task_lib.located(found.config, found.started.get('folder', ''))
   config = dataclasses.replace(run, mesh=MeshConfig()) if config is None else _checked('evaluate', config)
   checkpoints = config.eval.checkpoints if step is None else str(step)
   config = dataclasses.replace(config, model=run.model, eval=dataclasses.replace(config.eval, checkpoints=checkpoints))

@@ -6,6 +6,7 @@ import ctypes
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from t5x_cpm.config import ConfigError
 
@@ -13,6 +14,7 @@ from t5x_cpm.config import ConfigError
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 # Files of the drivers of accelerators: NVIDIA's, AMD's, and those of two generations of TPUs.
 ACCELERATORS = '/dev/nvidia0', '/dev/kfd', '/dev/accel0', '/dev/vfio/0'
+EXTRAS = {'cuda': 'gpu', 'gpu': 'gpu', 'tpu': 'tpu'}  # part of JAX_PLATFORMS -> the extra of setup.py that brings it
 
 
 _compiling_for: contextvars.ContextVar[str] = contextvars.ContextVar('_compiling_for', default='')
@@ -37,6 +39,24 @@ def _platform() -> str:
 def on_cpu() -> bool:
   """Whether computations run on the CPU."""
   return _platform() == 'cpu'
+
+
+def devices(local: bool = False) -> list[Any]:
+  """The devices that JAX runs on; `local`: those of this process.
+
+  Raises:
+    ConfigError: JAX cannot start on the platform that JAX_PLATFORMS names.
+  """
+  import jax
+
+  try:
+    return jax.local_devices() if local else jax.devices()
+  except (RuntimeError, AssertionError) as error:  # without its plugin, CUDA fails with an assertion that says nothing
+    wanted = os.environ.get('JAX_PLATFORMS') or ''
+    extra = next((extra for part, extra in EXTRAS.items() if part in wanted), '')
+    reason = str(error).strip().partition('\n')[0] or 'JAX was installed without it'
+    advice = f"install the extra, pip install -e '.[{extra}]', on a machine that has one, or " if extra else ''
+    raise ConfigError(f'JAX_PLATFORMS={wanted}: JAX cannot start there ({reason}): {advice}set JAX_PLATFORMS=cpu.') from error
 
 
 def keep_memory() -> None:

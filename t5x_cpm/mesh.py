@@ -9,6 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from t5x_cpm import backend
 from t5x_cpm.config import ConfigError, MeshConfig
 
 AXES = ('data', 'model', 'expert')
@@ -56,10 +57,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   With MeshConfig.slices, neighbours along `data` lie in one slice where possible, and `model` and `expert` never leave a slice.
 
   Raises:
-    ConfigError: the three sizes do not multiply to the number of devices, the slices do not divide `data`, or the devices
-      do not form such slices.
+    ConfigError: the three sizes do not multiply to the number of devices, the slices do not divide `data`, the devices do
+      not form such slices, or JAX cannot start on the platform that JAX_PLATFORMS names.
   """
-  devices = jax.devices() if devices is None else list(devices)
+  devices = backend.devices() if devices is None else list(devices)
   sizes = [config.data, config.model, config.expert]
   known = math.prod(size for size in sizes if size > 0)
   if -1 in sizes:

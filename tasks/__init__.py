@@ -60,7 +60,15 @@ def _code(name: str) -> str:
 
 
 def remember_modules(names: list[str]) -> None:
-  """Remembers modules that register tasks with SeqIO, for the processes that make a cache to import as well."""
+  """Remembers modules that register tasks with SeqIO, for the processes that make a cache to import as well.
+
+  Raises:
+    ConfigError: a registered task has the name of one of these tables, which would be read in its place.
+  """
+  own = sorted(name for name in _registered() if name in ROWS or name == 'local' or name.startswith(('local:', 'tfds:')))
+  if own:
+    raise ConfigError(f'--import={",".join(names)}: the task {own[0]!r} that is registered there has the name of a task of '
+                      't5x_cpm: give it another one.')
   for name in names:
     _modules.setdefault(name, _code(name))
 
@@ -110,6 +118,28 @@ def _absolute(path: str) -> str:
   return path if '://' in path else os.path.abspath(os.path.expanduser(path))
 
 
+def located(config: Config, folder: str) -> Config:
+  """The configuration of a run with its relative paths made absolute: they belong to the folder in which it was started.
+
+  As it is where that folder is not known or gone, such as on another machine.
+  """
+  if not folder or folder == os.getcwd() or not os.path.isdir(folder):
+    return config
+
+  def absolute(path: str) -> str:
+    return path if not path or '://' in path or path.startswith('~') else os.path.join(folder, path)
+
+  def each(paths: str | dict[str, str]) -> str | dict[str, str]:
+    return {name: absolute(path) for name, path in paths.items()} if isinstance(paths, dict) else absolute(paths)
+
+  kind, colon, file = config.task.vocabulary.partition(':')
+  own = config.local_task
+  task = dataclasses.replace(
+      config.task, vocabulary=f'{kind}{colon}{absolute(file)}', cache_dir=absolute(config.task.cache_dir))
+  own = dataclasses.replace(own, files=each(own.files), validation_files=each(own.validation_files))
+  return dataclasses.replace(config, task=task, local_task=own)
+
+
 def get(config: Config) -> Any:
   """Makes the seqio.Task or seqio.Mixture that `config.task` names. Imports TensorFlow, from which GPUs are hidden.
 
@@ -128,6 +158,12 @@ def get(config: Config) -> Any:
   return make.task(row, source, vocabulary(config))
 
 
+def vocabulary_spec(config: Config) -> str:
+  """The name of the vocabulary of a run, as far as it is known without TensorFlow: '' where a task of SeqIO alone knows."""
+  row = _row(config)
+  return config.task.vocabulary or (row.vocabulary if row else '')
+
+
 def vocabulary(config: Config) -> vocabularies.Vocabulary:
   """The vocabulary of a run: TaskConfig.vocabulary, or the task's own."""
   row = _row(config)
@@ -135,7 +171,7 @@ def vocabulary(config: Config) -> vocabularies.Vocabulary:
     provider = get(config)
     from t5x_cpm.tasks import make
     return make.vocabulary_of(provider, config)
-  spec = config.task.vocabulary or (row.vocabulary if row else '')
+  spec = vocabulary_spec(config)
   if not spec:
     raise ConfigError(f'task {config.task.name!r} has no vocabulary of its own: set TaskConfig.vocabulary, for example to '
                       "'cpm2:FILE' or 'sentencepiece:FILE'.")

@@ -8,7 +8,8 @@ import types
 import jax
 import pytest
 
-from t5x_cpm import backend
+from t5x_cpm import backend, mesh
+from t5x_cpm.config import ConfigError, MeshConfig
 
 # Twenty blocks of 32 MB, each freed before the next: without the setting every one of them is 8,192 pages new to the process.
 FAULTS = """
@@ -59,6 +60,26 @@ def test_deterministic_kernels_are_asked_for_on_gpus_alone():
   assert doubled(1.0) == 2.0
   with pytest.raises(jax.errors.JaxRuntimeError, match='xla_gpu_no_such_option'):
     jax.jit(lambda x: 2 * x, compiler_options={'xla_gpu_no_such_option': True})(1.0)
+
+
+GPU = r"\(JAX was installed without it\): install the extra, pip install -e '\.\[gpu\]', .* JAX_PLATFORMS=cpu"
+
+
+@pytest.mark.parametrize('platform, error, message', [
+    ('cuda', AssertionError(), GPU),
+    ('tpu', RuntimeError('No TPU found.\nsome trace'), r"\(No TPU found\.\): install the extra, pip install -e '\.\[tpu\]'"),
+    ('abacus', RuntimeError('Unknown backend'), r'\(Unknown backend\): set JAX_PLATFORMS=cpu\.$')])
+def test_a_platform_that_is_not_there_is_told_in_a_line(monkeypatch, platform, error, message):
+  def fail():
+    raise error
+
+  monkeypatch.setenv('JAX_PLATFORMS', platform)
+  for name in ('devices', 'local_devices'):
+    monkeypatch.setattr(jax, name, fail)
+  for call in (mesh.make_mesh, lambda config: backend.devices(local=True)):
+    with pytest.raises(ConfigError, match=f'^JAX_PLATFORMS={platform}: JAX cannot start there {message}') as found:
+      call(MeshConfig())
+    assert '\n' not in str(found.value)
 
 
 @pytest.mark.parametrize('own', ['', 'mine'])

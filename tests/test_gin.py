@@ -1,5 +1,6 @@
 """Gin files and flags -> Config: what is accepted, what wins, and what each mistake says."""
 
+import collections
 import dataclasses
 import random
 import re
@@ -220,3 +221,73 @@ def test_it_keeps_no_state_and_imports_neither_jax_nor_tensorflow():
   code = ('import sys; from t5x_cpm.config import gin; gin.load(["gin/models/cpm2_11b.gin"]); import gin; '
           'assert not gin.config._CONFIG; print([m for m in ("jax", "tensorflow", "numpy", "flax") if m in sys.modules])')
   assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+# What a mutation inserts, swaps in or repeats: words of gin, and values that something chokes on.
+WORDS = [
+    'TrainConfig.steps = 3\n', 'MeshConfig.data = 0\n', 'OptimizerConfig.learning_rate = ', 'LocalTaskConfig.rates = ',
+    'eval/', '1e999', '-1e999', 'nan', '9' * 400, '9' * 5000, '{[1]: 2}', '{{}: 1}', '{%A: 1}', 'A = [1]\n', '[' * 3000,
+    '(' * 200, '[' * 30 + ']' * 30, '%A', 'A = %A\n', '@f()', "include 'gin/runs/pretrain.gin'\n",
+    "include 'foo://a/b.gin'\n", f"include '{'a' * 5000}'\n", 'include "a\\0b"\n', 'import os\n', "'", '"""', '\\',
+    "'\\ud800'", "'a\\0b'", '\ufeff', '\0', '\r', '\n  ', '\t', ' = ', '.', ':', ',', '}', ']', ')', '#', 'None', 'True',
+    '0x', '1_', 'b"x"', '1j', '文', 'Ａ', '-', '2 ** 70', '18446744073709551616', "''", '{}', '[]']
+
+
+def mutated(text: str, rng: random.Random) -> str:
+  """The text after up to three changes of a character, a word, a line or a stretch."""
+  for _ in range(rng.randint(1, 3)):
+    at, other = sorted(rng.randint(0, len(text)) for _ in range(2))
+    kind = rng.randrange(7)
+    if kind == 0:
+      text = text[:at] + rng.choice(WORDS) + text[at:]
+    elif kind == 1:
+      text = text[:at] + chr(rng.choice((rng.randrange(128), rng.randrange(0x3000)))) + text[at + 1:]
+    elif kind == 2:
+      text = text[:at] + text[min(other, at + 20):]
+    elif kind == 3:
+      text = re.sub(r'(?<= = ).*', lambda match: rng.choice((rng.choice(WORDS), match[0])), text, count=rng.randint(1, 9))
+    elif kind == 4:
+      text = text[:at] + text[at:other] * 2 + text[other:]
+    elif kind == 5:
+      lines = text.splitlines(keepends=True)
+      rng.shuffle(lines)
+      text = ''.join(lines)
+    else:
+      words = re.findall(r'\w+', text) or ['x']
+      text = re.sub(rf'\b{re.escape(rng.choice(words))}\b', rng.choice(words), text, count=1)
+  return text
+
+
+@pytest.mark.parametrize('count', [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_a_mutated_file_is_accepted_or_refused_with_its_place(monkeypatch, count):
+  files = {}  # 'a.gin' -> its bytes; writing it would take longer than reading
+
+  class File:
+    def read_text(self, encoding):
+      return files['a.gin'].decode(encoding)
+
+  def load(text):
+    files['a.gin'] = text.encode()
+    return gin.load(['a.gin'])
+
+  find = gin.find
+  monkeypatch.setattr(gin, 'find', lambda path: File() if path == 'a.gin' else find(path))
+  seed = random.randrange(2**31)
+  print('seed', seed)
+  rng = random.Random(seed)
+  dumped = [line for line in gin.dump(random_config(rng)).splitlines(keepends=True) if ' = ' in line]
+  bases = [text + '\n' for text, _ in MISTAKES] + [''.join(rng.sample(dumped, 4)) for _ in range(3 * len(MISTAKES))]
+  outcomes = collections.Counter()
+  for number in range(count):
+    text = mutated(rng.choice(bases), rng)
+    try:
+      config = load(text)
+    except ConfigError as error:
+      outcomes['refused'] += 1
+      message = str(error)
+      assert 'a.gin' in message and '\n' not in message and len(message) < 2000, (number, message)
+    else:
+      outcomes['accepted'] += 1
+      assert load(gin.dump(config)) == config, (number, text)
+  print(outcomes)
+  assert min(outcomes['accepted'], outcomes['refused']) > count / 100

@@ -21,9 +21,9 @@ LIBRARY += [pathlib.Path('t5x_cpm') / file for file in SOURCES if file.parts[0] 
 # A module imports only from lines above its own, or from its own line.
 ORDER = (
     r't5x_cpm',
-    r't5x_cpm\.config\.(fields|model)',
+    r't5x_cpm\.config\.(fields|typed|model)',
     r't5x_cpm\.config\.(run|row_features)',
-    r't5x_cpm\.config\.(describe|typed)',
+    r't5x_cpm\.config\.describe',
     r't5x_cpm\.config\.gin',
     r't5x_cpm\.config',
     r't5x_cpm\.(files|progress|trees)',

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 import small_data
 
 import t5x_cpm
-from t5x_cpm import __main__, vocabularies
+from t5x_cpm import __main__, tasks, vocabularies
 from t5x_cpm import config as config_lib
 from t5x_cpm.cli import configure, modes, parse
 from t5x_cpm.config import Config, describe, gin
@@ -30,6 +31,7 @@ def call(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('T5X_CPM_CACHE', str(tmp_path / 'cache'))
   monkeypatch.setattr(sys, 'path', [*sys.path])
+  monkeypatch.setattr(tasks, '_modules', {})
 
   def run(*argv):
     code = __main__.main(argv)
@@ -235,9 +237,9 @@ def test_dry_run_counts_epochs_where_there_is_a_cache(call, tmp_path):
 
 def test_dry_run_of_11_billion_parameters_is_quick(call):
   started = time.monotonic()
-  code, out, _ = call('train', '--gin_file=gin/models/cpm2_11b.gin', '--gin_file=gin/runs/pretrain.gin', '--dry_run')
-  assert code == 0
+  code, out, error = call('train', '--gin_file=gin/models/cpm2_11b.gin', '--gin_file=gin/runs/pretrain.gin', '--dry_run')
   assert '11,297,861,632' in out
+  assert code == 2 and 'set ModelConfig.vocab_size = 3200' in error  # it is not the vocabulary of the quickstart
   assert time.monotonic() - started < 10
 
 
@@ -248,6 +250,30 @@ def test_own_tasks_are_imported_from_the_current_folder(call):
   pathlib.Path('other_module.py').write_text('open("imported", "w").close()\n')
   assert call('tasks', '--import=other_module')[0] == 0
   assert pathlib.Path('imported').exists()
+
+
+def test_a_module_that_registers_a_name_twice_is_refused(call):
+  pathlib.Path('twice.py').write_text("raise ValueError('Attempting to register duplicate provider: mine')\n")  # as SeqIO does
+  code, _, error = call('tasks', '--import=twice')
+  assert code == 2 and error.count('\n') == 1 and 'under a name that exists: Attempting to register duplicate' in error
+
+
+def test_a_run_brings_its_modules_and_finds_its_files_from_any_folder(call, tmp_path, monkeypatch):
+  config = gin.load(['gin/models/cpm2_tiny.gin'], ['TaskConfig.vocabulary=cpm2:vocab.txt', 'LocalTaskConfig.files=a/*.txt'])
+  for name in ('my_first', 'my_second'):
+    pathlib.Path(f'{name}.py').write_text(f'open("{tmp_path}/{name}.imported", "a").close()\n')
+  monkeypatch.setattr(tasks, '_modules', {'my_first': '', 'my_second': ''})
+  fake_run('run', config)
+  monkeypatch.setattr(tasks, '_modules', {})
+  (tmp_path / 'other').mkdir()
+  shutil.copy('my_first.py', 'other')
+  monkeypatch.chdir(tmp_path / 'other')
+  code, out, error = call('eval', '--model_dir=../run', '--dry_run', '--gin.LocalTaskConfig.validation_files=here.txt')
+  assert code == 0, error
+  assert f"TaskConfig.vocabulary = 'cpm2:{tmp_path}/vocab.txt'" in out
+  assert f"LocalTaskConfig.files = '{tmp_path}/a/*.txt'" in out and "LocalTaskConfig.validation_files = 'here.txt'" in out
+  assert (tmp_path / 'my_first.imported').exists() and not (tmp_path / 'my_second.imported').exists()
+  assert 'with --import=my_second, which cannot be imported here' in error and f'PYTHONPATH={tmp_path} ' in error
 
 
 def fake_run(folder: str, config: Config) -> vocabularies.Vocabulary:
@@ -281,7 +307,9 @@ def test_reading_modes_take_the_configuration_of_the_run(call):
 
 @pytest.mark.parametrize('named', ['cpm2:vocab.txt', ''])
 def test_init_from_brings_the_model_and_the_vocabulary(call, tmp_path, named):
-  fake_run('run', gin.load(['gin/models/cpm2_tiny.gin'], ['TrainConfig.seed=11', f'TaskConfig.vocabulary={named}']))
+  size = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}').size
+  fake_run('run', gin.load(['gin/models/cpm2_tiny.gin'], [
+      'TrainConfig.seed=11', f'TaskConfig.vocabulary={named}', f'ModelConfig.vocab_size={size}']))
   code, out, error = call('train', '--init_from=run', '--gin_file=gin/runs/finetune.gin', '--dry_run',
                           '--gin.TaskConfig.name=quickstart_arithmetic')
   assert code == 0, error

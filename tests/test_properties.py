@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -15,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from t5x_cpm import vocabularies
-from t5x_cpm.config import Config, ConfigError, LocalTaskConfig, gin
+from t5x_cpm.config import Config, ConfigError, LocalTaskConfig, TrainConfig, gin
 from t5x_cpm.data import objectives, packing, pieces
 from t5x_cpm.data.cache import DataError
 from t5x_cpm.tasks import text_files
@@ -69,8 +70,9 @@ def configs(draw):
   """A configuration of which some fields are not the defaults: those of a draw that are valid."""
   config = Config()
   for path, name, kind in draw(st.lists(st.sampled_from(FIELDS), max_size=12)):
-    changed = replace(config, path, name, draw(values(kind)))
+    value = draw(values(kind))
     try:
+      changed = replace(config, path, name, value)
       changed.validate()
     except ConfigError:
       continue
@@ -89,6 +91,53 @@ def load_gin(content: bytes) -> Config:
 @given(configs())
 def test_a_config_that_was_dumped_is_loaded_as_it_was(config):
   assert load_gin(gin.dump(config).encode()) == config
+
+
+def members(kind):
+  """Whether a value is one that a field of this annotation may hold, written without the code under test."""
+  if typing.get_origin(kind) is dict:
+    of_key, of_value = map(members, typing.get_args(kind))
+    return lambda value: isinstance(value, dict) and all(of_key(k) and of_value(v) for k, v in value.items())
+  if typing.get_args(kind):
+    several = [members(argument) for argument in typing.get_args(kind)]
+    return lambda value: any(one(value) for one in several)
+  return {
+      bool: lambda value: isinstance(value, bool),
+      int: lambda value: type(value) is int and abs(value) < 2**63,
+      float: lambda value: type(value) in (int, float) and abs(value) < 2**1024,
+      str: lambda value: isinstance(value, str) and '\0' not in value and value == value.encode('utf-8', 'ignore').decode(),
+  }[kind]
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats()
+    | st.text(st.characters(exclude_categories=()), max_size=4)
+    | st.sampled_from([2**63, 10**400, math.inf, math.nan, np.float64(0.5), np.int64(3), b'x', TrainConfig, TrainConfig()]),
+    lambda inner: st.lists(inner, max_size=2) | st.tuples(inner) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4)
+
+
+@settings(EXAMPLES, max_examples=300)
+@given(st.sampled_from(FIELDS), ANYTHING)
+def test_a_class_is_made_from_values_that_fit_its_fields_and_no_others(field, value):
+  path, name, kind = field
+  cls = type(functools.reduce(getattr, path, Config()))
+  try:
+    made = getattr(cls(**{name: value}), name)
+  except ConfigError as error:
+    assert str(error).startswith(f'{cls.__name__}.{name} = ') and '\n' not in str(error) and len(str(error)) < 400
+    assert not members(kind)(value)
+  else:
+    assert made == value and not {type(made), *map(type, made.values() if isinstance(made, dict) else ())} & {np.float64}
+    assert members(kind)(made)
+
+
+def test_every_class_of_a_config_checks_its_types():
+  for name, cls in typing.get_type_hints(Config).items():
+    with pytest.raises(ConfigError, match=f'Config.{name} is of type dict; expected {cls.__name__}'):
+      Config(**{name: {}})
+    with pytest.raises(ConfigError, match=r'is of type object; expected'):
+      cls(**{dataclasses.fields(cls)[0].name: object()})
 
 
 GIN_WORDS = [

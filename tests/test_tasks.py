@@ -69,6 +69,13 @@ def test_a_task_of_an_edited_module_is_another_cache(tmp_path, monkeypatch):
   assert found[0] == found[2] != found[1]
 
 
+@pytest.mark.parametrize('name', ['quickstart', 'wiki_zh_en', 'local', 'local:zh', 'tfds:x'])
+def test_a_task_of_a_module_under_a_name_that_exists_is_refused(monkeypatch, name):
+  monkeypatch.setattr(tasks, '_registered', lambda: {'my_text', name})
+  with pytest.raises(ConfigError, match=f"--import=my_corpus: the task '{name}' that is registered there has the name of"):
+    tasks.remember_modules(['my_corpus'])
+
+
 def test_listing_names_every_task():
   names = tasks.listing()
   assert {'quickstart', 'quickstart_arithmetic', 'pretrain_zh_en', 'local'} <= set(names) and all(names.values())

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from t5x_cpm import trees
+from t5x_cpm import backend, trees
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
 from t5x_cpm.mesh import is_names
@@ -159,7 +159,7 @@ def load_params(
 
   one_sharding = shardings is None or isinstance(shardings, jax.sharding.Sharding)
   given = dict.fromkeys(wanted, shardings) if one_sharding else trees.named(shardings)
-  default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  default = jax.sharding.SingleDeviceSharding(backend.devices()[0])
   abstract = {}
   for old, new in new_names.items():
     sharding = given[new] or (getattr(wanted[new], 'sharding', None) if into is not None else None) or default

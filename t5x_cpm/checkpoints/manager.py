@@ -1,5 +1,6 @@
 """The checkpoints of a run: written in the background by Orbax, restored bit for bit on any mesh."""
 
+import bisect
 import contextlib
 import json
 import math
@@ -67,6 +68,8 @@ class Manager:
     self._primary = jax.process_index() == 0
     self._meta = run_directory.describe(config, info)
     self._failed = False
+    self._keep = config.checkpoint
+    self._scores: list[float] = []  # the metric of every checkpoint that has one, the best first
     with contextlib.ExitStack() as claim:
       if self._primary:
         claim.enter_context(run_directory.claim(self.model_dir))
@@ -91,6 +94,9 @@ class Manager:
                 preservation_policy=_Keep(config.checkpoint),
                 # A checkpoint that a kill left half deleted could look complete, so it is moved away first.
                 todelete_subdir=DELETED))
+      for step in run_directory.scan(self.model_dir)[0]:
+        with contextlib.suppress(CheckpointError):  # a damaged one is told of where it is restored
+          self._note(run_directory.read_meta(self.model_dir, step)['metrics'])
       self._claim = claim.pop_all()
 
   def _clear_partial(self) -> None:
@@ -107,6 +113,20 @@ class Manager:
     deleted = self.model_dir / 'checkpoints' / DELETED
     if self._primary and deleted.exists():
       deleted.rmtree()
+
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    """What checkpoints are ranked by, less being better; NaN where it is not known."""
+    value = metrics.get(self._keep.best_metric, math.nan)
+    return value if self._keep.best_mode == 'min' else -value
+
+  def _note(self, metrics: Mapping[str, float]) -> None:
+    if math.isfinite(score := self._score(metrics)):
+      bisect.insort(self._scores, score)
+
+  def is_among_best(self, metrics: Mapping[str, float]) -> bool:
+    """Whether a checkpoint with these metrics would be one of the CheckpointConfig.keep_best best. Every process agrees."""
+    score, count = self._score(metrics), self._keep.keep_best
+    return count > 0 and math.isfinite(score) and (len(self._scores) < count or score < self._scores[count - 1])
 
   def latest_step(self) -> int | None:
     """The step of the last complete checkpoint."""
@@ -138,6 +158,7 @@ class Manager:
         meta=ocp.args.JsonSave(self._meta | {'step': step, 'metrics': values}))
     with self._one_error():
       self._orbax.save(step, args=args, metrics=values, force=True)
+    self._note(values)
 
   @contextlib.contextmanager
   def _one_error(self) -> Iterator[None]:

@@ -13,13 +13,14 @@ read. Nothing here imports JAX or Orbax.
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 import t5x_cpm
-from t5x_cpm import files
+from t5x_cpm import files, tasks
 from t5x_cpm.config import Config, ConfigError, from_dict, identity_differences, to_dict
 
 FORMAT_VERSION = 1
@@ -39,6 +40,7 @@ class RunInfo:
   info: dict[str, Any]
   steps: list[int]  # of all complete checkpoints of the run, ascending
   metrics: dict[str, float]
+  started: dict[str, Any]  # 'folder': where it was started, to which relative paths belong; 'import': modules of --import
 
 
 def resolve(model_dir: Any) -> epath.Path:
@@ -88,7 +90,7 @@ def describe(config: Config, info: dict[str, Any]) -> dict[str, Any]:
   """The JSON tree of config.json."""
   return {
       'format_version': FORMAT_VERSION, 'code_version': t5x_cpm.__version__, 'config': to_dict(config),
-      'info': json.loads(json.dumps(info))}
+      'started': {'folder': os.getcwd(), 'import': tasks.imported()}, 'info': json.loads(json.dumps(info))}
 
 
 def read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
@@ -119,7 +121,8 @@ def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
   model_dir = resolve(model_dir)
   step = choose(model_dir, step)
   meta = read_meta(model_dir, step)
-  return RunInfo(from_dict(meta['config']), step, meta['info'], scan(model_dir)[0], meta['metrics'])
+  return RunInfo(from_dict(meta['config']), step, meta['info'], scan(model_dir)[0], meta['metrics'],
+                 meta.get('started', {}))
 
 
 @contextlib.contextmanager

@@ -5,19 +5,25 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from t5x_cpm.cli.parse import Arguments
 from t5x_cpm.config import Config, ConfigError, MeshConfig, TaskConfig
 
 
 def import_modules(names: Sequence[str]) -> None:
-  """Imports the user's own modules, which register tasks."""
+  """Imports the user's own modules, which register tasks.
+
+  Raises:
+    ConfigError: there is no such module, or it registers a task under a name that exists.
+  """
   if not names:
     return
   from t5x_cpm import tasks
 
-  sys.path.insert(0, os.getcwd())  # a console script, unlike `python -m`, does not look there
+  if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())  # a console script, unlike `python -m`, does not look there
   for name in names:
     try:
       importlib.import_module(name)
@@ -25,7 +31,28 @@ def import_modules(names: Sequence[str]) -> None:
       if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
         raise  # the module is there and fails in an import of its own
       raise ConfigError(f'--import={name}: there is no module {error.name} here ({os.getcwd()}) or installed.') from None
+    except ValueError as error:
+      if 'duplicate provider' not in str(error):  # what SeqIO says
+        raise
+      raise ConfigError(f'--import={name}: it registers a task or mixture under a name that exists: {error}') from None
   tasks.remember_modules(list(names))
+
+
+def recall_modules(model_dir: str, started: Mapping[str, Any]) -> None:
+  """Imports what a run was started with by --import, from where --import would find it; says what is missing.
+
+  The folder in which the run was started is only named: a model_dir that somebody else made shall not choose what code runs.
+  """
+  from t5x_cpm import tasks
+
+  for name in started.get('import', ()):
+    if name not in tasks.imported():
+      try:
+        import_modules([name])
+      except Exception as error:  # the task at hand may not need it
+        print(f'{model_dir} was trained with --import={name}, which cannot be imported here ({str(error).splitlines()[0]}): '
+              f'what it registers is missing. It was started in {started.get("folder")}: PYTHONPATH={started.get("folder")} '
+              'makes its modules known.', file=sys.stderr, flush=True)
 
 
 def checkpoint_step(arguments: Arguments) -> int | None:
@@ -76,6 +103,7 @@ def make_config(arguments: Arguments) -> Config:
     ConfigError: a mistake in a file or flag, with the line or the flag at fault; or a change to a trained model.
   """
   from t5x_cpm import config as config_lib
+  from t5x_cpm import tasks
   from t5x_cpm.checkpoints import run_directory
   from t5x_cpm.config import gin
 
@@ -90,12 +118,20 @@ def make_config(arguments: Arguments) -> Config:
     overrides.append(f'EvalConfig.checkpoints={arguments.get("step")}')
   base = None
   if reads_run:
-    base = dataclasses.replace(run_directory.read_run(model_dir, checkpoint_step(arguments)).config, mesh=MeshConfig())
+    run = run_directory.read_run(model_dir, checkpoint_step(arguments))
+    recall_modules(model_dir, run.started)
+    base = dataclasses.replace(tasks.located(run.config, run.started.get('folder', '')), mesh=MeshConfig())
   elif source:
     base = origin(source, model_dir)
     overrides.append(f'TrainConfig.init_from={source!r}')
 
   config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=base, check=check_routers)
+  if base and not config.model.vocab_size:
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=base.model.vocab_size))
+  elif arguments.mode.scope == 'train':
+    from t5x_cpm.training import before
+
+    config = before.with_vocab_size(config, model_dir)
   if base and reads_run:
     changed = [line for line in config_lib.identity_differences(base, config) if line.startswith('ModelConfig.')]
     if changed:
@@ -105,7 +141,6 @@ def make_config(arguments: Arguments) -> Config:
 
 def dry_run(config: Config) -> None:
   """Prints what a run would be. Of the data it reads only a cache that is there already."""
-  from t5x_cpm import vocabularies
   from t5x_cpm.config import gin
   from t5x_cpm.data import reader
   from t5x_cpm.tasks import caches
@@ -119,7 +154,6 @@ def dry_run(config: Config) -> None:
         f'{config.task.encoder_length} + {config.task.decoder_length}')
   if caches.is_ready(caches.directory(config)):
     data = reader.open_reader(caches.directory(config), config, 'train')
-    vocabularies.check_size(config.model, data.vocabulary)
     epochs = config.train.steps * config.train.batch_size / data.rows_per_epoch
     print(f'epochs            {epochs:.3g}: {config.train.steps:,} steps, {data.rows_per_epoch:,.0f} rows an epoch')
   else:

@@ -7,7 +7,7 @@ import t5x_cpm
 from t5x_cpm.cli import configure
 from t5x_cpm.cli.errors import tell
 from t5x_cpm.cli.parse import Arguments, Flag, Mode, print_table, print_text
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config, ConfigError, ModelConfig
 from t5x_cpm.config.fields import did_you_mean
 
 GIN_FLAGS = (
@@ -64,8 +64,13 @@ def cache(arguments: Arguments, config: Config) -> None:
   """Makes the cache of a task and prints where it lies."""
   from t5x_cpm import tasks
   from t5x_cpm.tasks import caches
+  from t5x_cpm.training import before
 
   tasks.identity(config)
+  if config.model == ModelConfig():  # files that say nothing of a model may be cached for any
+    before.check_sentinels(config, before.vocabulary(config))
+  else:
+    before.check(config)
   print(caches.build(config))
 
 
@@ -221,5 +226,9 @@ def run(arguments: Arguments) -> None:
   config = configure.make_config(arguments)
   if is_dry:
     configure.dry_run(config)
+    if mode.name == 'train':
+      from t5x_cpm.training import before
+
+      before.check(config, arguments.get('model_dir'))
   else:
     mode.function(arguments, config)

@@ -1,8 +1,9 @@
 """The configuration of a run: frozen dataclasses that gin sets field by field, or Python builds.
 
-`model` and `run` hold the classes, `fields` what they are written with. `row_features` names what a row carries beside its
-tokens, `gin` reads files and flags, `typed` checks types, and `describe` explains every field. Every class checks its own
-values in `validate()`. Nothing here imports JAX or TensorFlow, so that a bad configuration is refused before any device work.
+`model` and `run` hold the classes, `fields` and `typed` what they are written with. `row_features` names what a row carries
+beside its tokens, `gin` reads files and flags, and `describe` explains every field. A value of the wrong type is refused when a
+class is made; every class checks its own values in `validate()`. Nothing here imports JAX or TensorFlow, so that a bad
+configuration is refused before any device work.
 """
 
 from t5x_cpm.config.fields import ConfigError

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,11 +15,20 @@ def free(default: Any) -> Any:
   return dataclasses.field(default=default, metadata={'free': True})
 
 
+def shown(value: object) -> str:
+  """A value as an error quotes it: in one line, and not much longer than that."""
+  try:
+    text = repr(value)
+  except (ValueError, RecursionError):  # thousands of digits, or of brackets
+    text = f'({type(value).__name__} without end)'
+  return text if len(text) <= 200 else f'{text[:100]}... ({len(text):,} characters)'
+
+
 def choice(owner: object, field: str, allowed: tuple[str, ...]) -> None:
   """Raises ConfigError unless the field holds one of the allowed names."""
   value = getattr(owner, field)
   if value not in allowed:
-    raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected one of {", ".join(map(repr, allowed))}.')
+    raise ConfigError(f'{type(owner).__name__}.{field} = {shown(value)}: expected one of {", ".join(map(repr, allowed))}.')
 
 
 def in_range(owner: object, field: str, low: float, high: float = float('inf')) -> None:
@@ -28,19 +36,7 @@ def in_range(owner: object, field: str, low: float, high: float = float('inf')) 
   value = getattr(owner, field)
   if not low <= value <= high:
     expected = f'at least {low}' if high == float('inf') else f'between {low} and {high}'
-    raise ConfigError(f'{type(owner).__name__}.{field} = {value!r}: expected a number {expected}.')
-
-
-def finite(owner: Any) -> None:
-  """Raises ConfigError for a number that is not finite, in nested dataclasses too: gin could not write it."""
-  for field in dataclasses.fields(owner):
-    value = getattr(owner, field.name)
-    if dataclasses.is_dataclass(value):
-      finite(value)
-      continue
-    numbers = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-      raise ConfigError(f'{type(owner).__name__}.{field.name} = {value!r}: expected a finite number.')
+    raise ConfigError(f'{type(owner).__name__}.{field} = {shown(value)}: expected a number {expected}.')
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

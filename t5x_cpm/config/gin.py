@@ -8,6 +8,7 @@ What wins: a flag over a file, then a scoped binding over one without scope, the
 everything has been read, so the order of files does not matter for them.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import operator
@@ -19,9 +20,9 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from t5x_cpm.config.fields import ConfigError, did_you_mean
+from t5x_cpm.config.fields import ConfigError, did_you_mean, shown
 from t5x_cpm.config.run import Config
-from t5x_cpm.config.typed import check_type, mismatch
+from t5x_cpm.config.typed import check_type, checked
 
 try:
   from gin import config_parser
@@ -32,6 +33,8 @@ except ImportError as error:  # in a clone, Python finds the folder gin/ in plac
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'gin_files'
 SCOPES = ('train', 'eval')
+DEEPEST = 20  # brackets within brackets, or macros of macros
+LONGEST_NAME = 200  # characters of the name of a class, a field or a macro
 _KEY = re.compile(r'(?:(\w+)/)?([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?')
 # Class name -> path of its fields in Config ('train', 'model.moe'), and class name -> field -> type.
 _PATHS: dict[str, str] = {}
@@ -104,23 +107,29 @@ def find(path: str) -> Any:
   Raises:
     ConfigError: no such file; the message says where it was searched for, and lists files with similar names.
   """
-  if '://' in path:
-    from etils import epath
-    candidates: list[Any] = [epath.Path(path)]
-  else:
-    candidates = [pathlib.Path(path)]
-    if not candidates[0].is_absolute():
-      candidates.append(PACKAGE / (path[4:] if path.startswith('gin/') else path))
-  for candidate in candidates:
-    if candidate.is_file():
-      return candidate
+  try:
+    if '://' in path:
+      from etils import epath
+      candidates: list[Any] = [epath.Path(path)]
+    else:
+      candidates = [pathlib.Path(path)]
+      if not candidates[0].is_absolute():
+        candidates.append(PACKAGE / (path[4:] if path.startswith('gin/') else path))
+    for candidate in candidates:
+      if candidate.is_file():
+        return candidate
+  except Exception as error:  # a name too long for the system; a bucket fails with errors of many libraries
+    reason = str(getattr(error, 'strerror', '') or error or type(error).__name__).strip().partition('\n')[0][:200]
+    raise ConfigError(f'gin file {shown(path)} cannot be reached: {reason}.') from error
   known = {f'gin/{folder}/{name}.gin': name for folder in ('runs', 'models', 'mesh') for name in shipped_files(folder)}
   known |= {str(file): file.stem for file in pathlib.Path(path).parent.glob('*.gin')}
   matches = difflib.get_close_matches(path.rsplit('/', 1)[-1].removesuffix('.gin'), known.values(), n=3)
   near = [full for full, name in known.items() if name in matches]
   hint = f' Did you mean {" or ".join(near)}?' if near else ''
   searched = ' and '.join(str(one.absolute()) if isinstance(one, pathlib.Path) else str(one) for one in candidates)
-  raise ConfigError(f'gin file {path!r} not found; searched {searched}.{hint}')
+  if not path.isprintable() or len(path) > LONGEST_NAME:
+    searched = 'the current folder and the package'
+  raise ConfigError(f'gin file {shown(path)} not found; searched {searched}.{hint}')
 
 
 def _items(value: Any) -> list[Any]:
@@ -129,14 +138,21 @@ def _items(value: Any) -> list[Any]:
   return list(value) if isinstance(value, (list, tuple)) else []
 
 
-def _refuse(value: Any, where: str) -> None:
-  """Raises ConfigError for an @reference anywhere in a value."""
+def _refuse(value: Any, where: str, depth: int = 0) -> None:
+  """Raises ConfigError for an @reference anywhere in a value, and for a value that is nested without end."""
+  if depth > DEEPEST:
+    raise ConfigError(f'{where}: more than {DEEPEST} brackets stand within each other.')
   if isinstance(value, _Reference):
     raise ConfigError(
         f'{where}: @{value.name} is a gin reference. t5x_cpm takes plain values only; a variant is chosen by its name, '
         "as in OptimizerConfig.name = 'adafactor'.")
   for item in _items(value):
-    _refuse(item, where)
+    _refuse(item, where, depth + 1)
+
+
+def _unreadable(error: Exception) -> str:
+  """What is wrong with a value of which Python itself cannot make a list or a dict."""
+  return 'too many brackets stand within each other' if isinstance(error, RecursionError) else f'{error}, as the key of a dict'
 
 
 def _read_file(path: str, included: bool = False) -> list[_Binding]:
@@ -147,8 +163,10 @@ def _read_file(path: str, included: bool = False) -> list[_Binding]:
   def at(line: int | None) -> str:
     return f'{path}:{line}' if line else path
 
+  parser = None
   try:
-    for statement in config_parser.ConfigParser(file.read_text(encoding='utf-8'), _Delegate()):
+    parser = config_parser.ConfigParser(file.read_text(encoding='utf-8-sig'), _Delegate())
+    for statement in parser:
       where = at(statement.location.line_num)
       if isinstance(statement, config_parser.IncludeStatement):
         if included:
@@ -165,19 +183,23 @@ def _read_file(path: str, included: bool = False) -> list[_Binding]:
   except SyntaxError as error:  # the parser puts a (file, line, column, text) beside its message
     detail = error.args[1] if len(error.args) > 1 else (None, None, None, '')
     reason = str(error.args[0]).splitlines()[0]
-    if word := re.search(r"Failed to parse token '(.*)'", str(error.args[0])):
+    if word := re.search(r"Failed to parse token '([^\W\d]\w{,99})'", str(error.args[0])):
       reason = f"{word[1]} is not a value; a string needs quotes and a macro a percent sign: '{word[1]}', %{word[1]}."
-    raise ConfigError(f'{at(detail[1])}: cannot parse {str(detail[3] or "").strip()!r}: {reason}') from None
+    raise ConfigError(f'{at(detail[1])}: cannot parse {shown(str(detail[3] or "").strip())}: {reason[:200]}') from None
   except tokenize.TokenError as error:
     raise ConfigError(f'{at(error.args[1][0])}: cannot parse: {error.args[0]}; a bracket or a quote is not closed.') from None
+  except (RecursionError, TypeError) as error:
+    raise ConfigError(f'{at(parser and parser.current_token.start[0])}: cannot parse: {_unreadable(error)}.') from None
   except UnicodeDecodeError as error:
     raise ConfigError(f'{path}: not UTF-8 text ({error}).') from None
+  except OSError as error:
+    raise ConfigError(f'{path} cannot be read: {error.strerror or error}.') from None
   return bindings
 
 
 def _parse_flag(text: str) -> _Binding:
   """'TrainConfig.steps=3' as a binding; what is not a literal or a macro is a string."""
-  where = f'--gin.{text}'
+  where = f'--gin.{text}' if len(text) < 200 else f'--gin.{text[:200]}...'
   key, equals, value_text = text.partition('=')
   match = _KEY.fullmatch(key.strip())
   if not equals or not match:
@@ -193,12 +215,16 @@ def _parse_flag(text: str) -> _Binding:
   except (SyntaxError, tokenize.TokenError):
     if value_text[:1] in ('{', "'", '"'):  # a glob may begin with '[', but nothing plain begins like these
       raise ConfigError(f'{where}: cannot parse the value: a bracket or a quote is missing.') from None
+  except (RecursionError, TypeError) as error:
+    raise ConfigError(f'{where}: cannot parse the value: {_unreadable(error)}.') from None
   _refuse(value, where)
   return _Binding(scope, cls, field, value, where, value_text)
 
 
 def _check_names(binding: _Binding) -> None:
   """Raises ConfigError for a scope, class or field that does not exist."""
+  if max(map(len, (binding.scope, binding.cls, binding.field))) > LONGEST_NAME:
+    raise ConfigError(f'{binding.where}: no name has more than {LONGEST_NAME} characters.')
   if binding.scope and binding.scope not in SCOPES:
     raise ConfigError(f'{binding.where}: unknown scope {binding.scope!r}: expected one of {", ".join(SCOPES)}.')
   if not binding.field:
@@ -219,16 +245,22 @@ def _check_names(binding: _Binding) -> None:
 def _typed(binding: _Binding, value: Any, text: str | None) -> Any:
   """The value of a binding, checked against its field. A flag's text stands in where a string is wanted."""
   kind = _TYPES[binding.cls][binding.field]
-  for candidate in (value,) if text is None or isinstance(value, dict) else (value, text):
+  if text is not None and not isinstance(value, dict):
     try:
-      return check_type(candidate, kind)
+      check_type(value, kind)
     except TypeError:
-      continue
-  raise ConfigError(f'{binding.where}: {mismatch(f"{binding.cls}.{binding.field}", value, kind)}')
+      with contextlib.suppress(TypeError):
+        value = check_type(text, kind)
+    except ValueError:
+      pass  # told below
+  try:
+    return checked(f'{binding.cls}.{binding.field}', value, kind)
+  except ConfigError as error:
+    raise ConfigError(f'{binding.where}: {error}') from None
 
 
 class _Macros:
-  """The macros of a run. `resolve` replaces them in a value."""
+  """The macros of a run. `value_of` replaces them in a value."""
 
   def __init__(self, definitions: dict[str, _Binding], bindings: Sequence[_Binding]):
     self.definitions = definitions
@@ -250,16 +282,24 @@ class _Macros:
   def _names(self, value: Any) -> list[str]:
     return [value.name] if isinstance(value, _Macro) else [name for item in _items(value) for name in self._names(item)]
 
-  def resolve(self, value: Any, text: str | None, seen: tuple[str, ...] = ()) -> tuple[Any, str | None]:
-    """The value without macros, and its text if it comes from a flag."""
+  def value_of(self, binding: _Binding) -> tuple[Any, str | None]:
+    """The value of a binding without macros, and its text if it comes from a flag."""
+    try:
+      return self._resolve(binding.value, binding.text, ())
+    except (RecursionError, TypeError) as error:  # macros may hide what the parser has not seen
+      raise ConfigError(f'{binding.where}: {_unreadable(error)}.') from None
+
+  def _resolve(self, value: Any, text: str | None, seen: tuple[str, ...]) -> tuple[Any, str | None]:
     if isinstance(value, _Macro):
       definition = self.definitions[value.name]
       if value.name in seen:
         raise ConfigError(f'{definition.where}: macro %{value.name} refers to itself.')
-      return self.resolve(definition.value, definition.text, (*seen, value.name))
+      if len(seen) >= DEEPEST:
+        raise ConfigError(f'{definition.where}: macro %{value.name} stands in a chain of more than {DEEPEST} macros.')
+      return self._resolve(definition.value, definition.text, (*seen, value.name))
 
     def inner(item: Any) -> Any:
-      return self.resolve(item, None, seen)[0]
+      return self._resolve(item, None, seen)[0]
 
     if isinstance(value, dict):
       return {inner(k): inner(v) for k, v in value.items()}, text
@@ -304,7 +344,7 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = ''
   where: dict[tuple[str, str], str] = {}
   for binding in bindings:
     if binding.field:
-      value = _typed(binding, *macros.resolve(binding.value, binding.text))
+      value = _typed(binding, *macros.value_of(binding))
       if binding.scope in ('', scope):
         values.setdefault(binding.cls, {})[binding.field] = value
         where[binding.cls, binding.field] = binding.where

@@ -3,10 +3,11 @@
 import dataclasses
 
 from t5x_cpm.config.fields import ConfigError, choice, free, in_range
+from t5x_cpm.config.typed import Typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(Typed):
   """Experts in place of feed-forward networks: how many, where, and which tokens go to which (t5x_cpm/models/routing.py).
 
   Tokens are routed in groups of at most `group_size`: pieces of one row, or several whole rows. The balance of a group, its
@@ -67,14 +68,16 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Typed):
   """Hyperparameters of an encoder-decoder Transformer (CPM-2, T5 1.1, mT5; Raffel et al. 2020, Zhang et al. 2021).
 
   The defaults are CPM-2's choices: RMSNorm before every sub-layer, gated tanh-GELU, untied output head, unscaled
   attention scores and logits, one relative position table per stack and no bias vector anywhere.
   """
 
-  vocab_size: int = 26_240  # rows of the embedding table: pieces of the vocabulary, and at most 127 more as padding
+  # rows of the embedding table: pieces of the vocabulary, and at most 127 more as padding; 0: as many as there are pieces (of
+  # a run that is continued, evaluated or started from: as many as that has)
+  vocab_size: int = 26_240
   d_model: int = 128  # width of what passes from layer to layer
   d_ff: int = 320  # hidden width of a feed-forward network
   num_heads: int = 4  # attention heads of a layer
@@ -100,7 +103,8 @@ class ModelConfig:
     return self.num_encoder_layers if stack == 'encoder' else self.num_decoder_layers
 
   def validate(self) -> None:
-    for field in ('vocab_size', 'd_model', 'd_ff', 'num_heads', 'head_dim', 'num_encoder_layers', 'num_decoder_layers'):
+    in_range(self, 'vocab_size', 0)
+    for field in ('d_model', 'd_ff', 'num_heads', 'head_dim', 'num_encoder_layers', 'num_decoder_layers'):
       in_range(self, field, 1)
     in_range(self, 'num_buckets', 4)
     if self.num_buckets % 4:
@@ -109,8 +113,8 @@ class ModelConfig:
           'buckets by direction and each half again into exact and logarithmic distances.')
     if self.max_distance <= self.num_buckets // 2:
       raise ConfigError(
-          f'ModelConfig.max_distance = {self.max_distance}: expected more than num_buckets / 2 = {self.num_buckets // 2}, '
-          'the distances that have a bucket each.')
+          f'ModelConfig.max_distance = {self.max_distance}: expected more than ModelConfig.num_buckets / 2 = '
+          f'{self.num_buckets // 2}, the distances that have a bucket each.')
     in_range(self, 'norm_epsilon', 0.0)
     in_range(self, 'dropout_rate', 0.0, 0.99)
     in_range(self, 'init_std', 0.0)

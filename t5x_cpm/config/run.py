@@ -11,12 +11,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from t5x_cpm.config.fields import ConfigError, choice, finite, free, in_range
+from t5x_cpm.config.fields import ConfigError, choice, free, in_range
 from t5x_cpm.config.model import ModelConfig
+from t5x_cpm.config.typed import Typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Typed):
   """How many devices each mesh axis has (-1: all that the others leave), and what is split over them.
 
   The batch is split over `data` and `expert`, the width of the model over `model`, experts over `expert`. `sharding` names
@@ -36,8 +37,8 @@ class MeshConfig:
     sizes = (self.data, self.model, self.expert)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
       raise ConfigError(
-          f'MeshConfig data={self.data}, model={self.model}, expert={self.expert}: expected positive sizes, at most one of '
-          'them -1 (all remaining devices).')
+          f'MeshConfig.data = {self.data}, MeshConfig.model = {self.model}, MeshConfig.expert = {self.expert}: expected '
+          'positive sizes, at most one of them -1 (all remaining devices).')
     choice(self, 'sharding', ('none', 'optimizer', 'full'))
     in_range(self, 'slices', 1)
     in_range(self, 'host_gib', -1.0)
@@ -45,7 +46,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskConfig:
+class TaskConfig(Typed):
   """The data of a run: a registered SeqIO task or mixture, and how its text becomes rows of a batch."""
 
   name: str = 'quickstart'  # the task or mixture; `t5x_cpm tasks` lists them
@@ -68,7 +69,7 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LocalTaskConfig:
+class LocalTaskConfig(Typed):
   """The task named 'local': the user's own text files, from gin alone.
 
   `files` is a glob, or, for a mixture, a dict of name -> glob. `rates` gives these names their shares of the rows, in numbers
@@ -112,7 +113,7 @@ class LocalTaskConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Typed):
   """Optimizer, learning-rate schedule and regularisation of the update."""
 
   name: str = 'adamw'  # 'adamw', 'adafactor' or 'sgd'
@@ -147,7 +148,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Typed):
   """Length of a run, its batches, its seed, and what it starts from."""
 
   steps: int = free(1000)  # steps of the whole run, those before a resume included
@@ -173,12 +174,12 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Typed):
   """When checkpoints are written and which are kept."""
 
   every: int = free(1000)  # steps between checkpoints; there is also one at the end and on SIGTERM or SIGINT
   keep: int = free(3)  # how many of the newest checkpoints stay; 0 is all
-  keep_best: int = free(0)  # how many of the best by `best_metric` stay in addition
+  keep_best: int = free(0)  # how many of the best that were evaluated stay in addition, saved whatever `every` says
   best_metric: str = free('eval/loss')  # a metric of the evaluations, as eval/NAME
   best_mode: str = free('min')  # whether the least ('min') or the greatest ('max') value is the best
 
@@ -190,7 +191,7 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessesConfig:
+class ProcessesConfig(Typed):
   """How long a run of several processes waits for one of them until all stop. One that dies stops the others at once."""
 
   start_seconds: float = free(300.0)  # within which all processes must have come
@@ -204,7 +205,7 @@ class ProcessesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
+class MetricsConfig(Typed):
   """What a run reports. metrics.jsonl is always written."""
 
   every: int = free(10)  # steps between lines of metrics
@@ -222,7 +223,7 @@ class MetricsConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
+class DecodeConfig(Typed):
   """How tokens are chosen in `infer` and `eval`."""
 
   rule: str = free('greedy')  # 'greedy', 'sample' or 'beam'
@@ -246,7 +247,7 @@ class DecodeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InferConfig:
+class InferConfig(Typed):
   """How inputs are read and answered together."""
 
   batch_size: int = free(8)  # how many inputs are answered together
@@ -263,7 +264,7 @@ class InferConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Typed):
   """Evaluation of checkpoints on tasks."""
 
   split: str = free('validation')  # the split of the tasks that is read
@@ -279,7 +280,7 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Typed):
   """Everything a run is made of. Gin names a class and a field: `TrainConfig.steps = 200`."""
 
   model: ModelConfig = ModelConfig()
@@ -299,7 +300,6 @@ class Config:
     """Raises ConfigError for the first value that cannot work."""
     for field in dataclasses.fields(self):
       getattr(self, field.name).validate()
-    finite(self)
     if self.mesh.host_gib and self.optimizer.name == 'adafactor':
       raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
     moe = self.model.moe
@@ -314,7 +314,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(tree: dict[str, Any], cls: type = Config) -> Any:
-  """The inverse of `to_dict`. Raises ConfigError for an unknown field, which another version of t5x_cpm must have written."""
+  """The inverse of `to_dict`.
+
+  Raises:
+    ConfigError: an unknown field, which another version of t5x_cpm must have written, or a value of the wrong type.
+  """
+  if not isinstance(tree, dict):
+    raise ConfigError(f'{cls.__name__} is of type {type(tree).__name__}; expected a dict of its fields.')
   fields = {field.name: field for field in dataclasses.fields(cls)}
   unknown = sorted(set(tree) - set(fields))
   if unknown:

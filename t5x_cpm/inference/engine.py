@@ -268,7 +268,7 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   config = dataclasses.replace(run.config, mesh=MeshConfig()) if config is None else config
   backend.use_cpu_devices(config.mesh.cpu_devices)
   backend.keep_compiled_programs()
-  mesh = mesh_lib.make_mesh(config.mesh, jax.local_devices())
+  mesh = mesh_lib.make_mesh(config.mesh, backend.devices(local=True))
   folder = run_directory.resolve(model_dir) / 'vocabulary'
   vocabulary = vocabularies.load_saved(folder)
   trained = run.info.get('vocabulary')

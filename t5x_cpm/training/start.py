@@ -4,28 +4,21 @@ from collections.abc import Callable
 
 import jax
 
-from t5x_cpm import vocabularies
-from t5x_cpm.checkpoints import arrays, run_directory
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.checkpoints import arrays
+from t5x_cpm.config import Config
 from t5x_cpm.models import routers
 from t5x_cpm.training import host_memory, optimizer
 from t5x_cpm.training.step import Frozen, State, Step
 
 
-def fresh(config: Config, step: Step, frozen: Frozen, vocabulary: vocabularies.Vocabulary) -> State:
+def fresh(config: Config, step: Step, frozen: Frozen) -> State:
   """A state before the first step, with the parameters of another run where TrainConfig.init_from names one.
 
   Raises:
-    ConfigError: that run has another vocabulary, or parameters that do not fit.
+    ConfigError: that run has parameters that do not fit.
   """
   state = step.init(jax.random.key(config.train.seed), frozen)
   if config.train.init_from:
-    source = run_directory.read_run(config.train.init_from)
-    theirs = source.info.get('vocabulary')
-    if theirs != vocabulary.fingerprint:
-      raise ConfigError(
-          f'TrainConfig.init_from = {config.train.init_from!r}: that run was trained with another vocabulary ({theirs}, this '
-          f'run has {vocabulary.fingerprint}). Set TaskConfig.vocabulary to the one in {config.train.init_from}/vocabulary.')
     state['params'] = arrays.load_params(config.train.init_from, into=step.abstract_state['params'])
     state = step.complete(host_memory.saved(state))
   return state

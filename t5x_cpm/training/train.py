@@ -5,7 +5,7 @@ import functools
 import time
 from typing import Any
 
-from t5x_cpm import backend, files, vocabularies
+from t5x_cpm import backend, files
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
@@ -14,7 +14,7 @@ from t5x_cpm.config import Config, gin
 from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.tasks import caches
-from t5x_cpm.training import batches, host_memory, metrics, optimizer, plots, start, validation
+from t5x_cpm.training import batches, before, host_memory, metrics, optimizer, plots, start, validation
 from t5x_cpm.training import step as step_lib
 from t5x_cpm.training.interrupts import Interrupted
 from t5x_cpm.training.profile import Profile
@@ -36,6 +36,8 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
     FloatingPointError: a loss, gradient or parameter is not finite; the message names the first bad tensor.
   """
   config.validate()
+  config = before.with_vocab_size(config, model_dir)
+  before.check(config, model_dir)
   started = time.monotonic()
   steps = config.train.steps
   group = group or Group()
@@ -47,11 +49,11 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   mesh = mesh_lib.make_mesh(config.mesh)
   step = step_lib.build(config, mesh)
   frozen: step_lib.Frozen = {}  # all parameters are trained
+  validation.check_metric(config, step)
 
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
   reader = reader_lib.open_reader(caches.build(config), config, 'train')
-  vocabularies.check_size(config.model, reader.vocabulary)
-  held_out = validation.open_reader(config, step, say)
+  held_out = validation.open_reader(config, say)
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
@@ -67,7 +69,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
       return {}
     if latest is None:
       start.tell_of_a_leak(config, say)
-      state = start.fresh(config, step, frozen, reader.vocabulary)
+      state = start.fresh(config, step, frozen)
     else:
       state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
       say(f'continuing {model_dir} from step {latest}')
@@ -103,10 +105,10 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
         group.at(f'the evaluation after step {number}')
         evaluation = current = validation.evaluate(step, state, frozen, held_out, config.train.eval_batches)
         writers.evaluation(number, current)
-      if last or stop or number % config.checkpoint.every == 0:
+      measured = {f'eval/{name}': value for name, value in current.items()}
+      if last or stop or number % config.checkpoint.every == 0 or manager.is_among_best(measured):
         late.report(state)  # a state that is not finite is never saved
         group.at(f'saving step {number}')
-        measured = {f'eval/{name}': value for name, value in current.items()} or None
         manager.save(number, host_memory.saved(state), metrics=measured, axes=step.axes)
       if stop and not last:
         writers.note(f'{stop} at step {number}: saved, stopping')

@@ -13,23 +13,27 @@ from t5x_cpm.training.gradients import means
 from t5x_cpm.training.step import Frozen, State, Step
 
 
-def open_reader(config: Config, step: Step, say: Callable[[str], None]) -> reader_lib.Reader | None:
-  """Opens what the run is evaluated on, once, so that every evaluation uses the same rows; None where the task has none.
-
-  Raises:
-    ConfigError: checkpoints are to be ranked by a metric that no evaluation gives.
-  """
+def check_metric(config: Config, step: Step) -> None:
+  """Raises ConfigError if checkpoints are to be ranked by a metric that no evaluation gives."""
   options = config.checkpoint
   if options.keep_best:
     names = [f'eval/{name}' for name in jax.eval_shape(
         step.evaluate, host_memory.working(step.abstract_state), step.abstract_frozen, step.abstract_batch)]
     if options.best_metric not in names:
       raise ConfigError(f'CheckpointConfig.best_metric = {options.best_metric!r}: expected one of {", ".join(sorted(names))}.')
+
+
+def open_reader(config: Config, say: Callable[[str], None]) -> reader_lib.Reader | None:
+  """Opens what the run is evaluated on, once, so that every evaluation uses the same rows; None where the task has none.
+
+  Raises:
+    ConfigError: checkpoints are to be ranked by evaluations, and the task has none.
+  """
   try:
     return reader_lib.open_reader(caches.build(config), config, 'validation')
   except reader_lib.EmptySplitError as error:
-    if options.keep_best:
-      raise ConfigError(f'CheckpointConfig.keep_best = {options.keep_best} needs evaluations, but {error}') from error
+    if config.checkpoint.keep_best:
+      raise ConfigError(f'CheckpointConfig.keep_best = {config.checkpoint.keep_best} needs evaluations, but {error}') from error
     say(f'The run is not evaluated: {error}')
     return None
 

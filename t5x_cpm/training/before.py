@@ -1,0 +1,94 @@
+"""What is found out before any time is spent: a run that cannot work is refused before its data is cached.
+
+Nothing here imports JAX, and TensorFlow is imported only for a task that another module registered and that is not cached.
+"""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from t5x_cpm import tasks, vocabularies
+from t5x_cpm.checkpoints import run_directory
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data import cache as cache_lib
+from t5x_cpm.tasks import caches
+
+# Of the spans that a window of 'cpm2' has on average, some documents have fewer, because counts are rounded.
+CERTAINLY_TOO_MANY = 1.5
+
+
+def vocabulary(config: Config) -> vocabularies.Vocabulary:
+  """The vocabulary of a run, from the user's file; from the copy in the cache where that file is gone or not known.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  path = caches.directory(config)
+  if not caches.is_ready(path):
+    return tasks.vocabulary(config)
+  copy = cache_lib.components(path)[0][1].vocabulary()
+  with contextlib.suppress(ConfigError):
+    own = vocabularies.load(tasks.vocabulary_spec(config))
+    if own.fingerprint == copy.fingerprint:
+      return own
+  return copy
+
+
+def has_begun(model_dir: Any) -> bool:
+  """Whether a model_dir has a checkpoint, from which a run would continue."""
+  return bool(model_dir) and bool(run_directory.scan(run_directory.resolve(model_dir))[0])
+
+
+def with_vocab_size(config: Config, model_dir: Any) -> Config:
+  """The configuration with a number in place of ModelConfig.vocab_size = 0.
+
+  It is that of the run in model_dir or, for a new one, of the run that it starts from; else the size of the vocabulary.
+  """
+  if config.model.vocab_size:
+    return config
+  source = model_dir if has_begun(model_dir) else config.train.init_from
+  size = run_directory.read_run(source).config.model.vocab_size if source else vocabulary(config).size
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def check_sentinels(config: Config, found: vocabularies.Vocabulary) -> None:
+  """Raises ConfigError unless the vocabulary has the sentinels that the objective needs."""
+  task, sentinels = config.task, len(found.sentinels)
+  if task.objective == 'pairs':
+    return
+  told = f'TaskConfig.objective = {task.objective!r}, but the vocabulary {found.spec} has {sentinels} sentinels'
+  needed = 1 if task.objective == 't5' else 2  # a span, and what ends the targets
+  if sentinels < needed:
+    raise ConfigError(f'{told}: masked spans need at least {needed}. Set TaskConfig.vocabulary to one that has them (as in '
+                      "sentencepiece:FILE?extra_ids=100), or TaskConfig.objective = 'pairs'.")
+  if task.objective == 'cpm2':
+    spans = task.noise_density / task.mean_span_length  # of each token of a document
+    expected = task.encoder_length * spans / (1 - task.noise_density + spans)
+    if expected > CERTAINLY_TOO_MANY * sentinels:
+      raise ConfigError(f'{told}: a window of TaskConfig.encoder_length = {task.encoder_length} tokens needs about '
+                        f"{expected:.0f}. Set a shorter encoder_length, a larger mean_span_length, or objective 'isolated'.")
+
+
+def check_source(config: Config, found: vocabularies.Vocabulary) -> None:
+  """Raises ConfigError if TrainConfig.init_from names a run of another vocabulary."""
+  source = run_directory.read_run(config.train.init_from)
+  theirs = source.info.get('vocabulary')
+  if theirs != found.fingerprint:
+    raise ConfigError(
+        f'TrainConfig.init_from = {config.train.init_from!r}: that run was trained with another vocabulary than {found.spec} '
+        f'({theirs}, not {found.fingerprint}). Set TaskConfig.vocabulary to the one in {config.train.init_from}/vocabulary, or '
+        'leave it out with --init_from.')
+
+
+def check(config: Config, model_dir: Any = '') -> None:
+  """Raises ConfigError for what cannot work whatever the documents are.
+
+  Args:
+    config: the run, with its ModelConfig.vocab_size resolved.
+    model_dir: where it will write; a run that continues there no longer reads TrainConfig.init_from.
+  """
+  found = vocabulary(config)
+  if config.train.init_from and not has_begun(model_dir):  # first: its vocabulary decides, not ModelConfig.vocab_size
+    check_source(config, found)
+  vocabularies.check_size(config.model, found)
+  check_sentinels(config, found)
