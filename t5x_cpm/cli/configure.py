@@ -15,12 +15,13 @@ def import_modules(names: Sequence[str]) -> None:
   """Imports the user's own modules, which register tasks."""
   if not names:
     return
-  from t5x_cpm import tasks
+  from t5x_cpm import backend, tasks
 
   sys.path.insert(0, os.getcwd())  # a console script, unlike `python -m`, does not look there
   for name in names:
     try:
-      importlib.import_module(name)
+      with backend.quiet():  # it imports TensorFlow
+        importlib.import_module(name)
     except ModuleNotFoundError as error:
       if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
         raise  # the module is there and fails in an import of its own
