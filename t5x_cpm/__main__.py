@@ -4,12 +4,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from t5x_cpm import backend
 from t5x_cpm.cli import modes, parse
 from t5x_cpm.cli.errors import tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The program. Returns its exit code."""
+  backend.hide_logs()
   try:
     arguments = parse.parse(sys.argv[1:] if argv is None else argv, modes.MODES)
     if arguments:

@@ -53,7 +53,7 @@ def train(config: Config, model_dir: Directory) -> dict[str, float]:
     model_dir: where checkpoints, metrics and the vocabulary are written.
 
   Returns:
-    The last evaluation, metric -> value; {} where there was nothing to do.
+    The last evaluation, metric -> value; that of the last checkpoint where there was nothing to do.
 
   Raises:
     TypeError: an argument has the wrong type.

@@ -5,6 +5,8 @@ import contextvars
 import ctypes
 import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 # Files of the drivers of accelerators: NVIDIA's, AMD's, and those of two generations of TPUs.
 ACCELERATORS = '/dev/nvidia0', '/dev/kfd', '/dev/accel0', '/dev/vfio/0'
 EXTRAS = {'cuda': 'gpu', 'gpu': 'gpu', 'tpu': 'tpu'}  # part of JAX_PLATFORMS -> the extra of setup.py that brings it
-
+# Lines that the logs of XLA, libtpu and TensorFlow write, of any severity but fatal; and what announces the first of them.
+LOG_LINE = (r'^([IWE][0-9]{4} [0-9:.]+ +[0-9]+ [^ ]+:[0-9]+\]|[0-9-]{10} [0-9:.]+: [IWE] [^ ]+:[0-9]+\]|'
+            r'WARNING: All log messages before absl::)')
 
 _compiling_for: contextvars.ContextVar[str] = contextvars.ContextVar('_compiling_for', default='')
 
@@ -120,17 +124,49 @@ def compiler_options(deterministic: bool) -> dict[str, bool] | None:
   return {'xla_gpu_deterministic_ops': True} if deterministic and _platform() in ('gpu', 'cuda') else None
 
 
+def is_verbose() -> bool:
+  """Whether the user wants to see what C++ code logs."""
+  return os.environ.get('T5X_CPM_VERBOSE') == '1'
+
+
+def hide_logs() -> None:
+  """Keeps XLA and TensorFlow from logging anything but what they die of. Call it before either is imported.
+
+  A user's own TF_CPP_MIN_LOG_LEVEL is respected. Errors of theirs that matter are raised as exceptions of Python too.
+  """
+  if not is_verbose():
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+
+def _end(keeper: subprocess.Popen) -> None:
+  """Waits until a filter has written all; not for a process that was started in its block and goes on."""
+  if keeper.stdin:
+    keeper.stdin.close()
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    keeper.wait(1)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps the logs of C++ code out of the terminal, where libtpu and TensorFlow would complain that they find no device."""
-  saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-  os.dup2(null, 2)
-  try:
+  """Takes log lines of C++ code out of what is written to the terminal in the block.
+
+  What libtpu and TensorFlow log while they are loaded, such as that they find no device, no variable switches off. The filter
+  is a process of its own, so that whatever else is written arrives, the last words of a crash included.
+  """
+  with contextlib.ExitStack() as stack:
+    if not is_verbose():
+      with contextlib.suppress(OSError):  # no grep, or no terminal to keep clean
+        saved = os.dup(2)
+        stack.callback(os.close, saved)
+        command = ['grep', '-a', '-v', '-E', '--line-buffered', LOG_LINE]
+        keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=saved, stderr=subprocess.DEVNULL,
+                                  env=os.environ | {'LC_ALL': 'C'})
+        assert keeper.stdin
+        stack.callback(_end, keeper)
+        os.dup2(keeper.stdin.fileno(), 2)
+        stack.callback(os.dup2, saved, 2)
+        stack.callback(sys.stderr.flush)
     yield
-  finally:
-    os.dup2(saved, 2)
-    os.close(saved)
-    os.close(null)
 
 
 def keep_compiled_programs() -> None:

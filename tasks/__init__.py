@@ -16,7 +16,7 @@ import re
 import sys
 from typing import Any
 
-from t5x_cpm import vocabularies
+from t5x_cpm import backend, vocabularies
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.tasks import local, pretrain, quickstart
 from t5x_cpm.tasks.documents import Documents, Source
@@ -150,7 +150,8 @@ def get(config: Config) -> Any:
   if row is None and config.task.name not in _registered():
     raise _unknown(config.task.name)
   source = _documents(row, config) if isinstance(row, Row) else None  # before TensorFlow: a wrong glob is reported at once
-  from t5x_cpm.tasks import make
+  with backend.quiet():
+    from t5x_cpm.tasks import make
   if row is None:
     return make.registered(config.task.name)
   if isinstance(row, MixtureRow):

@@ -18,16 +18,16 @@ def normalize(text: str) -> str:
 
 
 def exact_match(targets: list[str], predictions: list[str]) -> dict[str, float]:
-  """Percentage of answers that equal their target once normalized."""
+  """Share of answers that equal their target once normalized."""
   hits = sum(normalize(target) == normalize(prediction) for target, prediction in zip(targets, predictions))
-  return {'exact_match': 100.0 * hits / max(len(targets), 1)}
+  return {'exact_match': hits / max(len(targets), 1)}
 
 
 def char_f1(targets: list[str], predictions: list[str]) -> dict[str, float]:
-  """Mean F1 of the characters of answer and target as bags, in percent: CMRC 2018's measure, but for the order."""
+  """Mean F1 of the characters of answer and target as bags, from 0 to 1: CMRC 2018's measure, but for the order."""
   total = 0.0
   for target, prediction in zip(targets, predictions):
     a, b = collections.Counter(normalize(target)), collections.Counter(normalize(prediction))
     common = (a & b).total()
     total += 2 * common / (a.total() + b.total()) if a or b else 1.0
-  return {'char_f1': 100.0 * total / max(len(targets), 1)}
+  return {'char_f1': total / max(len(targets), 1)}

@@ -1,6 +1,7 @@
 """What depends on the platform."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -91,3 +92,50 @@ def test_compiled_programs_are_kept_in_the_cache_or_where_the_user_says(tmp_path
   subprocess.run([sys.executable, '-c', code], env=variables, check=True)
   assert any((tmp_path / (own or 'cache/xla')).iterdir())
   assert (tmp_path / 'cache').exists() == (not own)
+
+
+NOISE = [
+    'WARNING: All log messages before absl::InitializeLog() is called are written to STDERR',
+    'I0000 00:00:1795750128.014344   10991 port.cc:153] oneDNN custom operations are on.',
+    'W1127 03:12:09.605786    2764 spmd_partitioner.cc:656] [SPMD] Involuntary full rematerialization.',
+    'E0000 00:00:1795750105.240562   10921 cuda_platform.cc:52] failed call to cuInit: INTERNAL',
+    '2026-11-27 03:12:09.605786: I tensorflow/core/util/port.cc:153] oneDNN custom operations are on.']
+MATTERS = [
+    'F1127 03:23:26.720050    6717 client.h:80] Terminating process', 'Traceback (most recent call last):', 'ValueError: W1127',
+    'WARNING: a file of yours is empty', 'Fatal Python error: Segmentation fault', 'error: 你好', '']
+
+
+def in_quiet(last: str, **variables: str) -> subprocess.CompletedProcess:
+  """Noise and what matters, written by Python and by C within a quiet block, and then `last`."""
+  code = f"""
+import os, sys
+from t5x_cpm import backend
+backend.hide_logs()
+with backend.quiet():
+  for line in {NOISE + MATTERS!r}:
+    os.write(2, line.encode() + b'\\n')
+  print('from Python', file=sys.stderr)
+  {last}
+print('after', os.environ.get('TF_CPP_MIN_LOG_LEVEL'), file=sys.stderr)
+"""
+  ours = 'TF_CPP_MIN_LOG_LEVEL', 'T5X_CPM_VERBOSE'
+  environment = {name: value for name, value in os.environ.items() if name not in ours}
+  return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment | variables)
+
+
+def test_logs_of_libraries_are_hidden_and_nothing_else():
+  done = in_quiet('pass')
+  assert done.stderr.splitlines() == [*MATTERS, 'from Python', 'after 3'] and done.returncode == 0
+  done = in_quiet('pass', T5X_CPM_VERBOSE='1')
+  assert done.stderr.splitlines() == [*NOISE, *MATTERS, 'from Python', 'after None']
+  assert in_quiet('pass', PATH='/nowhere', TF_CPP_MIN_LOG_LEVEL='0').stderr.splitlines() == [
+      *NOISE, *MATTERS, 'from Python', 'after 0']  # a machine without grep
+
+
+@pytest.mark.parametrize('last, words, code', [
+    ('os.abort()', '', -signal.SIGABRT), ('raise RuntimeError("a bug")', 'RuntimeError: a bug', 1),
+    ('import faulthandler; faulthandler.enable(); os.kill(os.getpid(), 11)', 'Fatal Python error', -signal.SIGSEGV)])
+def test_a_crash_in_a_quiet_block_is_seen(last, words, code):
+  done = in_quiet(last)
+  assert done.returncode == code and done.stderr.startswith('\n'.join(MATTERS)) and words in done.stderr
+  assert not set(done.stderr.splitlines()) & set(NOISE)

@@ -359,6 +359,21 @@ def test_import_is_light():
   assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_an_empty_line_at_the_prompt_is_answered_by_how_to_end(engine, capsys, monkeypatch):
+  typed = iter(['', '   ', '\u3000', '\t'])
+
+  def ask(prompt_text):
+    try:
+      return next(typed)
+    except StopIteration:
+      raise EOFError from None
+
+  monkeypatch.setattr('builtins.input', ask)
+  monkeypatch.setattr(engine, 'stream', None)  # nothing is asked of the model
+  prompt.interact(engine, io.BytesIO(), True)
+  assert capsys.readouterr() == ('\n', 4 * f'{prompt.HOW_TO_END}\n')
+
+
 def test_piped_prompt_answers_line_by_line(engine, capsys):
   lines = [b'\xe4\xb8\x80<span>a', b'', b'abc', b'\xff', b'x' * 70]
   prompt.interact(engine, io.BytesIO(b'\n'.join(lines)), False)

@@ -14,6 +14,9 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib import font_manager
 
 from t5x_cpm.config import Config, ConfigError, MetricsConfig, ModelConfig
 from t5x_cpm.models import encoder_decoder
@@ -195,6 +198,38 @@ def test_plot(tmp_path):
   assert path == epath.Path(tmp_path) / 'loss.png'
   data = path.read_bytes()
   assert data.startswith(b'\x89PNG') and len(data) > 10_000
+
+
+@settings(max_examples=20, deadline=None)
+@given(name=st.text(min_size=1) | st.sampled_from(['我的模型', 'a$b$c', '$\\frac$', 'é\n\t', '\udce4', '😀' * 50]))
+def test_any_name_of_a_folder_has_a_title(name):
+  """Without a Chinese font Chinese is escaped, and no title is read as a formula."""
+  title, families = plots._title(name, ())
+  assert families == ['DejaVu Sans'] and len(title) <= plots.LONGEST_TITLE and title.isprintable()
+  covered = font_manager.get_font(font_manager.findfont('DejaVu Sans')).get_charmap()
+  assert all(ord(char) in covered for char in title)
+
+
+def test_a_font_is_used_for_what_it_alone_can_write():
+  own, other = (font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in ('DejaVu Sans', 'STIXGeneral'))
+  code = next(code for code in other if code not in own and chr(code).isprintable())
+  assert plots._title(f'a{chr(code)}', ('No Such Font', 'STIXGeneral')) == (f'a{chr(code)}', ['DejaVu Sans', 'STIXGeneral'])
+  assert plots._title('a', ('STIXGeneral',)) == ('a', ['DejaVu Sans'])
+
+
+@pytest.mark.filterwarnings('error')  # matplotlib warns of a character that it draws as a box
+@pytest.mark.parametrize('name', ['我的模型', 'a$b$c_\udce4'])
+def test_nothing_covers_a_curve_whatever_the_name(tmp_path, monkeypatch, name):
+  saved = []
+  monkeypatch.setattr(plots, '_save', lambda figure, path: saved.append(figure))
+  (tmp_path / name).mkdir()
+  lines = [json.dumps({'split': split, 'step': step, 'loss': 1 / step}) for step in range(1, 9) for split in ('train', 'eval')]
+  (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
+  plots.plot_loss(tmp_path / name)
+  figure, = saved
+  figure.canvas.draw()
+  legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+  assert legend.y1 <= axes.y0 and legend.y0 >= 0 and not figure.axes[0].texts
 
 
 def test_model_flops_are_those_that_xla_counts():

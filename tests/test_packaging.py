@@ -22,6 +22,14 @@ def test_links_are_relative_and_lead_to_the_folders():
   assert not (ROOT / 'gin' / '__init__.py').exists()  # it would hide gin-config
 
 
+def test_setup_env_says_that_it_is_to_be_sourced():
+  done = subprocess.run(['bash', ROOT / 'tools' / 'setup_env.sh'], capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (2, '') and 'it is to be sourced: . tools/setup_env.sh && setup_env' in done.stderr
+  script = f'set -euo pipefail; . {ROOT}/tools/setup_env.sh; type setup_env'
+  done = subprocess.run(['bash', '-c', script], capture_output=True, text=True)
+  assert done.returncode == 0 and not done.stderr
+
+
 def run(command: list[object], cwd: pathlib.Path, **variables: str) -> str:
   environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'} | variables
   words = [str(word) for word in command]

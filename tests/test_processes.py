@@ -12,11 +12,13 @@ import textwrap
 import time
 
 import pytest
+from hostile import OTHER, SECRET, insult
 from small_training import ROOT, command, environment, losses, wait_for_step, write_run
 
 from t5x_cpm import backend
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.cluster import group, launch
+from t5x_cpm.cluster import secret as secret_lib
 from t5x_cpm.config import ConfigError
 
 SLURM = {'SLURM_JOB_ID': '4242', 'SLURM_STEP_NODELIST': 'node[003-006]', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '2',
@@ -32,6 +34,17 @@ def free_port() -> int:
   with socket.socket() as probe:
     probe.bind(('', 0))
     return probe.getsockname()[1]
+
+
+def connect(port: int) -> socket.socket:
+  """A connection to a port where somebody will soon listen."""
+  deadline = time.monotonic() + 30
+  while True:
+    try:
+      return socket.create_connection(('127.0.0.1', port))
+    except OSError:
+      assert time.monotonic() < deadline
+      time.sleep(0.1)
 
 
 @pytest.fixture
@@ -94,19 +107,21 @@ class Members:
     import sys, time
     from t5x_cpm.cluster import launch
     from t5x_cpm.cluster.group import ProcessError
+    from t5x_cpm.cluster.secret import Secret
     from t5x_cpm.config import ProcessesConfig
-    count, index, port, setting, last, hang_at, start_seconds = sys.argv[1:8]
+    count, index, port, setting, last, hang_at, start_seconds, secret = sys.argv[1:9]
     config = ProcessesConfig(start_seconds=float(start_seconds), silent_seconds=3, behind_seconds=3)
     try:
-      group = launch.join(launch.Member(f'127.0.0.1:{port}', int(count), int(index)), config, ['same', setting])
+      group = launch.join(launch.Member(f'127.0.0.1:{port}', int(count), int(index)), config, ['same', setting],
+                          Secret(secret.encode(), 'this test'))
     except ProcessError as error:
       sys.exit(f'refused: {error}')
     for step in range(int(last)):
       group.at(f'step {step}')
       print(step, flush=True)
       time.sleep(60 if step == int(hang_at) else 0.1)
-    if len(sys.argv) > 8:
-      group.fail(sys.argv[8])
+    if len(sys.argv) > 9:
+      group.fail(sys.argv[9])
       sys.exit(1)
     group.close()
     '''
@@ -114,8 +129,9 @@ class Members:
   def __init__(self, tmp_path):
     self.port, self.tmp_path, self.started = free_port(), tmp_path, []
 
-  def start(self, count, index, *, setting='a', last=600, hang_at=-1, start_seconds=2, failure=()):
-    arguments = map(str, (count, index, self.port, setting, last, hang_at, start_seconds, *failure))
+  def start(self, count, index, *, setting='a', last=600, hang_at=-1, start_seconds=2, secret=SECRET, failure=()):
+    known = secret.value.decode()
+    arguments = map(str, (count, index, self.port, setting, last, hang_at, start_seconds, known, *failure))
     number = len(self.started)
     with open(self.tmp_path / f'out{number}', 'w') as out, open(self.tmp_path / f'err{number}', 'w') as err:
       self.started.append(subprocess.Popen(
@@ -175,7 +191,13 @@ def test_a_process_waits_as_long_as_process_0_gathers(members, beats, code, word
     members.start(2, 1, last=1)
     server.settimeout(30)
     connection, _ = server.accept()
-    with connection:
+    with connection, connection.makefile() as lines:
+      if beats:
+        connection.sendall(b'{"challenge": "who"}\n')
+        theirs = json.loads(next(lines))['challenge']
+        answer = SECRET.answer(secret_lib.LISTENER, 'who', theirs)
+        connection.sendall(json.dumps({'answer': answer}).encode() + b'\n')
+        assert json.loads(next(lines))['settings'] == ['same', 'a']
       for _ in range(beats):
         time.sleep(1)
         connection.sendall(b'{"beat": true}\n')
@@ -191,19 +213,36 @@ def test_process_0_gives_signs_of_life_and_names_who_leaves_before_all_are_there
   """The test is process 1."""
   members.start(4, 2, start_seconds=60)
   members.start(4, 0, start_seconds=60)
-  deadline = time.monotonic() + 30
-  while True:
-    try:
-      connection = socket.create_connection(('127.0.0.1', members.port))
-      break
-    except OSError:
-      assert time.monotonic() < deadline
-      time.sleep(0.1)
-  with connection, connection.makefile() as lines:
-    connection.sendall(json.dumps({'hello': 1, 'count': 4, 'host': 'there', 'settings': ['same', 'a']}).encode() + b'\n')
+  with connect(members.port) as connection, connection.makefile() as lines:
+    theirs = json.loads(next(lines))['challenge']
+    for message in ({'challenge': 'who', 'answer': SECRET.answer(secret_lib.COMER, theirs, 'who')},
+                    {'hello': 1, 'count': 4, 'host': 'there', 'settings': ['same', 'a']}):
+      connection.sendall(json.dumps(message).encode() + b'\n')
+    assert json.loads(next(lines)) == {'answer': SECRET.answer(secret_lib.LISTENER, theirs, 'who')}
     assert [json.loads(next(lines)) for _ in range(3)] == 3 * [{'beat': True}]
   for code, text in members.ends(10):
     assert code == 1 and 'process 1 on there came, and ended before all were there' in text, text
+
+
+def test_strangers_at_the_port_end_nothing_while_processes_gather_and_work(members):
+  members.start(2, 0, last=30, start_seconds=60)
+  connect(members.port).close()
+  heard = insult(members.port)
+  assert heard and b'same' not in heard and members.ends(0) == [(None, '')]
+  members.start(2, 1, last=30)
+  members.wait_for('2')
+  insult(members.port)  # where nobody listens any more; in a run with JAX it is JAX that does
+  assert members.ends(20) == [(0, '')] * 2
+
+
+def test_a_process_without_the_secret_is_told_so_and_the_others_go_on(members):
+  members.start(2, 0, last=1, start_seconds=60)
+  members.start(2, 1, last=1, secret=OTHER)
+  (_, _), (code, text) = members.ends(5)
+  assert code == 1 and 'has another secret than this process' in text
+  members.started.pop()
+  members.start(2, 1, last=1)
+  assert members.ends(20) == [(0, '')] * 2
 
 
 def test_a_port_in_use_is_told(members):
@@ -318,3 +357,18 @@ def test_bad_input_ends_all_processes(folder):
   started = start_all(folder, 'refused', 5, 2, '--gin.ModelConfig.vocab_size=100')
   assert all(process.wait(60) in (2, group.LOST) for process in started)
   assert 'set ModelConfig.vocab_size' in (folder / 'refused.err0').read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('processes')
+def test_strangers_at_the_port_of_a_run_change_nothing(folder):
+  """JAX listens there while the run trains."""
+  started = start_all(folder, 'insulted', 12, 2)
+  port = int(next(word for word in started[0].args if word.startswith('--coordinator=')).rpartition(':')[2])
+  connect(port).close()
+  insult(port)
+  wait_for_step(folder, 'insulted', 3, started[0])
+  insult(port)
+  finish(folder, 'insulted', started)
+  assert losses(folder, 'insulted') == pytest.approx(losses(folder, 'one'), rel=1e-5)
+  assert (folder / 'insulted' / '.processes_secret').stat().st_mode & 0o777 == 0o600

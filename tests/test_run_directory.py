@@ -33,6 +33,20 @@ def test_no_checkpoint_says_why(tmp_path, make, reason):
     load_params(tmp_path / 'run')
 
 
+def test_a_folder_of_runs_names_them(tmp_path):
+  for name in ('model', 'untrained'):
+    saved(tmp_path / 'runs' / name)
+  (tmp_path / 'runs' / 'stories.txt').touch()
+  (tmp_path / 'runs' / 'empty').mkdir()
+  folder = tmp_path / 'runs'
+  with pytest.raises(CheckpointError, match=f'no config.json.; did you mean {folder}/model or {folder}/untrained\\?$'):
+    read_run(folder)
+  with pytest.raises(CheckpointError, match=r'no config\.json\)\.$'):
+    read_run(tmp_path)
+  with pytest.raises(CheckpointError, match='not the model_dir'):
+    read_run(folder / 'stories.txt')
+
+
 def test_a_run_of_another_identity_is_refused(tmp_path):
   saved(tmp_path)
   before = (tmp_path / 'config.json').read_bytes()

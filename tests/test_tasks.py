@@ -113,6 +113,6 @@ def test_layout_marks_of_wiki40b_are_removed():
 
 
 def test_metrics_of_chinese_answers():
-  assert metrics.exact_match(['７个 苹果。', '-3.5'], ['7个苹果', '-3.5']) == {'exact_match': 100.0}
+  assert metrics.exact_match(['７个 苹果。', '-3.5'], ['7个苹果', '-3.5']) == {'exact_match': 1.0}
   assert metrics.exact_match(['-3', '3.5', '20%'], ['3', '35', '20']) == {'exact_match': 0.0}
-  assert metrics.char_f1(['北京大学', ''], ['北京', '']) == {'char_f1': pytest.approx((2 / 3 + 1) * 50)}
+  assert metrics.char_f1(['北京大学', ''], ['北京', '']) == {'char_f1': pytest.approx((2 / 3 + 1) / 2)}

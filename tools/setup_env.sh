@@ -42,3 +42,8 @@ PY
     echo "$want" > "$stamp"  # last, so that an install that was interrupted starts again
   fi
 }
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  echo 'error: this file does nothing by itself, it is to be sourced: . tools/setup_env.sh && setup_env' >&2
+  exit 2
+fi

@@ -6,6 +6,8 @@ Parameters are converted in memory, in float32 unless the configuration of the r
 import json
 import pathlib
 import shutil
+import warnings
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,13 +22,16 @@ from t5x_cpm.config import Config, ConfigError, TaskConfig
 from t5x_cpm.models import encoder_decoder
 
 SHARD_BYTES = 4 * 2**30
+NO_PICKLE = ('is damaged or holds more than tensors, and is not opened: unpickling a file may run any program. Save the model '
+             'as .safetensors.')
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
   """The tensors of a folder: .safetensors if there are any, otherwise .bin files of torch.
 
   Raises:
-    ConfigError: there is neither, or only the latter and torch is not installed; or a file is damaged.
+    ConfigError: there is neither, or only the latter and torch is not installed; a file is damaged, or a pickle holds more than
+      tensors.
   """
   import safetensors.numpy
 
@@ -46,7 +51,18 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
   except ImportError:
     raise ConfigError(f'{binary[0]} needs torch to be read: pip install t5x_cpm[torch], or save it as .safetensors.') from None
   for file in binary:
-    for name, value in torch.load(file, map_location='cpu', weights_only=True, mmap=True).items():
+    try:
+      with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of how the pickle is written
+        # Only files in the form of version 1.6 and later can be mapped.
+        loaded = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError:
+      raise
+    except Exception as error:  # whatever a pickle makes of it
+      raise ConfigError(f'{file} {NO_PICKLE}') from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+      raise ConfigError(f'{file} {NO_PICKLE}')
+    for name, value in loaded.items():
       result[name] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
   return result
 
@@ -98,13 +114,25 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
   return described
 
 
+def _vocabulary(folder: pathlib.Path, given: str) -> vocabularies.Vocabulary:
+  """The vocabulary that is given, or what lies beside the weights."""
+  if given:
+    return vocabularies.load(given)
+  if (folder / 'vocabulary').exists():
+    return vocabularies.load_saved(folder / 'vocabulary')
+  if (folder / 'spiece.model').exists():
+    return vocabularies.load(f'sentencepiece:{folder / "spiece.model"}')
+  raise ConfigError(f'--hf={folder} has no spiece.model and no vocabulary/: give --vocabulary=KIND:FILE, such as '
+                    'sentencepiece:FILE.')
+
+
 def from_huggingface(hf: str, model_dir: str, *, vocabulary: str = '', objective: str = '') -> None:
   """Writes a model_dir with a checkpoint of step 0 from a folder of transformers.
 
   Args:
     hf: folder with config.json and weights, .safetensors or pytorch_model*.bin.
     model_dir: a new directory.
-    vocabulary: such as 'sentencepiece:FILE'; '' is what `to_huggingface` left in the folder.
+    vocabulary: such as 'sentencepiece:FILE'; '' is what `to_huggingface` left in the folder, or else its spiece.model.
     objective: how the model was trained; '' is 't5', or 'isolated' for CPM vocabularies.
 
   Raises:
@@ -112,7 +140,7 @@ def from_huggingface(hf: str, model_dir: str, *, vocabulary: str = '', objective
   """
   folder = pathlib.Path(hf)
   described = read_description(folder)
-  words = vocabularies.load(vocabulary) if vocabulary else vocabularies.load_saved(folder / 'vocabulary')
+  words = _vocabulary(folder, vocabulary)
   model, given = huggingface.head_to_ours(huggingface.read_config(described), read_tensors(folder))
   objective = objective or ('t5' if words.kind == 'sentencepiece' else 'isolated')
   config = Config(model=model, task=TaskConfig(name='imported', vocabulary=words.spec, objective=objective))
@@ -125,6 +153,8 @@ def from_huggingface(hf: str, model_dir: str, *, vocabulary: str = '', objective
     words.save(pathlib.Path(model_dir) / 'vocabulary')
     axes = jax.tree.map(lambda leaf: leaf.axes, encoder_decoder.build(model).leaves())
     manager.save(0, {'step': jnp.int32(0), 'params': params}, axes={'step': (), 'params': axes})
+  print(f'{model_dir}: a checkpoint of step 0 with {encoder_decoder.build(model).num_parameters():,} parameters, and the '
+        f'vocabulary {words.spec} of {words.size:,} tokens; objective {objective!r}', flush=True)
 
 
 def to_huggingface(model_dir: str, hf: str, *, step: int | None = None) -> None:
@@ -151,3 +181,5 @@ def to_huggingface(model_dir: str, hf: str, *, step: int | None = None) -> None:
   shutil.copytree(saved, folder / 'vocabulary')
   if words.kind == 'sentencepiece':  # where transformers' tokenizer looks for it
     shutil.copyfile(saved / pathlib.Path(words.files[0]).name, folder / 'spiece.model')
+  print(f'{hf}: {encoder_decoder.build(run.config.model).num_parameters():,} parameters of step {run.step}, in '
+        f'{", ".join(sorted(file.name for file in folder.iterdir()))}', flush=True)

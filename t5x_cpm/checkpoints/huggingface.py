@@ -6,7 +6,6 @@ the files.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,9 +26,9 @@ DEFAULTS = {'relative_attention_num_buckets': 32, 'relative_attention_max_distan
 # Their 'gelu' is exact, which no published T5 uses; their 'gelu_new' is the tanh approximation, our 'gelu'.
 ACTIVATIONS = {'gated-gelu': 'gated_gelu', 'gated-gelu_new': 'gated_gelu', 'gated-silu': 'gated_silu', 'relu': 'relu',
                'gelu_new': 'gelu'}
-# Tensors in files of some versions: copies of others, and one table that T5 never used.
-REDUNDANT = re.compile(
-    r'(en|de)coder\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight')
+# Names of the one embedding table: files of different versions have the first, some of the others, or all.
+TABLES = 'shared.weight', 'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight'
+UNUSED = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'  # in old files, and never used
 
 
 class Tensor(NamedTuple):
@@ -172,9 +171,18 @@ def head_to_ours(config: ModelConfig, given: Mapping[str, Any]) -> tuple[ModelCo
 
   Returns:
     The configuration, and tensors that fit it.
+
+  Raises:
+    ConfigError: encoder and decoder have an embedding table each.
   """
-  given = {name: value for name, value in given.items() if not REDUNDANT.fullmatch(name)}
-  shared = given.get('shared.weight')
+  tables = {name: given[name] for name in TABLES if name in given}
+  given = {name: value for name, value in given.items() if name not in (*TABLES, UNUSED)}
+  shared: Any = next(iter(tables.values()), None)
+  for name, table in tables.items():
+    if not np.array_equal(table, shared):
+      raise ConfigError(f'{next(iter(tables))} and {name} differ: here encoder and decoder share one embedding table.')
+  if shared is not None:
+    given['shared.weight'] = shared
   own = given.pop('lm_head.weight', None)
   tied = own is None or (shared is not None and np.array_equal(own, shared))
   if shared is None or tied == config.tie_embeddings:

@@ -64,6 +64,12 @@ def scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
   return sorted(complete), sorted(partial)
 
 
+def _did_you_mean(folder: epath.Path) -> str:
+  """Names the runs that lie in a folder which is none itself."""
+  runs = sorted(str(path) for path in folder.iterdir() if path.is_dir() and scan(path)[0]) if folder.is_dir() else []
+  return f'; did you mean {" or ".join(runs[:3])}?' if runs else '.'
+
+
 def choose(model_dir: epath.Path, step: int | None) -> int:
   """The given step, or the last.
 
@@ -73,12 +79,12 @@ def choose(model_dir: epath.Path, step: int | None) -> int:
   steps, _ = scan(model_dir)
   if not steps:
     if not model_dir.exists():
-      reason = 'the directory does not exist'
+      reason = 'the directory does not exist.'
     elif (model_dir / 'config.json').exists():
-      reason = 'its run stopped before the first one was complete'
+      reason = 'its run stopped before the first one was complete.'
     else:
-      reason = 'it is not the model_dir of a run (no config.json)'
-    raise CheckpointError(f'No checkpoint in {model_dir}: {reason}.')
+      reason = 'it is not the model_dir of a run (no config.json)' + _did_you_mean(model_dir)
+    raise CheckpointError(f'No checkpoint in {model_dir}: {reason}')
   if step is None:
     return steps[-1]
   if step not in steps:

@@ -20,13 +20,14 @@ def import_modules(names: Sequence[str]) -> None:
   """
   if not names:
     return
-  from t5x_cpm import tasks
+  from t5x_cpm import backend, tasks
 
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())  # a console script, unlike `python -m`, does not look there
   for name in names:
     try:
-      importlib.import_module(name)
+      with backend.quiet():  # it imports TensorFlow
+        importlib.import_module(name)
     except ModuleNotFoundError as error:
       if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
         raise  # the module is there and fails in an import of its own

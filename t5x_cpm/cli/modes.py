@@ -33,7 +33,7 @@ def train(arguments: Arguments, config: Config) -> None:
   model_dir = arguments.get('model_dir')
   member = launch.find_member(*map(arguments.get, ('coordinator', 'num_processes', 'process_id')))
   settings = [f't5x_cpm {t5x_cpm.__version__}', f'--model_dir={model_dir}', *gin.dump(config).splitlines()]
-  with launch.together(member, config.processes, settings, tell) as group:
+  with launch.together(member, config.processes, settings, model_dir, tell) as group:
     from t5x_cpm.training import train as training
     training.run(config, model_dir, group)
 

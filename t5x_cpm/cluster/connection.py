@@ -6,10 +6,12 @@ import socket
 from typing import Any
 
 BEAT = 1.0  # seconds between two messages
+LONGEST_GREETING = 4096  # bytes of a line from whoever has connected
+LONGEST = 1 << 20  # bytes of a line from a process that has shown that it belongs to the run
 
 
 class Connection:
-  """One end of a connection.
+  """One end of a connection. Until `trust` is called, the other end may be anything, and only short lines are read.
 
   Args:
     given: the connected socket.
@@ -18,11 +20,15 @@ class Connection:
 
   def __init__(self, given: socket.socket, patience: float):
     given.settimeout(patience)
-    self._socket, self._incomplete = given, b''
+    self._socket, self._incomplete, self._longest = given, b'', LONGEST_GREETING
 
   def fileno(self) -> int:
     """The number by which a selector knows the connection."""
     return self._socket.fileno()
+
+  def trust(self) -> None:
+    """Allows long lines from now on."""
+    self._longest = LONGEST
 
   def send(self, **message: Any) -> None:
     """Sends a message. If the other end is gone, nothing happens here; `read` will say so."""
@@ -38,10 +44,13 @@ class Connection:
     except OSError:
       return None
     *lines, self._incomplete = (self._incomplete + data).split(b'\n')
-    try:
-      return [dict(json.loads(line)) for line in lines] if data else None
-    except ValueError:
+    if not data or max(map(len, (*lines, self._incomplete))) > self._longest:
       return None
+    try:
+      messages = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):  # the latter for a line of opening brackets
+      return None
+    return messages if all(isinstance(message, dict) for message in messages) else None
 
   def close(self) -> None:
     self._socket.close()

@@ -35,6 +35,7 @@ class Group:
       config: how long to wait, and for what.
     """
     self.count, self.index, self.config = count, index, config or ProcessesConfig()
+    self.listens_at: str | None = None  # in process 0 of several: host:port where it lets the others in
     self._progress, self._doing = 0, 'the start'
     self._done = threading.Event()
     self._watch_thread: threading.Thread | None = None

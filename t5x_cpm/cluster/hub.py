@@ -1,5 +1,6 @@
 """The group in process 0, to which all other processes are connected."""
 
+import contextlib
 import dataclasses
 import selectors
 import socket
@@ -7,7 +8,9 @@ import time
 from typing import Any
 
 from t5x_cpm.cluster.connection import BEAT, Connection
+from t5x_cpm.cluster.door import Door
 from t5x_cpm.cluster.group import Group, ProcessError, stop
+from t5x_cpm.cluster.secret import Secret
 from t5x_cpm.config import ProcessesConfig
 
 SECONDS_BETWEEN_LINES = 10.0  # while process 0 waits for the others
@@ -56,26 +59,18 @@ def _names(indices: list[int]) -> str:
   return f'process{"es" if len(indices) > 1 else ""} {shown}'
 
 
-def _listen(port: int, count: int) -> socket.socket:
-  both = socket.has_dualstack_ipv6()
-  try:
-    return socket.create_server(
-        ('', port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=count, dualstack_ipv6=both)
-  except OSError as error:
-    raise ProcessError(f'process 0 cannot listen on port {port}: {error.strerror}. Give another --coordinator.') from error
-
-
 class Hub(Group):
   """The group in process 0: first it gathers the others, then its watch observes them."""
 
-  def __init__(self, count: int, config: ProcessesConfig, port: int, settings: list[str]):
+  def __init__(self, count: int, config: ProcessesConfig, address: tuple[str, int], settings: list[str], secret: Secret):
     """Begins to listen.
 
     Args:
       count: how many processes there are.
       config: how long to wait, and for what.
-      port: where the others connect.
+      address: host and port where the others connect.
       settings: lines that must be the same in all processes.
+      secret: what the others must know to be admitted.
 
     Raises:
       ProcessError: the port is in use.
@@ -84,7 +79,9 @@ class Hub(Group):
     self._settings = settings
     self._peers = {0: Peer(0, socket.gethostname())}
     self._failed: tuple[Peer, str] | None = None  # who ended with an error, and which
-    self._listener = _listen(port, count)
+    self._door = Door(*address, secret)
+    self._selector = selectors.DefaultSelector()  # of the connections of processes that were admitted
+    self.listens_at = self._door.address
 
   def gather(self) -> None:
     """Waits for all others, then lets all begin.
@@ -92,7 +89,8 @@ class Hub(Group):
     Raises:
       ProcessError: some do not come, or do not belong here. Those that came are told the same.
     """
-    error = self._wait_for_all()
+    with contextlib.closing(self._door):
+      error = self._wait_for_all()
     self._tell(**({'error': error} if error else {'go': True}))
     if error:
       raise ProcessError(error)
@@ -103,60 +101,37 @@ class Hub(Group):
 
   def _wait_for_all(self) -> str:
     """Admits processes until all are there; returns why that cannot be, or ''."""
-    newcomers: set[Connection] = set()  # connected, but who they are is not known yet
     began, beat, line = time.monotonic(), Timer(BEAT), Timer(SECONDS_BETWEEN_LINES)
-    error = ''
-    with selectors.DefaultSelector() as selector, self._listener:
-      selector.register(self._listener, selectors.EVENT_READ)
-      while len(self._peers) < self.count and not error:
-        missing = sorted(set(range(self.count)) - set(self._peers))
-        if line.is_due():
-          print(f'waiting for {_names(missing)} of {self.count}', flush=True)
-        if beat.is_due():
-          self._tell(beat=True)
-        if time.monotonic() - began > self.config.start_seconds:
-          error = (f'{_names(missing)} of {self.count} did not come within {self.config.start_seconds:g} s '
-                   '(ProcessesConfig.start_seconds). See their output, and whether they reach this host '
-                   f'({self._peers[0].host}).')
-          break
-        for key, _ in selector.select(BEAT / 2):
-          if key.fileobj is self._listener:
-            connection = Connection(self._listener.accept()[0], BEAT)
-            newcomers.add(connection)
-            selector.register(connection, selectors.EVENT_READ)
-          else:
-            complaint = self._receive(key.fileobj, newcomers, selector)
-            error = error or complaint
-    for connection in newcomers:
-      connection.close()
-    return error
-
-  def _receive(self, connection: Any, newcomers: set[Connection], selector: selectors.BaseSelector) -> str:
-    """Reads from a connection while processes gather; returns why they cannot come together, or ''."""
-    messages = connection.read()
-    if messages == []:
-      return ''  # a long hello of which only the beginning has come
-    if connection not in newcomers:  # a process that was admitted, and then says nothing until all are there
-      peer = next(peer for peer in self._peers.values() if peer.connection is connection)
-      return f'{peer} came, and ended before all were there. See its output.'
-    newcomers.remove(connection)
-    if messages and 'hello' in messages[0]:
-      return self._admit(messages[0], connection)
-    selector.unregister(connection)
-    connection.close()  # something else that tried this port, or a process that gave up
+    while len(self._peers) < self.count:
+      missing = sorted(set(range(self.count)) - set(self._peers))
+      strangers = f' ({self._door.turned_away} connections without its secret were closed)' if self._door.turned_away else ''
+      if line.is_due():
+        print(f'waiting for {_names(missing)} of {self.count}{strangers}', flush=True)
+      if beat.is_due():
+        self._tell(beat=True)
+      if time.monotonic() - began > self.config.start_seconds:
+        return (f'{_names(missing)} of {self.count} did not come within {self.config.start_seconds:g} s '
+                '(ProcessesConfig.start_seconds). See their output, and whether they reach this host '
+                f'({self._peers[0].host}) at {self._door.address}{strangers}.')
+      for greeting, connection in self._door.poll(BEAT / 2):
+        if error := self._admit(greeting, connection):
+          return error
+      for peer in self._listen_to_others(0):
+        return f'{peer} came, and ended before all were there. See its output.'
     return ''
 
-  def _admit(self, hello: dict[str, Any], connection: Connection) -> str:
+  def _admit(self, greeting: dict[str, Any], connection: Connection) -> str:
     """Admits a process; returns why that cannot be, or ''."""
-    peer = Peer(hello['hello'], hello['host'], connection)
-    if hello['count'] != self.count:
+    peer = Peer(greeting['hello'], greeting['host'], connection)
+    self._selector.register(connection, selectors.EVENT_READ, peer)
+    if greeting['count'] != self.count or not 0 < peer.index < self.count:
       self._peers[-1] = peer  # so that it is told
-      return f'process 0 was started as one of {self.count} processes, {peer} as one of {hello["count"]}.'
+      return f'process 0 was started as one of {self.count} processes, {peer} as one of {greeting["count"]}.'
     given = self._peers.setdefault(peer.index, peer)
     if given is not peer:
       connection.send(error=f'{given} was there before this process on {peer.host}.')
       return f'{peer} has the index of {given}: every process needs its own --process_id.'
-    theirs, ours = hello['settings'], self._settings
+    theirs, ours = greeting['settings'], self._settings
     for a, b, whose in ((theirs, ours, 'it'), (ours, theirs, 'process 0')):
       if different := [line for line in a if line not in b]:
         return f'{peer} was started with another configuration than process 0: {whose} has {"; ".join(different[:3])}.'
@@ -170,14 +145,10 @@ class Hub(Group):
 
   def _watch(self) -> None:
     """Observes the others until all are done, or one is lost."""
-    selector = selectors.DefaultSelector()
-    for peer in self._peers.values():
-      if peer.connection is not None:
-        selector.register(peer.connection, selectors.EVENT_READ, peer)
     beat = Timer(BEAT)
     while not all(peer.done for peer in self._peers.values()):
       self._hear(self._peers[0], self._status())
-      reason = self._trouble(self._listen_to_others(selector))
+      reason = self._trouble(self._listen_to_others(BEAT / 2))
       if reason:
         self._tell(stop=reason)
         if self._failure:
@@ -187,15 +158,15 @@ class Hub(Group):
         self._tell(beat=True)
     self._tell(bye=True)
 
-  def _listen_to_others(self, selector: selectors.BaseSelector) -> list[Peer]:
-    """Waits half a beat for messages; returns the processes whose connection has ended."""
+  def _listen_to_others(self, seconds: float) -> list[Peer]:
+    """Waits a while for messages; returns the processes whose connection has ended."""
     ended = []
-    for key, _ in selector.select(BEAT / 2):
+    for key, _ in self._selector.select(seconds):
       messages = key.data.connection.read()
       for message in messages or ():
         self._hear(key.data, message)
       if messages is None:
-        selector.unregister(key.fileobj)
+        self._selector.unregister(key.fileobj)
         ended.append(key.data)
     return ended
 

@@ -9,9 +9,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
+from t5x_cpm.cluster import secret as secret_lib
 from t5x_cpm.cluster.connection import BEAT
 from t5x_cpm.cluster.group import Group, ProcessError
 from t5x_cpm.cluster.hub import Hub
+from t5x_cpm.cluster.secret import Secret
 from t5x_cpm.cluster.spoke import Spoke
 from t5x_cpm.config import ProcessesConfig
 
@@ -100,26 +102,27 @@ def find_member(coordinator: str = '', num_processes: str = '', process_id: str 
   return Member(coordinator, count, index)
 
 
-def join(member: Member, config: ProcessesConfig, settings: list[str]) -> Group:
+def join(member: Member, config: ProcessesConfig, settings: list[str], secret: Secret) -> Group:
   """Waits until all processes have come, and watches over them from then on.
 
   Args:
     member: which process this is; process 0 listens at `member.address` until all have come.
     config: how long to wait, and for what.
     settings: lines that must be the same in all processes, such as the configuration.
+    secret: what all must know; nothing is told to a process that does not.
 
   Raises:
-    ProcessError: some did not come in time, two have one index, or counts or settings differ.
+    ProcessError: some did not come in time, two have one index, or counts, settings or secrets differ.
   """
-  group = (Hub(member.count, config, member.address[1], settings) if member.index == 0 else
-           Spoke(member.count, member.index, config, member.address, settings))
+  group = (Hub(member.count, config, member.address, settings, secret) if member.index == 0 else
+           Spoke(member.count, member.index, config, member.address, settings, secret))
   group.gather()
   return group
 
 
 @contextlib.contextmanager
 def together(
-    member: Member | None, config: ProcessesConfig, settings: list[str],
+    member: Member | None, config: ProcessesConfig, settings: list[str], model_dir: str,
     tell: Callable[[BaseException], int]) -> Iterator[Group]:
   """Starts JAX and runs a block in all processes, or in none: when one fails or is lost, all end.
 
@@ -127,6 +130,7 @@ def together(
     member: which process this is; None if it is alone, and then nothing is started.
     config: how long to wait, and for what.
     settings: lines that must be the same in all processes.
+    model_dir: the folder that all processes share, where their secret lies.
     tell: prints an error of the block and returns the exit code, or raises the error. It is called only if there are several
       processes. The process ends right after it, because its usual end would wait for the others.
 
@@ -136,13 +140,14 @@ def together(
   if member is None:
     yield Group()
     return
-  group = join(member, config, settings)
+  group = join(member, config, settings, secret_lib.find(model_dir, member.index, config))
   try:
     import jax
 
     jax.distributed.initialize(
         member.coordinator, member.count, member.index, local_device_ids=member.local_devices,
         cluster_detection_method='deactivate', initialization_timeout=SECONDS_TO_CONNECT,
+        coordinator_bind_address=os.environ.get('JAX_COORDINATOR_BIND_ADDRESS', group.listens_at),
         # The watch stops all processes earlier than JAX would, and says why.
         heartbeat_timeout_seconds=round(2 * config.silent_seconds) + SECONDS_TO_CONNECT,
         shutdown_timeout_seconds=SECONDS_TO_CONNECT)

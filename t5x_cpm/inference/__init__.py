@@ -1,6 +1,6 @@
 """A trained model at work: it generates, scores, chooses, encodes and is evaluated.
 
-    engine = t5x_cpm.inference.load('runs/quickstart')
+    engine = t5x_cpm.inference.load('runs/quickstart/model')
     engine.generate(['今天天气很<span>。'])
 
 The folder offers `load`, which makes an `Engine` from a model_dir, and the modes `infer` and `eval`. Between an engine and a

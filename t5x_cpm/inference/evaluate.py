@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -323,7 +322,7 @@ def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[
   """
   config.eval.validate()
   config.decode.validate()
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  backend.hide_logs()
   names = [name.strip() for name in names if name.strip()]
   if not names:
     raise ConfigError('eval needs --tasks=NAME,...; `t5x_cpm tasks` lists them.')

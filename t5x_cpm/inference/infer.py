@@ -223,6 +223,6 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   is_terminal = sys.stdin.isatty()
   if is_terminal:
     blank = vocabularies.BLANK
-    print(f'{model_dir} at step {engine.step}. Write a blank as {blank}; a line without one is continued. Ctrl-D ends.',
+    print(f'{model_dir} at step {engine.step}. Write a blank as {blank}; a line without one is continued. {prompt.HOW_TO_END}',
           file=sys.stderr, flush=True)
   prompt.interact(engine, sys.stdin.buffer, is_terminal)

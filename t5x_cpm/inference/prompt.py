@@ -12,6 +12,9 @@ if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
 
 
+HOW_TO_END = 'Ctrl-D ends.'
+
+
 def prompts(stdin: BinaryIO, is_terminal: bool) -> Iterator[Line]:
   """Lines that a user types or pipes in, until the end of input (Ctrl-D)."""
   number = 0
@@ -37,6 +40,8 @@ def refuse(number: int, error: str, is_terminal: bool) -> None:
   """Says what is wrong with a line ('' for an empty one); a pipe gets an empty line, so that output and input lines match."""
   if error:
     print(f'error: line {number}: {error}', file=sys.stderr, flush=True)
+  elif is_terminal:
+    print(HOW_TO_END, file=sys.stderr, flush=True)
   if not is_terminal:
     print(flush=True)
 

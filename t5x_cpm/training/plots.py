@@ -1,5 +1,6 @@
 """Plots of a run, from its metrics.jsonl: the loss, and what its routers do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -7,6 +8,31 @@ from etils import epath
 from t5x_cpm.checkpoints.run_directory import resolve
 from t5x_cpm.config import ConfigError
 from t5x_cpm.training.records import read_jsonl
+
+# Families of fonts with Chinese, in the order of preference; there may be none.
+FONTS = ('Noto Sans CJK SC', 'Source Han Sans SC', 'Source Han Sans CN', 'Noto Sans SC', 'WenQuanYi Zen Hei',
+         'WenQuanYi Micro Hei', 'PingFang SC', 'Hiragino Sans GB', 'Heiti SC', 'Microsoft YaHei', 'SimHei', 'Noto Sans CJK JP',
+         'Noto Sans CJK TC', 'Droid Sans Fallback', 'Arial Unicode MS', 'Noto Serif CJK SC', 'SimSun', 'AR PL UMing CN',
+         'AR PL UKai CN', 'Unifont')
+LONGEST_TITLE = 60  # characters that fit above a plot
+
+
+def _title(name: str, families: Sequence[str] = FONTS) -> tuple[str, list[str]]:
+  """A name as the fonts of this machine can write it, and their families. What none can write is an escape such as \\u4e2d."""
+  from matplotlib import font_manager
+
+  installed = set(font_manager.get_font_names())
+  default = font_manager.fontManager.defaultFamily['ttf']
+  used, shown = [default], set[int]()
+  for family in (default, *(family for family in families if family in installed)):
+    covered = set(font_manager.get_font(font_manager.findfont(family)).get_charmap())
+    if missing := {ord(char) for char in name} - shown:
+      if missing & covered and family != default:
+        used.append(family)
+      shown |= covered
+  can_write = lambda char: ord(char) in shown and char.isprintable()  # noqa: E731
+  title = ''.join(char if can_write(char) else char.encode('unicode_escape').decode() for char in name)
+  return (title if len(title) <= LONGEST_TITLE else f'{title[:LONGEST_TITLE - 3]}...'), used
 
 
 def _records(model_dir: epath.Path) -> list[dict[str, Any]]:
@@ -55,12 +81,13 @@ def plot_loss(model_dir: Any) -> epath.Path:
     axes.plot(steps, means, color='#08519c', linewidth=1.8, label=f'training, mean of {width} points')
   if evaluation:
     steps, losses = zip(*evaluation)
-    axes.plot(steps, losses, color='#d94801', marker='o', markersize=4, linewidth=1.2, label='evaluation')
-    axes.annotate(
-        f'{losses[-1]:.3f}', (steps[-1], losses[-1]), textcoords='offset points', xytext=(-6, 8), ha='right', color='#d94801')
-  axes.set(xlabel='step', ylabel='loss (nats per target token)', title=f'{model_dir.name}: loss')
+    axes.plot(steps, losses, color='#d94801', marker='o', markersize=4, linewidth=1.2,
+              label=f'evaluation, {losses[-1]:.3f} at step {steps[-1]}')
+  name, families = _title(model_dir.name)
+  axes.set(xlabel='step', ylabel='loss (nats per target token)')
+  axes.set_title(f'{name}: loss', fontfamily=families, parse_math=False)  # a folder may have a dollar sign in its name
   axes.grid(alpha=0.3)
-  axes.legend()
+  figure.legend(loc='outside lower center', ncols=3)  # inside it would cover some curve
   return _save(figure, model_dir / 'loss.png')
 
 
@@ -93,5 +120,5 @@ def plot_experts(model_dir: Any) -> epath.Path | None:
     bottom.plot(steps, left, color='#08519c', label='tokens left behind, worst layer')
     bottom.set(xlabel='step', ylim=(0, None))
     bottom.grid(alpha=0.3)
-    bottom.legend()
+    bottom.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0))  # inside it would cover some curve
   return _save(figure, model_dir / 'experts.png')

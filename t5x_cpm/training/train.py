@@ -21,7 +21,7 @@ from t5x_cpm.training.profile import Profile
 
 
 def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str, float]:
-  """Trains until TrainConfig.steps and returns the last evaluation.
+  """Trains until TrainConfig.steps and returns the last evaluation; of the last checkpoint where there is nothing to do.
 
   The same call continues a run that was stopped, at the step of its newest complete checkpoint and with the same losses
   bit for bit. SIGTERM and SIGINT save a checkpoint and return.
@@ -66,7 +66,8 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
     if latest is not None and latest >= steps:
       say(f'{model_dir} is at step {latest} and TrainConfig.steps = {steps}: nothing to do. '
           'Set TrainConfig.steps higher to go on.')
-      return {}
+      saved = run_directory.read_run(model_dir, latest).metrics
+      return {name.removeprefix('eval/'): value for name, value in saved.items()}
     if latest is None:
       start.tell_of_a_leak(config, say)
       state = start.fresh(config, step, frozen)

@@ -1,0 +1,148 @@
+"""`convert import`: which files it takes, which it refuses in a line, and what it says."""
+
+import json
+import pathlib
+import pickle
+import random
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+
+from t5x_cpm.__main__ import main
+from t5x_cpm.checkpoints import arrays, convert, huggingface
+from t5x_cpm.config import ConfigError, ModelConfig
+from t5x_cpm.models import encoder_decoder
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TABLE = 'shared.weight'
+
+
+@pytest.fixture(scope='module')
+def spiece(tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp('spiece')
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(ROOT / 'tasks/corpus/en.txt'), model_prefix=str(path / 'spiece'), vocab_size=300, pad_id=0, eos_id=1, unk_id=2,
+      bos_id=-1, minloglevel=2)
+  return path / 'spiece.model'
+
+
+@pytest.fixture(scope='module')
+def model():
+  return ModelConfig(vocab_size=512, d_model=8, d_ff=12, num_heads=2, head_dim=4, num_buckets=8, max_distance=16)
+
+
+@pytest.fixture(scope='module')
+def tensors(model):
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), encoder_decoder.build(model).abstract()[0])
+  return dict(huggingface.from_params(model, params))
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+  (tmp_path / 'hf').mkdir()
+  (tmp_path / 'hf' / 'config.json').write_text(json.dumps(huggingface.write_config(model)))
+  return tmp_path / 'hf'
+
+
+def convert_in(folder: pathlib.Path, *flags: str) -> int:
+  return main(['convert', 'import', f'--hf={folder}', f'--model_dir={folder.parent / "run"}', *flags])
+
+
+def test_the_vocabulary_beside_the_weights_is_taken_and_it_says_what_it_wrote(folder, tensors, spiece, capsys):
+  convert.write_tensors(folder, iter(tensors.items()))
+  assert convert_in(folder) == 2
+  assert f'--hf={folder} has no spiece.model and no vocabulary/: give --vocabulary=KIND:FILE' in capsys.readouterr().err
+  (folder / 'spiece.model').write_bytes(spiece.read_bytes())
+  assert convert_in(folder) == 0
+  out = capsys.readouterr().out
+  number = sum(value.size for value in tensors.values())
+  assert out.count('\n') == 1 and f'step 0 with {number:,} parameters' in out and f'sentencepiece:{folder}/spiece.model' in out
+  assert (folder.parent / 'run' / 'vocabulary' / 'spiece.model').read_bytes() == spiece.read_bytes()
+  assert main(['convert', 'export', f'--model_dir={folder.parent / "run"}', f'--hf={folder.parent / "back"}']) == 0
+  assert f'{number:,} parameters of step 0, in config.json, model.safetensors, spiece.model' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('names', [
+    huggingface.TABLES, huggingface.TABLES[:1], huggingface.TABLES[1:2], huggingface.TABLES[2:], huggingface.TABLES[1:]])
+def test_the_embedding_table_is_found_under_any_of_its_names(model, tensors, names):
+  others = {name: value for name, value in tensors.items() if name != TABLE}
+  given = others | dict.fromkeys(names, tensors[TABLE])
+  config, found = huggingface.head_to_ours(model, given)
+  np.testing.assert_array_equal(huggingface.to_params(config, found)['token_embedder']['embedding'], tensors[TABLE])
+  if len(names) > 1:
+    with pytest.raises(ConfigError, match=f'{names[0]} and {names[-1]} differ'):
+      huggingface.head_to_ours(model, given | {names[-1]: tensors[TABLE] + 1})
+  with pytest.raises(ConfigError, match=r'shared\.weight: missing'):  # a head alone may be another table
+    huggingface.to_params(*huggingface.head_to_ours(model, others | {'lm_head.weight': tensors[TABLE]}))
+
+
+class Program:
+  """What a pickle may hold instead of tensors."""
+
+  def __reduce__(self):
+    return print, ('this program ran',)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('torch')
+def test_pickles_are_refused_in_a_line(folder, tensors, spiece, capsys):
+  torch = pytest.importorskip('torch')
+  (folder / 'spiece.model').write_bytes(spiece.read_bytes())
+  path, seed = folder / 'pytorch_model.bin', random.randrange(1 << 30)
+  print(f'seed {seed}')
+  rng = random.Random(seed)
+  bad = [pickle.dumps(Program()), pickle.dumps({'a': Program()}), pickle.dumps({'a': 1}), pickle.dumps([1]), b'', b'x' * 100]
+  for value in (Program(), {'a': Program()}, {'a': 1}, [torch.zeros(3)], torch.zeros(3)):
+    for new_form in (True, False):
+      torch.save(value, path, _use_new_zipfile_serialization=new_form)
+      bad.append(path.read_bytes())
+  small = {name: torch.zeros(3) for name in ('a', 'b')}
+  for new_form in (True, False):
+    torch.save(small, path, _use_new_zipfile_serialization=new_form)
+    assert set(convert.read_tensors(folder)) == {'a', 'b'}
+    good = path.read_bytes()
+    bad += [good[:rng.randrange(len(good))] for _ in range(20)]
+    for _ in range(60):  # which may still be tensors, of other names and values
+      at = rng.randrange(len(good))
+      bad.append(good[:at] + rng.randbytes(rng.choice((1, 8))) + good[at + 1:])
+  refused = 0
+  for data in bad:
+    path.write_bytes(data)
+    code, (out, error) = convert_in(folder), capsys.readouterr()
+    assert code == 2 and 'this program ran' not in out, data
+    assert error.startswith('error: ') and 'Traceback' not in error
+    if 'holds more than tensors' in error:
+      refused += 1
+      assert error.count('\n') == 1
+  assert refused > 40
+  torch.save({name: torch.from_numpy(value.copy()) for name, value in tensors.items()}, path)
+  assert convert_in(folder) == 0
+  np.testing.assert_array_equal(arrays.load_params(folder.parent / 'run')['token_embedder']['embedding'], tensors[TABLE])
+
+
+def test_damaged_safetensors_are_refused_in_a_line(folder, tensors, spiece, capsys):
+  (folder / 'spiece.model').write_bytes(spiece.read_bytes())
+  convert.write_tensors(folder, iter(tensors.items()))
+  path, seed = folder / 'model.safetensors', random.randrange(1 << 30)
+  print(f'seed {seed}')
+  rng, good, refused = random.Random(seed), path.read_bytes(), 0
+  header = int.from_bytes(good[:8], 'little')
+  for number in range(300):
+    data = bytearray(good)
+    if number % 3:
+      data[rng.randrange(8 + header)] ^= 1 << rng.randrange(8)  # in the values it could not be noticed
+    else:
+      del data[rng.randrange(len(data)):]
+    path.write_bytes(data)
+    try:
+      convert.read_tensors(folder)  # a changed name or space is still a file; whether it fits is seen later
+    except ConfigError:
+      refused += 1
+  assert refused > 120
+  path.write_bytes(good[:-1])
+  assert convert_in(folder) == 2
+  error = capsys.readouterr().err
+  assert error.startswith(f'error: {path} is damaged') and error.count('\n') == 1
