@@ -81,7 +81,7 @@ def test_damaged_description_of_a_checkpoint(tmp_path):
   saved(tmp_path, (1, 2), config())
   (tmp_path / 'checkpoints/2/meta/metadata').write_text('')  # as a power cut leaves it
   for read in (read_run, load_params, lambda path: Manager(path, config(), info=INFO)):
-    with pytest.raises(CheckpointError, match=r'checkpoints/2 is damaged: meta/metadata: .* Move it away'):
+    with pytest.raises(CheckpointError, match=r'checkpoints/2 is damaged: meta/metadata: .* to use that of step 1'):
       read(tmp_path)
 
 

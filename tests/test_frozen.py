@@ -53,7 +53,7 @@ def test_a_part_is_trained_over_a_base_that_stays(tmp_path, config, trained):
 
   with Manager(tmp_path, config, info={}) as manager:
     manager.save(8, host_memory.saved(state), axes=built.axes)
-  stored = arrays.stored(tmp_path / 'checkpoints' / '8' / 'state')
+  stored = arrays.stored(tmp_path, 8, {})
   others = {name for name in frozen['base'] for path in stored if name in path.split('/')[1:]}
   assert not others & set(params) - {'encoder', 'decoder'} and any(path.startswith('params/') for path in stored)
   assert {path.split('/')[1] for path in stored if path.startswith('params/')} == set(trained)

@@ -6,35 +6,21 @@ streamed through.
 
 import contextlib
 import itertools
-import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
 from t5x_cpm import backend, trees
-from t5x_cpm.checkpoints import run_directory
-from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
+from t5x_cpm.checkpoints import digests, quiet, run_directory
+from t5x_cpm.checkpoints.run_directory import CheckpointError, damaged, resolve
 from t5x_cpm.mesh import is_names
 from t5x_cpm.models.leaf import STACKED
 
 MAX_CHUNK_BYTES = 128 * 2**20  # for arrays that are not stacks of layers, such as embedding tables
-
-
-@contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
-  """Keeps Orbax's log out of the terminal: it logs each failed save with four tracebacks, and raises the error too."""
-  logger = logging.getLogger('absl')
-
-  def keep(record: logging.LogRecord) -> bool:
-    return 'orbax' not in record.pathname
-
-  logger.addFilter(keep)
-  try:
-    yield
-  finally:
-    logger.removeFilter(keep)
+GROUP_BYTES = 2**30  # where arrays are converted, so many are read at a time, because they are digested as they are stored
 
 
 def save_args(tree: Any, axes: Any = None) -> Any:
@@ -59,35 +45,84 @@ def save_args(tree: Any, axes: Any = None) -> Any:
   return jax.tree.map(args, axes, tree, is_leaf=is_names)
 
 
-def damaged(path: epath.Path, error: Exception) -> CheckpointError:
-  reason = str(error).split('\n')[0]
-  return CheckpointError(f'The checkpoint {path.parent} is damaged: {reason[:200]}. Move it away to use an earlier one.')
+@contextlib.contextmanager
+def _reading(model_dir: epath.Path, step: int, what: str) -> Iterator[None]:
+  """Turns whatever Orbax and TensorStore raise about the files of a checkpoint into one line."""
+  try:
+    with quiet.quiet_orbax():
+      yield
+  except CheckpointError:
+    raise
+  except Exception as error:
+    if 'RESOURCE_EXHAUSTED' in str(error):  # no memory, which is not the fault of a file
+      raise
+    raise damaged(model_dir, step, f'{what}: {quiet.reason(error)}') from error
 
 
-def stored(path: epath.Path) -> dict[str, Any]:
-  """Name -> shape, dtype and storage of every array of a saved tree. Reads no array."""
+def stored(model_dir: epath.Path, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+  """Name -> shape, dtype and storage of every array of a checkpoint. Reads no array.
+
+  Args:
+    model_dir: the run's directory.
+    step: of the checkpoint.
+    meta: its description.
+
+  Raises:
+    DamagedError: what Orbax has written of them is damaged, or says something else than the description.
+  """
   import orbax.checkpoint as ocp
 
-  try:
-    return trees.named(ocp.PyTreeCheckpointHandler().metadata(path).tree)
-  except (OSError, ValueError) as error:
-    raise damaged(path, error) from error
+  path = model_dir / 'checkpoints' / str(step) / 'state'
+  with _reading(model_dir, step, 'the list of arrays in state'):
+    found = trees.named(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+    described = {name: digests.kind(leaf.dtype, leaf.shape) for name, leaf in found.items()}
+  if 'arrays' in meta:  # else it was written before there were digests
+    wanted = {name: text.rpartition(' ')[0] for name, text in meta['arrays'].items()}
+    for name in sorted(wanted.keys() | described.keys()):
+      if wanted.get(name) != described.get(name):
+        raise damaged(model_dir, step, f'state lists the array {name} as {described.get(name, "missing")}, but '
+                      f'{wanted.get(name, "none")} was saved')
+  return found
 
 
-def read(path: epath.Path, abstract: Any) -> Any:
-  """Reads the arrays that a tree of ShapeDtypeStruct with shardings asks for, and nothing else that is stored there."""
+def _restore(path: epath.Path, abstract: Any) -> Any:
   import orbax.checkpoint as ocp
 
   restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+  return ocp.PyTreeCheckpointHandler().restore(
+      path, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True))
+
+
+def read(model_dir: epath.Path, step: int, meta: Mapping[str, Any], abstract: Any) -> Any:
+  """Reads arrays of a checkpoint, in the type that they are stored in, and compares them with their digests.
+
+  Args:
+    model_dir: the run's directory.
+    step: of the checkpoint.
+    meta: its description.
+    abstract: tree of ShapeDtypeStruct with shardings. Nothing else that is stored is read.
+
+  Raises:
+    DamagedError: names the first array that is not what was saved, or what cannot be read.
+  """
+  path = model_dir / 'checkpoints' / str(step) / 'state'
+  preparing = digests.prepare() if 'arrays' in meta else None
   try:
-    with quiet_orbax():
-      return ocp.PyTreeCheckpointHandler().restore(path, args=args)
-  except (OSError, ValueError) as error:
-    raise damaged(path, error) from error
+    with _reading(model_dir, step, 'state'):
+      tree = jax.block_until_ready(_restore(path, abstract))
+  finally:
+    if preparing:
+      preparing.join()
+  if isinstance(tree, Mapping) and 'step' in tree and int(tree['step']) != step:
+    raise damaged(model_dir, step, f'state is that of step {int(tree["step"])}; directories of two checkpoints were mixed')
+  if 'arrays' in meta:
+    for name, text in digests.of_tree(tree).items():
+      if meta['arrays'].get(name) != text:
+        raise damaged(model_dir, step, f'the array {name} in state is not what was saved')
+  return tree
 
 
-def compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: epath.Path, hint: str, *, dtypes: bool) -> None:
+def compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint: epath.Path, hint: str, *, dtypes: bool) -> None:
   """Raises CheckpointError with up to five tensors whose presence, shape or (if asked) dtype differ."""
   lines = []
   for name in sorted(stored.keys() | wanted.keys(), key=lambda name: (not name.startswith('params/'), name)):
@@ -101,10 +136,10 @@ def compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: epath.Pa
       lines.append(f'{name}: {stored[name].dtype} in the checkpoint, {wanted[name].dtype} in the model')
   if lines:
     more = [f'and {len(lines) - 5} more'] if len(lines) > 5 else []
-    raise CheckpointError(f'The checkpoint {path.parent} does not fit:\n  ' + '\n  '.join(lines[:5] + more) + f'\n{hint}')
+    raise CheckpointError(f'The checkpoint {checkpoint} does not fit:\n  ' + '\n  '.join(lines[:5] + more) + f'\n{hint}')
 
 
-def _renamed(names: list[str], rename: Mapping[str, str | None], path: epath.Path) -> dict[str, str]:
+def _renamed(names: list[str], rename: Mapping[str, str | None], checkpoint: epath.Path) -> dict[str, str]:
   """Stored name -> new name, by the longest prefix in `rename`; names renamed to None are left out."""
   result, used = {}, set()
   for name in names:
@@ -120,10 +155,70 @@ def _renamed(names: list[str], rename: Mapping[str, str | None], path: epath.Pat
   for old in rename:
     if old not in used:
       raise CheckpointError(
-          f'rename: the checkpoint {path.parent} has no parameter {old!r}. It has {", ".join(names[:8])}, ...')
+          f'rename: the checkpoint {checkpoint} has no parameter {old!r}. It has {", ".join(names[:8])}, ...')
   if len(set(result.values())) < len(result):
-    raise CheckpointError(f'rename = {dict(rename)} gives two parameters of the checkpoint {path.parent} one name.')
+    raise CheckpointError(f'rename = {dict(rename)} gives two parameters of the checkpoint {checkpoint} one name.')
   return result
+
+
+def read_or_offer(model_dir: epath.Path, step: int, read_one: Callable[[int], Any]) -> Any:
+  """What `read_one` makes of the checkpoint of a step. Where this is damaged, says which other one it can read as a whole."""
+  if jax.process_count() > 1:  # the others may have read it well, and do not read another one
+    offering = run_directory.offering(
+        model_dir, step, lambda other: run_directory.read_meta(model_dir, other), 'whose description is intact')
+  else:
+    offering = run_directory.offering(model_dir, step, read_one, 'which is intact')
+  with offering:
+    return read_one(step)
+
+
+def _groups(abstract: dict[str, Any], saved: Mapping[str, Any]) -> Iterator[list[str]]:
+  """The names of arrays that are read together: all, unless some are to be converted, which are then read a few at a time."""
+  group: list[str] = []
+  for name in abstract:
+    size = sum(math.prod(saved[other].shape) * saved[other].dtype.itemsize for other in (*group, name))
+    if group and size > GROUP_BYTES and any(abstract[other].dtype != saved[other].dtype for other in abstract):
+      yield group
+      group = []
+    group.append(name)
+  yield group
+
+
+def _load_params(
+    model_dir: epath.Path, step: int, into: Any, rename: Mapping[str, str | None] | None, shardings: Any) -> Any:
+  meta = run_directory.read_meta(model_dir, step)
+  checkpoint = model_dir / 'checkpoints' / str(step)
+  everything = stored(model_dir, step, meta)
+  prefix = 'params/'
+  saved = {name[len(prefix):]: leaf for name, leaf in everything.items() if name.startswith(prefix)}
+  new_names = _renamed(list(saved), rename or {}, checkpoint)
+  renamed = {new: saved[old] for old, new in new_names.items()}
+  wanted = renamed if into is None else trees.named(into)
+  hint = 'Set ModelConfig as it was, or give `rename` (with None for what is to be left out).'
+  compare(renamed, wanted, checkpoint, hint, dtypes=False)
+
+  one_sharding = shardings is None or isinstance(shardings, jax.sharding.Sharding)
+  given = dict.fromkeys(wanted, shardings) if one_sharding else trees.named(shardings)
+  default = jax.sharding.SingleDeviceSharding(backend.devices()[0])
+  abstract = {}
+  for old, new in new_names.items():
+    sharding = given[new] or (getattr(wanted[new], 'sharding', None) if into is not None else None) or default
+    abstract[old] = jax.ShapeDtypeStruct(saved[old].shape, wanted[new].dtype, sharding=sharding)
+  params: dict[str, Any] = {}
+  for group in _groups(abstract, saved):
+    asked = trees.nested({
+        old: jax.ShapeDtypeStruct(saved[old].shape, saved[old].dtype, sharding=abstract[old].sharding) for old in group})
+    extra = {}
+    if 'step' in everything and not params:  # says which checkpoint the arrays are of
+      where = abstract[group[0]].sharding
+      if isinstance(where, jax.sharding.NamedSharding):
+        where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
+      extra = {'step': jax.ShapeDtypeStruct((), everything['step'].dtype, sharding=where)}
+    loaded = trees.named(read(model_dir, step, meta, {'params': asked} | extra)['params'])
+    params |= {new_names[old]: loaded.pop(old).astype(abstract[old].dtype) for old in group}
+  if into is None:
+    return trees.nested(params)
+  return jax.tree.unflatten(jax.tree.structure(into), [params[name] for name in wanted])
 
 
 def load_params(
@@ -143,29 +238,9 @@ def load_params(
     A nested dict of arrays.
 
   Raises:
-    CheckpointError: there is no such checkpoint, or a parameter, which is named, is missing, left over or of another shape.
+    CheckpointError: there is no such checkpoint, or a parameter, which is named, is missing, left over or of another shape; or
+      something is damaged.
   """
   model_dir = resolve(model_dir)
   step = run_directory.choose(model_dir, step)
-  run_directory.read_meta(model_dir, step)  # refuses a later format
-  path = model_dir / 'checkpoints' / str(step) / 'state'
-  prefix = 'params/'
-  saved = {name[len(prefix):]: leaf for name, leaf in stored(path).items() if name.startswith(prefix)}
-  new_names = _renamed(list(saved), rename or {}, path)
-  renamed = {new: saved[old] for old, new in new_names.items()}
-  wanted = renamed if into is None else trees.named(into)
-  hint = 'Set ModelConfig as it was, or give `rename` (with None for what is to be left out).'
-  compare(renamed, wanted, path, hint, dtypes=False)
-
-  one_sharding = shardings is None or isinstance(shardings, jax.sharding.Sharding)
-  given = dict.fromkeys(wanted, shardings) if one_sharding else trees.named(shardings)
-  default = jax.sharding.SingleDeviceSharding(backend.devices()[0])
-  abstract = {}
-  for old, new in new_names.items():
-    sharding = given[new] or (getattr(wanted[new], 'sharding', None) if into is not None else None) or default
-    abstract[old] = jax.ShapeDtypeStruct(saved[old].shape, wanted[new].dtype, sharding=sharding)
-  loaded = trees.named(read(path, {'params': trees.nested(abstract)})['params'])
-  params = {new: loaded[old] for old, new in new_names.items()}
-  if into is None:
-    return trees.nested(params)
-  return jax.tree.unflatten(jax.tree.structure(into), [params[name] for name in wanted])
+  return read_or_offer(model_dir, step, lambda step: _load_params(model_dir, step, into, rename, shardings))

@@ -171,6 +171,7 @@ def to_huggingface(model_dir: str, hf: str, *, step: int | None = None) -> None:
   run, folder = run_directory.read_run(model_dir, step), pathlib.Path(hf)
   saved = pathlib.Path(model_dir) / 'vocabulary'
   words = vocabularies.load_saved(saved)
+  run_directory.check_vocabulary(model_dir, run.info, words.fingerprint)
   described = huggingface.write_config(run.config.model) | {
       'pad_token_id': words.pad_id, 'eos_token_id': words.eos_id, 'decoder_start_token_id': words.bos_id}
   if folder.exists() and any(folder.iterdir()):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from t5x_cpm import files, trees
-from t5x_cpm.checkpoints import arrays, run_directory
+from t5x_cpm.checkpoints import arrays, digests, quiet, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
 from t5x_cpm.config import CheckpointConfig, Config
 
@@ -78,14 +78,18 @@ class Manager:
       _wait_for_all('checked')
       if self._primary:
         self._clear_partial()
+        self._mend_metrics()
         text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
-        files.write_atomically(self.model_dir / 'config.json', text.encode())
+        with run_directory.writing(self.model_dir / 'config.json'):
+          files.write_atomically(self.model_dir / 'config.json', text.encode())
+        self._check_writable()
       _wait_for_all('ready')
       if not (self.model_dir / 'config.json').exists():
         raise CheckpointError(
             f'--model_dir={self.model_dir}: process {jax.process_index()} does not see what process 0 has written there. Give '
             'a directory that all hosts share, or a bucket.')
-      with arrays.quiet_orbax():
+      claim.enter_context(quiet.quiet_orbax())  # until the manager is closed: saves fail in threads, at any time
+      with self._opening():
         self._orbax = ocp.CheckpointManager(
             self.model_dir / 'checkpoints',
             options=ocp.CheckpointManagerOptions(
@@ -108,6 +112,39 @@ class Manager:
       else:
         path.rmtree()
     self._purge()
+
+  def _mend_metrics(self) -> None:
+    """Writes the metrics by which Orbax ranks checkpoints anew where they are not those of the description."""
+    for step in run_directory.scan(self.model_dir)[0]:
+      path = self.model_dir / 'checkpoints' / str(step) / 'metrics' / 'metrics'
+      with contextlib.suppress(CheckpointError):  # a damaged description: told when this checkpoint is read
+        metrics = run_directory.read_meta(self.model_dir, step)['metrics']
+        with contextlib.suppress(ValueError):
+          if json.dumps(run_directory.read_json(path)) == json.dumps(metrics):
+            continue
+        print(f'{path} is damaged: written anew from the description of the checkpoint.', file=sys.stderr, flush=True)
+        with run_directory.writing(path):
+          files.write_atomically(path, json.dumps(metrics).encode())
+
+  def _check_writable(self) -> None:
+    """Raises CheckpointError where a save would fail at once: Orbax would find it out in a thread that nobody waits for."""
+    probe = self.model_dir / 'checkpoints' / '.write_probe'
+    if not (self.model_dir / 'config.json').exists():
+      raise CheckpointError(
+          f'--model_dir={self.model_dir} was deleted or unmounted while the run used it (it has no config.json any more): '
+          'nothing can be saved there.')
+    with run_directory.writing(probe.parent):
+      probe.mkdir(parents=True, exist_ok=True)
+      probe.rmdir()
+
+  @contextlib.contextmanager
+  def _opening(self) -> Iterator[None]:
+    """Orbax reads small files of every checkpoint when it opens a directory."""
+    try:
+      yield
+    except Exception as error:
+      raise CheckpointError(f'{self.model_dir / "checkpoints"} cannot be opened: {quiet.reason(error)}. Move the checkpoint '
+                            'that this speaks of away.') from error
 
   def _purge(self) -> None:
     deleted = self.model_dir / 'checkpoints' / DELETED
@@ -133,6 +170,13 @@ class Manager:
     steps, _ = run_directory.scan(self.model_dir)
     return steps[-1] if steps else None
 
+  def last_words(self) -> str:
+    """What the message about a run that fails says of its checkpoints. Waits for the save in progress."""
+    with contextlib.suppress(CheckpointError):
+      self.wait()
+    last = self.latest_step()
+    return 'There is no checkpoint yet.' if last is None else f'The last checkpoint, of step {last}, is intact.'
+
   def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None, *, axes: Any = None) -> None:
     """Starts writing a checkpoint; returns when the state has been copied, so that it may be donated or changed.
 
@@ -152,10 +196,13 @@ class Manager:
     self.wait()
     if step in run_directory.scan(self.model_dir)[0]:
       return
+    if self._primary:
+      self._check_writable()
     values = {name: float(value) for name, value in (metrics or {}).items()}
+    meta = self._meta | {'step': step, 'metrics': values, 'arrays': digests.of_tree(state)}
     args = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state, save_args=arrays.save_args(state, axes)),
-        meta=ocp.args.JsonSave(self._meta | {'step': step, 'metrics': values}))
+        meta=ocp.args.JsonSave(meta | {'seal': run_directory.seal(meta)}))
     with self._one_error():
       self._orbax.save(step, args=args, metrics=values, force=True)
     self._note(values)
@@ -164,19 +211,17 @@ class Manager:
   def _one_error(self) -> Iterator[None]:
     """Turns any failure of a save into one message, and deletes what the save had written."""
     try:
-      with arrays.quiet_orbax():
-        yield
+      yield
     except Exception as error:
       self._failed = True
       if self._primary:
         for path in run_directory.scan(self.model_dir)[1]:
           with contextlib.suppress(OSError):
             path.rmtree()
-      full = 'No space left' in str(error)
-      reason = 'no space left on the device' if full else str(error).split('\n')[0] or type(error).__name__
+      reason = quiet.reason(error)
       last = self.latest_step()
       intact = 'There is no earlier checkpoint.' if last is None else f'Those up to step {last} are intact.'
-      advice = 'Make room, or lower CheckpointConfig.keep, and start' if full else 'Start'
+      advice = 'Make room, or lower CheckpointConfig.keep, and start' if 'no space' in reason.lower() else 'Start'
       raise CheckpointError(
           f'Writing a checkpoint to {self.model_dir / "checkpoints"} failed: {reason}. {intact} {advice} the same command '
           'again to continue.') from error
@@ -193,8 +238,7 @@ class Manager:
       if not self._failed:
         self.wait()
     finally:
-      with arrays.quiet_orbax():
-        self._orbax.close()
+      self._orbax.close()
       self._claim.close()
 
   def __enter__(self) -> 'Manager':
@@ -220,7 +264,11 @@ class Manager:
         dtype.
     """
     step = run_directory.choose(self.model_dir, step)
-    path = self.model_dir / 'checkpoints' / str(step) / 'state'
+    return arrays.read_or_offer(self.model_dir, step, lambda step: self._restore(abstract_state, step))
+
+  def _restore(self, abstract_state: Any, step: int) -> Any:
+    meta = run_directory.read_meta(self.model_dir, step)
     hint = 'It was written with another model or optimizer: set ModelConfig and OptimizerConfig as they were.'
-    arrays.compare(arrays.stored(path), trees.named(abstract_state), path, hint, dtypes=True)
-    return arrays.read(path, abstract_state)
+    saved, path = arrays.stored(self.model_dir, step, meta), self.model_dir / 'checkpoints' / str(step)
+    arrays.compare(saved, trees.named(abstract_state), path, hint, dtypes=True)
+    return arrays.read(self.model_dir, step, meta, abstract_state)

@@ -3,7 +3,8 @@
 A model_dir holds
 
   config.json          the configuration of the latest start, format and code version, and `info`
-  checkpoints/<step>/  state/: the arrays; meta/: what config.json holds, as of that checkpoint, and its metrics
+  checkpoints/<step>/  state/: the arrays; meta/: the description: what config.json holds, as of that checkpoint, its step and
+                       metrics, a digest of each array, and a digest of all this, the seal
   vocabulary/, metrics.jsonl, tensorboard/, profile/
 
 A checkpoint is complete when Orbax has renamed its directory and left its commit mark in it. What is not complete is never
@@ -12,9 +13,11 @@ read. Nothing here imports JAX or Orbax.
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -22,13 +25,23 @@ from etils import epath
 import t5x_cpm
 from t5x_cpm import files, tasks
 from t5x_cpm.config import Config, ConfigError, from_dict, identity_differences, to_dict
+from t5x_cpm.config.typed import check_types
 
 FORMAT_VERSION = 1
 COMMIT_MARK = 'commit_success.txt'  # Orbax writes it last
+DESCRIPTION = {'format_version': int, 'code_version': str, 'config': dict, 'info': dict, 'metrics': dict}
+ADVICE = {
+    errno.ENOSPC: 'Make room', errno.EDQUOT: 'Make room', errno.EACCES: 'Make it writable', errno.EPERM: 'Make it writable',
+    errno.EROFS: 'Make it writable', errno.EISDIR: 'Move it away', errno.ENOTDIR: 'Move away the file in its path',
+    errno.EEXIST: 'Move away what stands in its place', errno.ELOOP: 'Move the link away'}
 
 
 class CheckpointError(ConfigError):
   """A checkpoint or model_dir that cannot be used or written. The message says which, why, and what to do."""
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint of which some part is not what was saved. What reads it adds which other one to use; see `offering`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +59,36 @@ class RunInfo:
 def resolve(model_dir: Any) -> epath.Path:
   """An absolute path: Orbax accepts no relative ones, and a program may change its working directory."""
   path = epath.Path(model_dir)
-  return path if '://' in str(path) else path.expanduser().resolve()
+  try:
+    return path if '://' in str(path) else path.expanduser().resolve()
+  except (OSError, RuntimeError) as error:  # pathlib's own error about a loop of links is a RuntimeError before Python 3.13
+    raise CheckpointError(f'--model_dir={path} cannot be used: {str(error)[:200]}.') from error
+
+
+@contextlib.contextmanager
+def writing(path: Any) -> Iterator[None]:
+  """Turns an error of the system in writing a file into a CheckpointError that names the file and says what to do."""
+  try:
+    yield
+  except OSError as error:
+    advice = ADVICE.get(error.errno or 0, 'Mend this')
+    raise CheckpointError(
+        f'{error.filename2 or error.filename or path} cannot be written: {error.strerror or error}. {advice} and start the '
+        'same command again.') from error
 
 
 def scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
   """The steps of complete checkpoints, ascending, and the directories of half-written ones."""
   root = model_dir / 'checkpoints'
   complete, partial = [], []
-  for path in root.iterdir() if root.exists() else ():
+  try:
+    found = list(root.iterdir())
+  except FileNotFoundError:
+    found = []
+  except OSError as error:
+    raise CheckpointError(f'{root} cannot be read: {error.strerror or error}. {ADVICE.get(error.errno or 0, "Mend this")}.'
+                          ) from error
+  for path in found:
     if '.orbax-checkpoint-tmp' in path.name:
       partial.append(path)
     elif path.name.isdigit():
@@ -99,36 +134,116 @@ def describe(config: Config, info: dict[str, Any]) -> dict[str, Any]:
       'started': {'folder': os.getcwd(), 'import': tasks.imported()}, 'info': json.loads(json.dumps(info))}
 
 
+def damaged(model_dir: epath.Path, step: int, what: str) -> DamagedError:
+  """The error about a checkpoint of which `what`, a file or an array, is not as it was saved."""
+  return DamagedError(f'The checkpoint {model_dir / "checkpoints" / str(step)} is damaged: {what}.')
+
+
+@contextlib.contextmanager
+def offering(model_dir: epath.Path, step: int, read: Callable[[int], object], kind: str) -> Iterator[None]:
+  """Adds to the error about a damaged checkpoint which one to use instead: the newest other one that `read` can read.
+
+  Args:
+    model_dir: the run's directory.
+    step: of the checkpoint that the block reads.
+    read: reads that of another step, or raises CheckpointError.
+    kind: what is known of one that `read` can read, such as 'which is intact'.
+  """
+  try:
+    yield
+  except DamagedError as error:
+    for other in reversed(scan(model_dir)[0]):
+      try:
+        if other == step:
+          continue
+        read(other)
+      except CheckpointError:
+        continue
+      advice = f'Move it away to use that of step {other}, {kind}; what only reads the run also takes --step={other}.'
+      break
+    else:
+      advice = 'There is no other intact one: put back a copy of it, or start in a new --model_dir.'
+    raise CheckpointError(f'{error} {advice}') from error
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """A JSON object. Raises ValueError with a reason in one line, whatever is wrong with the file."""
+  try:
+    value = json.loads(path.read_bytes().decode())
+  except OSError as error:
+    raise ValueError(error.strerror or str(error)) from error
+  except RecursionError as error:
+    raise ValueError('nested too deeply') from error
+  if not isinstance(value, dict):
+    raise ValueError(f'a JSON object is expected, not {type(value).__name__}')
+  return value
+
+
+def seal(meta: Mapping[str, Any]) -> str:
+  """The digest of a description, by which a changed one is told."""
+  text = json.dumps({name: value for name, value in meta.items() if name != 'seal'}, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
 def read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
-  """The metadata of a complete checkpoint.
+  """The description of a complete checkpoint. One that was written before there were digests has no 'arrays' and no 'seal'.
 
   Raises:
-    CheckpointError: it is damaged, or a later version of t5x_cpm wrote it in another format.
+    DamagedError: it is damaged, or that of another step.
+    CheckpointError: a later version of t5x_cpm wrote it in another format.
   """
-  path = model_dir / 'checkpoints' / str(step)
   try:
-    meta = json.loads((path / 'meta' / 'metadata').read_text())
+    meta = read_json(model_dir / 'checkpoints' / str(step) / 'meta' / 'metadata')
   except ValueError as error:
-    raise CheckpointError(f'The checkpoint {path} is damaged: meta/metadata: {error}. Move it away to use an earlier '
-                          'one.') from error
-  if meta['format_version'] > FORMAT_VERSION:
+    raise damaged(model_dir, step, f'meta/metadata: {error}') from error
+  version = meta.get('format_version')
+  if isinstance(version, int) and version > FORMAT_VERSION:
     raise CheckpointError(
-        f'Checkpoint {step} in {model_dir} has format version {meta["format_version"]}, written by t5x_cpm '
-        f'{meta["code_version"]}; this is t5x_cpm {t5x_cpm.__version__}, which reads up to {FORMAT_VERSION}. Update t5x_cpm.')
+        f'Checkpoint {step} in {model_dir} has format version {version}, written by t5x_cpm {meta.get("code_version")}; this '
+        f'is t5x_cpm {t5x_cpm.__version__}, which reads up to {FORMAT_VERSION}. Update t5x_cpm.')
+  if ('seal' in meta or 'arrays' in meta) and meta.get('seal') != seal(meta):
+    raise damaged(model_dir, step, 'meta/metadata is not what was written')
+  for name, kind in DESCRIPTION.items():
+    if not isinstance(meta.get(name), kind):
+      raise damaged(model_dir, step, f'meta/metadata: {name} is missing or of another type')
+  if meta.get('step', step) != step:
+    raise damaged(model_dir, step, f'meta/metadata is that of step {meta["step"]}; the directory was renamed, or parts of two '
+                  'were mixed')
+  try:
+    config = from_dict(meta['config'])
+    check_types(config)
+  except ConfigError as error:
+    raise CheckpointError(f'The checkpoint {model_dir / "checkpoints" / str(step)} cannot be used: {error}') from error
+  except (TypeError, AttributeError) as error:
+    raise damaged(model_dir, step, f'meta/metadata: config: {error}') from error
   return meta
+
+
+def _read_meta_or_offer(model_dir: epath.Path, step: int) -> dict[str, Any]:
+  with offering(model_dir, step, lambda other: read_meta(model_dir, other), 'whose description is intact'):
+    return read_meta(model_dir, step)
 
 
 def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
   """The configuration, step and info of a checkpoint (default: the last). Reads no array.
 
   Raises:
-    CheckpointError: there is none, or a later version wrote it.
+    CheckpointError: there is none, it is damaged, or a later version wrote it.
   """
   model_dir = resolve(model_dir)
   step = choose(model_dir, step)
-  meta = read_meta(model_dir, step)
+  meta = _read_meta_or_offer(model_dir, step)
   return RunInfo(from_dict(meta['config']), step, meta['info'], scan(model_dir)[0], meta['metrics'],
                  meta.get('started', {}))
+
+
+def check_vocabulary(model_dir: Any, info: Mapping[str, Any], fingerprint: str) -> None:
+  """Raises CheckpointError unless the vocabulary in a model_dir is the one that its run was trained with."""
+  trained = info.get('vocabulary')
+  if trained is not None and trained != fingerprint:
+    raise CheckpointError(
+        f'{resolve(model_dir) / "vocabulary"} holds another vocabulary ({fingerprint}) than the model was trained with '
+        f'({trained}): it was changed or damaged. `train` writes it anew from TaskConfig.vocabulary.')
 
 
 @contextlib.contextmanager
@@ -155,7 +270,8 @@ def claim(path: epath.Path) -> Iterator[None]:
     return
   with contextlib.ExitStack() as held:
     try:
-      held.enter_context(files.lock(path / '.lock', wait=False))
+      with writing(path / '.lock'):
+        held.enter_context(files.lock(path / '.lock', wait=False))
     except files.LockedError as error:
       raise CheckpointError(f'--model_dir={path} is in use: {error} trains there. Wait for its end, or give another '
                             'directory.') from None
@@ -186,7 +302,7 @@ def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any]) 
   steps, _ = scan(model_dir)
   if not steps:
     return
-  saved = read_meta(model_dir, steps[-1])
+  saved = _read_meta_or_offer(model_dir, steps[-1])
   lines = identity_differences(from_dict(saved['config']), config)
   lines += info_differences(saved['info'], json.loads(json.dumps(info)))
   if lines:

@@ -271,10 +271,7 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   mesh = mesh_lib.make_mesh(config.mesh, backend.devices(local=True))
   folder = run_directory.resolve(model_dir) / 'vocabulary'
   vocabulary = vocabularies.load_saved(folder)
-  trained = run.info.get('vocabulary')
-  if trained is not None and trained != vocabulary.fingerprint:
-    raise ConfigError(
-        f'{folder} holds another vocabulary ({vocabulary.fingerprint}) than the model was trained with ({trained}).')
+  run_directory.check_vocabulary(model_dir, run.info, vocabulary.fingerprint)
   config = dataclasses.replace(config, model=run.config.model)
   functions = programs.build(config, mesh)
   program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))

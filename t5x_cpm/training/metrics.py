@@ -4,24 +4,28 @@ Every value that is written is that of one step, never a mean over the steps sin
 killed and resumed writes the same lines as one that was not (throughput aside).
 """
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from t5x_cpm.checkpoints.run_directory import resolve
+from t5x_cpm.checkpoints.run_directory import resolve, writing
 from t5x_cpm.config import Config, ConfigError, to_dict
 from t5x_cpm.progress import Progress
 from t5x_cpm.training import flops
-from t5x_cpm.training.records import EventFile, cut_events, cut_jsonl
+from t5x_cpm.training.records import EventFile, cut_all_events, cut_jsonl
 from t5x_cpm.training.step import Batch, Frozen, State, Step
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where the output is not a terminal
+# Root mean squares of parameters. Models that work stay below ten; from the first on a user is told, at the second a run ends.
+STRANGE, DIVERGED = 1e3, 1e6
+ADVICE = 'Try a lower OptimizerConfig.learning_rate or more OptimizerConfig.warmup_steps.'
 
 
 def _start_wandb(config: Config, model_dir: epath.Path, start_step: int) -> Any:
@@ -75,7 +79,7 @@ class Writers:
       total_steps: step at which the run ends.
 
     Raises:
-      ConfigError: W&B is asked for, but is not installed or does not start.
+      ConfigError: W&B is asked for, but is not installed or does not start; or a file cannot be written.
     """
     self._config, self._total = config, total_steps
     self._active = jax.process_index() == 0
@@ -87,14 +91,13 @@ class Writers:
       return
     model_dir = resolve(model_dir)
     self._wandb = _start_wandb(config, model_dir, start_step) if config.metrics.wandb_project else None
-    jsonl = model_dir / 'metrics.jsonl'
-    cut_jsonl(jsonl, start_step)
-    self._jsonl = jsonl.open('a')
+    self._path = model_dir / 'metrics.jsonl'
     self._events: dict[str, EventFile] = {}
     self._event_dir = model_dir / 'tensorboard'
-    if self._event_dir.exists():
-      for path in self._event_dir.glob('*/events.out.tfevents.*'):
-        cut_events(path, start_step)
+    with writing(model_dir):
+      cut_jsonl(self._path, start_step)
+      self._jsonl = self._path.open('a')
+      cut_all_events(self._event_dir, start_step)
     self._peak = flops.peak_flops(jax.devices()[0], config.metrics.peak_flops)
     self._progress = Progress('', 'step', total_steps, start_step, interval=SECONDS_BETWEEN_LINES, lines=sys.stdout)
     if self._peak is None:
@@ -164,13 +167,15 @@ class Writers:
 
   def _write(self, split: str, step: int, values: Mapping[str, Any]) -> None:
     record = {name: _finite(value) for name, value in values.items()}
-    self._jsonl.write(json.dumps({'step': step, 'split': split} | record, allow_nan=False) + '\n')
-    self._jsonl.flush()
+    with writing(self._path):
+      self._jsonl.write(json.dumps({'step': step, 'split': split} | record, allow_nan=False) + '\n')
+      self._jsonl.flush()
     values = _scalars(values)
     if self._config.metrics.tensorboard:
-      if split not in self._events:
-        self._events[split] = EventFile(self._event_dir / split)
-      self._events[split].write(step, values)
+      with writing(self._event_dir / split):
+        if split not in self._events:
+          self._events[split] = EventFile(self._event_dir / split)
+        self._events[split].write(step, values)
     if self._wandb is not None:
       self._wandb.log({f'{split}/{name}': value for name, value in values.items()}, step=step)
 
@@ -179,9 +184,9 @@ class Writers:
     if not self._active:
       return
     self._progress.close()
-    self._jsonl.close()
-    for events in self._events.values():
-      events.close()
+    for file in (self._jsonl, *self._events.values()):
+      with contextlib.suppress(OSError):  # every line was flushed, or its error was raised then
+        file.close()
     if self._wandb is not None:
       self._wandb.finish()
 
@@ -189,9 +194,16 @@ class Writers:
 class LateMetrics:
   """The metrics of steps, read one step late: when the next step is already dispatched, so that the devices never wait."""
 
-  def __init__(self, step: Step, frozen: Frozen, writers: Writers):
-    self._step, self._frozen, self._writers = step, frozen, writers
+  def __init__(self, step: Step, frozen: Frozen, writers: Writers, checkpoints: Callable[[], str] = str):
+    """Args:
+      step: the step.
+      frozen: what it is called with.
+      writers: take the metrics.
+      checkpoints: says which checkpoint was written last, for messages about a run that fails.
+    """
+    self._step, self._frozen, self._writers, self._checkpoints = step, frozen, writers, checkpoints
     self._waiting: tuple[int, dict[str, jax.Array], Batch] | None = None
+    self._told = False
 
   def add(self, number: int, values: dict[str, jax.Array], batch: Batch) -> None:
     """Takes the metrics of a step, which need not have run yet, and the batch that it was given."""
@@ -201,7 +213,7 @@ class LateMetrics:
     """Writes what waits. `state` may be that of the step or a later one: once something is not finite, it does not change.
 
     Raises:
-      FloatingPointError: a loss, gradient or parameter is not finite.
+      FloatingPointError: a loss, gradient or parameter is not finite, or parameters have diverged beyond all use.
     """
     if self._waiting is None:
       return
@@ -211,6 +223,19 @@ class LateMetrics:
     if numbers.pop('halted'):
       raise FloatingPointError(
           f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
-          f'finite is {self._step.explain(state, self._frozen, batch)}. The last checkpoint is intact. Try a lower '
-          'OptimizerConfig.learning_rate or more OptimizerConfig.warmup_steps.')
+          f'finite is {self._step.explain(state, self._frozen, batch)}. {self._checkpoints()} {ADVICE}')
     self._writers.step(number, numbers)
+    self._check_size(number, state, numbers.get('parameter_norm', 0.0))
+
+  def _check_size(self, number: int, state: State, norm: float) -> None:
+    """Says so where parameters are far larger than those of any model that works, and ends the run where they are useless."""
+    size = norm / math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(state['params'])))
+    if size > DIVERGED:
+      raise FloatingPointError(
+          f'step {number}: the run has diverged: the parameters have a norm of {norm:.3g}, a root mean square of {size:.3g}. '
+          f'{self._checkpoints()} {ADVICE}')
+    if size > STRANGE and not self._told:
+      self._told = True
+      self._writers.note(
+          f'step {number}: the parameters have a norm of {norm:.3g}, a root mean square of {size:.3g}: the run seems to have '
+          f'diverged. {self._checkpoints()} Later ones will hold such parameters. {ADVICE}')

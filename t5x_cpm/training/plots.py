@@ -102,6 +102,8 @@ def plot_experts(model_dir: Any) -> epath.Path | None:
   model_dir = resolve(model_dir)
   records = [record for record in _records(model_dir) if record['split'] == 'train']
   stacks = [name for name in ('encoder', 'decoder') if records and f'router/{name}/load' in records[-1]]
+  wanted = [f'router/{stack}/{name}' for stack in stacks for name in ('load', 'left_behind')]
+  records = [record for record in records if record.keys() >= set(wanted)]  # the others were damaged
   if not stacks:
     return None
   figure = _figure(4.5 * len(stacks) + 1, 7)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t5x_cpm import trees
 from t5x_cpm.mesh import is_names
 from t5x_cpm.training import host_memory
 
@@ -12,6 +13,30 @@ from t5x_cpm.training import host_memory
 @jax.jit
 def _finite(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+
+
+@jax.jit
+def _norm(leaf: jax.Array) -> jax.Array:
+  """The norm, without the overflow of the squares."""
+  scale = jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32)
+  return scale * jnp.sqrt(jnp.sum(jnp.square(leaf / jnp.maximum(scale, 1e-30)), dtype=jnp.float32))
+
+
+def overflowing_tensor(tree: Any) -> str | None:
+  """The name and size of the largest tensor where the sum of the squares of all overflows although every one is finite.
+
+  Args:
+    tree: arrays in any nesting, all finite.
+
+  Returns:
+    Such as 'parameter/lm_head (finite, but its norm of 3e+19 is too large to be squared)'; None where nothing overflows.
+  """
+  norms = {name: float(_norm(host_memory.brought(leaf))) for name, leaf in trees.named(tree).items()
+           if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+  if sum(norm * norm for norm in norms.values()) <= float(jnp.finfo(jnp.float32).max):
+    return None
+  name = max(norms, key=lambda name: norms[name])
+  return f'{name} (finite, but its norm of {norms[name]:.1e} is too large to be squared)'
 
 
 def first_bad_tensor(tree: Any, axes: Any) -> str | None:

@@ -1,10 +1,13 @@
 """What a run starts from: fresh parameters or those of another run; and what a run that continues is told."""
 
+import shutil
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from t5x_cpm.checkpoints import arrays
+from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config
 from t5x_cpm.models import routers
 from t5x_cpm.training import host_memory, optimizer
@@ -42,3 +45,13 @@ def tell_of_another_rate(config: Config, step: Step, before: Config, number: int
     say(f'OptimizerConfig.schedule = {config.optimizer.schedule!r} ends with the run: for TrainConfig.steps = '
         f'{config.train.steps} instead of {before.train.steps} the learning rate goes from {old:.3g} to {new:.3g} here. '
         'OptimizerConfig.decay_steps, set from the start, keeps it.')
+
+
+def tell_of_little_room(model_dir: Any, state: State, say: Callable[[str], None]) -> None:
+  """Says so if the disk of model_dir may have no room for one more checkpoint. Compressed, it may still fit."""
+  if '://' in str(model_dir):
+    return
+  size, free = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), shutil.disk_usage(model_dir).free
+  if free < size:
+    say(f'The disk of {model_dir} has {free / GiB:.3g} GiB free, and a checkpoint takes up to {size / GiB:.3g} GiB: make room, '
+        'or saving may fail.')

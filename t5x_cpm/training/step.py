@@ -99,11 +99,17 @@ def evaluate(layout: Layout, params: Any, frozen: Frozen, batch: Batch) -> losse
 
 
 def explain(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> str | None:
-  """The name of the first tensor that is not finite among parameters, loss and gradients of a step, which is not taken."""
+  """The name of the first tensor that is not finite among parameters, loss and gradients of a step, which is not taken.
+
+  Parameters that are finite, but so large that the sum of their squares is not, stand before loss and gradients.
+  """
   grads, sums = jax.jit(functools.partial(gradients, layout))(state, frozen, batch)
   axes = jax.tree.map(lambda leaf: leaf.axes, {'base': layout.base, 'state': layout.leaves, 'trained': layout.trained})
+  params = {'parameter': frozen.get('base', {}) | state['params']}
+  bad = stability.first_bad_tensor(params, {'parameter': axes['base'] | axes['state']})
+  if bad or (bad := stability.overflowing_tensor({'parameter': state['params']})):
+    return bad
   suspects = (
-      ({'parameter': frozen.get('base', {}) | state['params']}, {'parameter': axes['base'] | axes['state']}),
       ({'loss': means(sums.pairs)['loss']}, {'loss': ()}),
       ({'gradient': grads}, {'gradient': axes['trained']}))
   return next(filter(None, (stability.first_bad_tensor(*suspect) for suspect in suspects)), None)

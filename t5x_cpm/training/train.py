@@ -60,8 +60,9 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   with contextlib.ExitStack() as until_the_loop:
     manager = until_the_loop.enter_context(Manager(model_dir, config, info=info))
     if group.first:
-      reader.vocabulary.save(manager.model_dir / 'vocabulary')
-      files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
+      with run_directory.writing(manager.model_dir):
+        reader.vocabulary.save(manager.model_dir / 'vocabulary')
+        files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
     latest = manager.latest_step()
     if latest is not None and latest >= steps:
       say(f'{model_dir} is at step {latest} and TrainConfig.steps = {steps}: nothing to do. '
@@ -75,6 +76,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
       state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
       say(f'continuing {model_dir} from step {latest}')
       start.tell_of_another_rate(config, step, run_directory.read_run(model_dir, latest).config, latest, say)
+    start.tell_of_little_room(manager.model_dir, host_memory.saved(step.abstract_state), say)
     first = latest or 0
     writers = metrics.Writers(model_dir, config, start_step=first, total_steps=steps)
     until_the_loop.pop_all()
@@ -82,7 +84,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   # Loop. Input runs ahead in a thread; metrics are read one step late, when the next step is already dispatched.
   interrupted = Interrupted(several=group.count > 1)
   profile = Profile(model_dir, config.metrics)
-  late = metrics.LateMetrics(step, frozen, writers)
+  late = metrics.LateMetrics(step, frozen, writers, manager.last_words)
   evaluation: dict[str, float] = {}
   with (interrupted.noting(), writers, profile, manager,
         batches.training_batches(step, reader, first, steps) as rows):
@@ -115,8 +117,9 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
         writers.note(f'{stop} at step {number}: saved, stopping')
         break
   if group.first:
-    plots.plot_loss(model_dir)
-    plots.plot_experts(model_dir)
+    with run_directory.writing(manager.model_dir):
+      plots.plot_loss(model_dir)
+      plots.plot_experts(model_dir)
   return evaluation
 
 
