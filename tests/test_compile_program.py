@@ -74,6 +74,17 @@ def test_a_number_of_loops_that_the_compiler_knows_is_taken():
   assert {one.kind: one.times for one in program.Program(text).collectives()}['all-gather'] == 9
 
 
+def test_an_operand_may_be_an_element_of_a_tuple():
+  """As XLA writes programs from jaxlib 0.12 on."""
+  text = HLO.replace('fusion(%x, %i)', 'fusion(%state#1, %state#0)')
+  assert text != HLO and program.Program(text).hbm_bytes() == program.Program(HLO).hbm_bytes()
+  text = HLO.replace('all-reduce(%y)', 'all-reduce(%loop#1)')
+  found = {one.kind: one for one in program.Program(text).collectives()}
+  assert found['all-reduce'].sent == 2 * 2400 / 2
+  assert program._element('(s32[]{:T(128)}, (f32[2,3]{1,0}, s8[4]), /*index=2*/bf16[8,5]{1,0:T(8,128)(2,1)S(1)})', 2).endswith(
+      'bf16[8,5]{1,0:T(8,128)(2,1)S(1)}')
+
+
 @pytest.mark.parametrize('text, group', [
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", (0, 1, 2, 3)),
     ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", (0, 4)),

@@ -309,7 +309,8 @@ def test_switch_transformers_leaves_the_same_tokens_behind():
   reference = Reference(file, dispatch='einsum', group_size=24, capacity_factor=4 / 6)
   check_figures(reference)
   metrics = reference.model.apply(reference.params, reference.batch, train=True)[2]
-  assert float(jnp.max(metrics['router/encoder/left_behind'])) > 0.1, metrics
+  left, tokens = metrics['encoder/left_behind']
+  assert float(left.sum()) > 0.1 * float(tokens.sum())
 
 
 @pytest.mark.slow

@@ -76,7 +76,17 @@ def _instruction(line: str) -> Instruction | None:
   closing = _balanced(line, opening)
   arguments = line[opening + 1:closing - 1]
   return Instruction(match[1], line[start:end], line[end:opening].strip(), arguments,
-                     tuple(re.findall(r'%([\w.-]+)', arguments)), line[closing:])
+                     tuple(re.findall(r'%([\w.-]+(?:#\d+)?)', arguments)), line[closing:])
+
+
+def _element(kind: str, index: int) -> str:
+  """The type of one element of a tuple, given the tuple's type."""
+  depth, starts = 0, [1]
+  for position, character in enumerate(kind):
+    depth += (character in '({[') - (character in ')}]')
+    if character == ',' and depth == 1:
+      starts.append(position + 1)
+  return kind[starts[index]:(starts + [len(kind)])[index + 1] - 1]
 
 
 def _bytes(shape: str, *, hbm_only: bool = False) -> float:
@@ -133,6 +143,12 @@ class Program:
         body.append(instruction)
     self.types = {name: {i.name: i.type for i in body} for name, body in self.bodies.items()}
 
+  def _type(self, body: str, operand: str) -> str:
+    """The type of an operand in a body; 'name#3' is element 3 of a tuple, as XLA writes it from jaxlib 0.12 on."""
+    name, _, index = operand.partition('#')
+    kind = self.types[body].get(name, '')
+    return _element(kind, int(index)) if kind and index else kind
+
   def _trips(self, condition: str) -> int:
     """How often a loop runs whose counter starts at 0 and is compared with a constant."""
     constants = [i.arguments for i in self.bodies[condition] if i.opcode == 'constant']
@@ -170,13 +186,13 @@ class Program:
     for name, i, times, _ in self._walk(self.entry, 1, False):
       kind = i.opcode.removesuffix('-start')
       if kind in COLLECTIVES:
-        given = sum(_bytes(self.types[name].get(operand, '')) for operand in i.operands)
+        given = sum(_bytes(self._type(name, operand)) for operand in i.operands)
         group = _group(i.attributes)
         result.append(Collective(kind, _sent(kind, given, max(len(group), 1)), times, group))
       elif kind == 'send' and 'megascale' in i.attributes:
         whole = re.search(r'megascale_transfer_type="(\w+)"', i.attributes)
         kind = whole[1].lower().replace('_', '-') if whole else 'all-gather'
-        given = _bytes(self.types[name].get(i.operands[0], ''))
+        given = _bytes(self._type(name, i.operands[0]))
         result.append(Collective('between slices', _sent(kind, given, slices), times, ()))
     return result
 
@@ -190,11 +206,10 @@ class Program:
 
   def _moved(self, name: str, i: Instruction) -> float:
     """Bytes that one instruction of the body `name` reads and writes."""
-    types = self.types[name]
     if i.opcode in READ_A_PART:
       return 2 * _bytes(i.type, hbm_only=True)
     if i.opcode == 'dynamic-update-slice':
-      return 2 * _bytes(types.get(i.operands[1], ''), hbm_only=True)
+      return 2 * _bytes(self._type(name, i.operands[1]), hbm_only=True)
     called = re.search(r'calls=%?([\w.-]+)', i.attributes) if i.opcode == 'fusion' else None
     body = self.bodies.get(called[1], []) if called else []
     read = 0.0
@@ -205,7 +220,7 @@ class Program:
     parameters = {int(inner.arguments): inner for inner in body if inner.opcode == 'parameter'}
     written_into = set()
     for number, operand in enumerate(i.operands):
-      size = _bytes(types.get(operand, ''), hbm_only=True)
+      size = _bytes(self._type(name, operand), hbm_only=True)
       parameter = parameters.get(number)
       uses = users[parameter.name] if parameter else []
       first = bool(size and uses) and all(use.operands[0] == parameter.name for use in uses)  # type: ignore[union-attr]
