@@ -19,7 +19,8 @@ ACCELERATORS = '/dev/nvidia0', '/dev/kfd', '/dev/accel0', '/dev/vfio/0'
 EXTRAS = {'cuda': 'gpu', 'gpu': 'gpu', 'tpu': 'tpu'}  # part of JAX_PLATFORMS -> the extra of setup.py that brings it
 # Lines that the logs of XLA, libtpu and TensorFlow write, of any severity but fatal; and what announces the first of them.
 LOG_LINE = (r'^([IWE][0-9]{4} [0-9:.]+ +[0-9]+ [^ ]+:[0-9]+\]|[0-9-]{10} [0-9:.]+: [IWE] [^ ]+:[0-9]+\]|'
-            r'WARNING: All log messages before absl::)')
+            r'WARNING: (All log messages before absl::|Logging before InitGoogle)|=== Source Location Trace: ===|'
+            r'learning/[^ ]+\.cc:[0-9]+$|Failed to find host bounds for accelerator type: )')
 
 _compiling_for: contextvars.ContextVar[str] = contextvars.ContextVar('_compiling_for', default='')
 
@@ -93,28 +94,6 @@ def keep_memory() -> None:
   jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
-def use_cpu_devices(count: int, processes: int = 1) -> None:
-  """Makes JAX run on the CPU as `count` devices, so that a mesh can be tried on any machine; 0 changes nothing.
-
-  Raises:
-    ConfigError: JAX has already started with other devices, or the processes cannot share so many evenly.
-  """
-  if not count:
-    return
-  if count % processes:
-    raise ConfigError(f'MeshConfig.cpu_devices = {count}: {processes} processes cannot have the same number each.')
-  count //= processes
-  import jax
-
-  with contextlib.suppress(RuntimeError):  # JAX has started already: its devices are checked below
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', count)
-  if not on_cpu() or jax.local_device_count() != count:
-    raise ConfigError(
-        f'MeshConfig.cpu_devices needs {count}, but JAX has started with {jax.local_device_count()} {jax.default_backend()} '
-        'devices: set it before anything runs, in a new process.')
-
-
 def compiler_options(deterministic: bool) -> dict[str, bool] | None:
   """XLA's options for the programs of training.
 
@@ -167,6 +146,30 @@ def quiet() -> Iterator[None]:
         stack.callback(os.dup2, saved, 2)
         stack.callback(sys.stderr.flush)
     yield
+
+
+def use_cpu_devices(count: int, processes: int = 1) -> None:
+  """Starts JAX, on the CPU as `count` devices, so that a mesh can be tried on any machine; 0: on the devices that are there.
+
+  Raises:
+    ConfigError: JAX has already started with other devices, or the processes cannot share so many evenly.
+  """
+  import jax
+
+  if not count:
+    with quiet():  # libtpu complains where there is no TPU
+      jax.local_device_count()
+    return
+  if count % processes:
+    raise ConfigError(f'MeshConfig.cpu_devices = {count}: {processes} processes cannot have the same number each.')
+  count //= processes
+  with contextlib.suppress(RuntimeError):  # JAX has started already: its devices are checked below
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', count)
+  if not on_cpu() or jax.local_device_count() != count:
+    raise ConfigError(
+        f'MeshConfig.cpu_devices needs {count}, but JAX has started with {jax.local_device_count()} {jax.default_backend()} '
+        'devices: set it before anything runs, in a new process.')
 
 
 def keep_compiled_programs() -> None:

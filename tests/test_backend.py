@@ -95,6 +95,9 @@ def test_compiled_programs_are_kept_in_the_cache_or_where_the_user_says(tmp_path
 
 
 NOISE = [
+    'Failed to find host bounds for accelerator type: WARNING: could not determine TPU accelerator type',
+    'WARNING: Logging before InitGoogle() is written to STDERR', '=== Source Location Trace: === ',
+    'learning/45eac/tfrc/runtime/libtpu_init_utils.cc:370',
     'WARNING: All log messages before absl::InitializeLog() is called are written to STDERR',
     'I0000 00:00:1795750128.014344   10991 port.cc:153] oneDNN custom operations are on.',
     'W1127 03:12:09.605786    2764 spmd_partitioner.cc:656] [SPMD] Involuntary full rematerialization.',
