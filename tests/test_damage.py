@@ -27,7 +27,6 @@ def reference(x):
   h = bits ^ (np.arange(bits.size, dtype=np.uint32) * np.uint32(0x9E3779B1))
   h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
   h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
-  h ^= h >> 16
   low, high = (int(part.sum(dtype=np.uint64)) % 2**32 for part in (h & 0xFFFF, h >> 16))
   return f'{x.dtype}{list(x.shape)} {high:08x}{low:08x}'
 

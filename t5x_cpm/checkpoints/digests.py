@@ -1,8 +1,8 @@
 """Digests of arrays: a changed bit gives another digest, and a mesh gives the same as a single device.
 
-The bits of each element are mixed with its place (by the finalizer of MurmurHash3, which is a bijection, so that a change of
-one element never goes unseen), and the two halves of all results are added up. Sums have no order: an array is digested where
-it lies, each device its own part.
+The bits of each element are mixed with its place (as MurmurHash3's finalizer does, but for its last step: a bijection, so that
+a change of one element never goes unseen), and the lower and the upper halves of all results are added up. Sums have no order:
+an array is digested where it lies, each device its own part.
 """
 
 import math
@@ -18,30 +18,28 @@ from t5x_cpm import backend, trees
 
 GOLDEN = np.uint32(0x9E3779B1)  # odd: places differ in all bits
 BLOCK = 1024, 1024  # elements that are digested at a time on a CPU
-FEW = 2**16  # elements that numpy digests sooner than a block
 
 
 def _mixed(bits: Any, places: Any) -> Any:
-  """Bits of elements, mixed with their places; uint32 of one shape, of numpy or of JAX."""
-  x = bits ^ (places * GOLDEN)
+  """Bits of elements, mixed with GOLDEN times their places; uint32 of numpy or of JAX."""
+  x = bits ^ places
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
+  return (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
 
 
-def _sums(x: jax.Array) -> jax.Array:
-  """uint32 [2]: the sums of the lower and of the upper halves of an array of uint32 that is no scalar."""
-  # Both in one reduction over rows and then one of what is left: XLA:CPU (JAX 0.10) runs this at 18 GB/s on two cores, and
-  # one over all axes at once, or one for each sum, at 0.7 to 5.
+def _row_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The sums over the last axis of the lower and of the upper halves of uint32."""
+  # Both in one reduction over rows and then one of what is left: XLA:CPU (JAX 0.10) runs this at 7 GB/s a core, and one over
+  # all axes at once, or one for each sum, at 0.4 to 2.
   zero = np.uint32(0)
-  rows = jax.lax.reduce(
+  sums = jax.lax.reduce(
       (x & np.uint32(0xFFFF), x >> 16), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (x.ndim - 1,))
-  return jnp.stack([jnp.sum(part, dtype=jnp.uint32) for part in jax.lax.optimization_barrier(rows)])
+  return jax.lax.optimization_barrier(sums)
 
 
 @jax.jit
 def _of_array(x: jax.Array) -> jax.Array:
-  """The sums of an array of any shape and sharding."""
+  """uint32 [2]: the sums of an array of any shape and sharding."""
   if x.dtype != jnp.bool_:
     x = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
   bits = x.astype(jnp.uint32).reshape(x.shape or (1,))
@@ -49,31 +47,30 @@ def _of_array(x: jax.Array) -> jax.Array:
   for axis in range(bits.ndim):  # the place in a flat array, in 32 bits
     stride = np.uint32(math.prod(bits.shape[axis + 1:]) % 2**32)
     places += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * stride
-  return _sums(_mixed(bits, places))
+  return jnp.stack([jnp.sum(part, dtype=jnp.uint32) for part in _row_sums(_mixed(bits, places * GOLDEN))])
 
 
 @jax.jit
-def _of_block(bits: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
-  """The sums of the first `count` of the elements that lie from place `start` on."""
-  index = jax.lax.broadcasted_iota(jnp.uint32, BLOCK, 0) * np.uint32(BLOCK[1]) + jax.lax.broadcasted_iota(jnp.uint32, BLOCK, 1)
-  return _sums(jnp.where(index < count, _mixed(bits.reshape(BLOCK), index + start), np.uint32(0)))
+def _of_block(bits: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
+  """The sums of the first `rows` rows of a block whose first element lies at place `start`."""
+  row, column = (jax.lax.broadcasted_iota(jnp.uint32, BLOCK, axis) for axis in (0, 1))
+  sums = _row_sums(_mixed(bits.reshape(BLOCK), (row * np.uint32(BLOCK[1]) + column + start) * GOLDEN))
+  return jnp.stack([jnp.sum(jnp.where(row[:, 0] < rows, part, np.uint32(0)), dtype=jnp.uint32) for part in sums])
 
 
 def _on_host(x: np.ndarray) -> np.ndarray:
   """As `_of_array`, by one program for any shape: compiling one for each would take longer than reading them."""
   words = x.reshape(-1).view({1: np.uint8, 2: np.uint16}.get(x.dtype.itemsize, np.uint32))
-  size = math.prod(BLOCK)
+  size, row = math.prod(BLOCK), BLOCK[1]
   sums = np.zeros(2, np.uint32)
-  for start in range(0, len(words), size):
-    bits = words[start:start + size].astype(np.uint32, copy=False)
-    count, first = len(bits), np.uint32(start % 2**32)
-    if count <= FEW:
-      mixed = _mixed(bits, np.arange(count, dtype=np.uint32) + first)
-      sums += np.array([(mixed & np.uint32(0xFFFF)).sum(dtype=np.uint32), (mixed >> 16).sum(dtype=np.uint32)])
-    else:
-      padded = bits if count == size else np.pad(bits, (0, size - count))
-      sums += np.asarray(_of_block(padded, first, np.uint32(count)))
-  return sums
+  whole = len(words) // row * row
+  for start in range(0, whole, size):
+    bits = words[start:min(start + size, whole)].astype(np.uint32, copy=False)
+    padded = bits if len(bits) == size else np.concatenate([bits, np.zeros(size - len(bits), np.uint32)])
+    sums += np.asarray(_of_block(padded, np.uint32(start % 2**32), np.uint32(len(bits) // row)))
+  places = np.arange(whole, len(words), dtype=np.uint64).astype(np.uint32) * GOLDEN
+  x = _mixed(words[whole:].astype(np.uint32), places)  # less than a row
+  return sums + np.array([(x & np.uint32(0xFFFF)).sum(dtype=np.uint32), (x >> 16).sum(dtype=np.uint32)])
 
 
 def prepare() -> threading.Thread:
@@ -87,11 +84,13 @@ def prepare() -> threading.Thread:
   return thread
 
 
-def _here(x: Any) -> Any:
-  """An array that lies in the memory of the hosts, on the devices."""
-  if isinstance(x, jax.Array) and x.sharding.memory_kind == 'pinned_host' and not backend.on_cpu():
-    return jax.device_put(x, x.sharding.with_memory_kind('device'))
-  return x
+def _start(x: Any) -> Any:
+  """Starts to digest an array; what lies in the memory of the hosts, one after the other, for it may not fit the devices."""
+  if backend.on_cpu() and (isinstance(x, np.ndarray) or (x.is_fully_addressable and x.is_fully_replicated)):
+    return _on_host(np.asarray(x))
+  if isinstance(x, jax.Array) and x.sharding.memory_kind == 'pinned_host':
+    return jax.device_get(_of_array(jax.device_put(x, x.sharding.with_memory_kind('device'))))
+  return _of_array(x)
 
 
 def kind(dtype: Any, shape: Sequence[int]) -> str:
@@ -104,11 +103,9 @@ def of_tree(tree: Any) -> dict[str, str]:
 
   Every process of a run calls it with the same tree.
   """
-  sums, result = {}, {}
-  for name, x in trees.named(tree).items():  # all are under way before the first result is waited for
-    whole = isinstance(x, np.ndarray) or (x.is_fully_addressable and x.is_fully_replicated)
-    sums[name] = _on_host(np.asarray(x)) if whole and backend.on_cpu() else _of_array(_here(x))
-  for name, x in trees.named(tree).items():
+  leaves, result = trees.named(tree), {}
+  sums = {name: _start(x) for name, x in leaves.items()}  # all are under way before the first result is waited for
+  for name, x in leaves.items():
     low, high = (int(word) for word in np.asarray(sums[name]))
     result[name] = f'{kind(x.dtype, x.shape)} {high:08x}{low:08x}'
   return result
