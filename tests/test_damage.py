@@ -3,8 +3,10 @@
 import collections
 import json
 import os
+import pathlib
 import random
 import shutil
+import tempfile
 import types
 
 import jax
@@ -216,24 +218,24 @@ def test_a_save_fails_at_once(tmp_path, capfd):
     manager.wait()
     shutil.rmtree(tmp_path / 'a')
     manager.save(2, small_state(2))
-  if os.geteuid() == 0:  # root may write everywhere
-    os.chmod(tmp_path, 0o777)
-  for parent in tmp_path.parents[:2]:
-    os.chmod(parent, 0o755)
   user = os.geteuid()
-  try:
-    if user == 0:
-      os.seteuid(65534)
-    with Manager(tmp_path / 'b', config(), info=INFO) as manager:
-      manager.save(1, small_state(1))
-      manager.wait()
-      os.chmod(tmp_path / 'b' / 'checkpoints', 0o555)
-      with pytest.raises(CheckpointError, match='b/checkpoints/.write_probe cannot be written: Permission denied. Make it'):
-        manager.save(2, small_state(2))
-    with pytest.raises(CheckpointError, match='b/checkpoints/.write_probe cannot be written'):
-      Manager(tmp_path / 'b', config(), info=INFO)  # before the first step
-  finally:
-    os.seteuid(user)
+  with tempfile.TemporaryDirectory() as name:  # which, unlike tmp_path, another user may enter
+    folder = pathlib.Path(name)
+    os.chmod(folder, 0o777)
+    try:
+      if user == 0:
+        os.seteuid(65534)  # root may write everywhere
+      with Manager(folder / 'b', config(), info=INFO) as manager:
+        manager.save(1, small_state(1))
+        manager.wait()
+        os.chmod(folder / 'b' / 'checkpoints', 0o555)
+        with pytest.raises(CheckpointError, match='b/checkpoints/.write_probe cannot be written: Permission denied. Make it'):
+          manager.save(2, small_state(2))
+      with pytest.raises(CheckpointError, match='b/checkpoints/.write_probe cannot be written'):
+        Manager(folder / 'b', config(), info=INFO)  # before the first step
+    finally:
+      os.seteuid(user)
+      os.chmod(folder / 'b' / 'checkpoints', 0o755)
   assert not capfd.readouterr().err
 
 

@@ -352,7 +352,7 @@ def test_a_router_of_a_module_of_ones_own(tmp_path, monkeypatch, capsys):
   (tmp_path / 'my_router.py').write_text(ROUTER)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(routers, 'ROUTERS', dict(ROUTERS))
-  flags = ['--dry_run', '--gin.MoEConfig.num_experts=4', '--gin.MoEConfig.router=turns']
+  flags = ['--dry_run', '--gin.MoEConfig.num_experts=4', '--gin.MoEConfig.router=turns', '--gin.ModelConfig.vocab_size=0']
   assert __main__.main(['train', *flags]) == 2
   assert "MoEConfig.router = 'turns': expected one of 'switch', " in (error := capsys.readouterr().err)
   assert '--import=MODULE' in error and '(set in --gin.MoEConfig.router' in error

@@ -43,7 +43,7 @@ def test_a_folder_of_runs_names_them(tmp_path):
     read_run(folder)
   with pytest.raises(CheckpointError, match=r'no config\.json\)\.$'):
     read_run(tmp_path)
-  with pytest.raises(CheckpointError, match='not the model_dir'):
+  with pytest.raises(CheckpointError, match='stories.txt.*Not a directory'):
     read_run(folder / 'stories.txt')
 
 

@@ -86,7 +86,7 @@ def prepare() -> threading.Thread:
 
 def _start(x: Any) -> Any:
   """Starts to digest an array; what lies in the memory of the hosts, one after the other, for it may not fit the devices."""
-  if backend.on_cpu() and (isinstance(x, np.ndarray) or (x.is_fully_addressable and x.is_fully_replicated)):
+  if backend.on_cpu() and (not isinstance(x, jax.Array) or (x.is_fully_addressable and x.is_fully_replicated)):
     return _on_host(np.asarray(x))
   if isinstance(x, jax.Array) and x.sharding.memory_kind == 'pinned_host':
     return jax.device_get(_of_array(jax.device_put(x, x.sharding.with_memory_kind('device'))))
