@@ -109,8 +109,13 @@ def content(path: Any, remedy: str) -> bytes:
     raise ConfigError(f'{path} cannot be read: {error.strerror or error}.') from None
 
 
-def parse(path: Any, remedy: str) -> dict[str, Any]:
+def parse(path: Any, remedy: str, signed: str = '') -> dict[str, Any]:
   """The object in a JSON file, of any form; its digest has been compared and is left out.
+
+  Args:
+    path: the file.
+    remedy: what errors tell the user to do.
+    signed: a field that is as new as digests are: an object that has it must have a digest.
 
   Raises:
     DamagedError: it is missing, not a file, no JSON object, or not what was written.
@@ -131,7 +136,7 @@ def parse(path: Any, remedy: str) -> dict[str, Any]:
     raise
   except ValueError as error:
     raise DamagedError(path, f'malformed JSON: {error}', remedy) from None
-  if expected is not None and expected != found:
+  if expected != found and (expected is not None or signed in value):
     raise DamagedError(path, 'its content does not have the digest that it was written with', remedy)
   return value
 
@@ -143,9 +148,9 @@ def require(path: Any, value: Any, form: Any, remedy: str) -> None:
     raise DamagedError(path, wrong, remedy)
 
 
-def read(path: Any, form: Any, remedy: str) -> dict[str, Any]:
-  """The object in a JSON file. Raises as `parse` and `require`."""
-  value = parse(path, remedy)
+def read(path: Any, form: Any, remedy: str, signed: str = '') -> dict[str, Any]:
+  """The object in a JSON file. Arguments and errors are those of `parse` and `require`."""
+  value = parse(path, remedy, signed)
   require(path, value, form, remedy)
   return value
 

@@ -56,7 +56,7 @@ class Unit:
     Raises:
       DamagedError: it cannot be read.
     """
-    return stored.read(path / f'{self.name}.json', _FORM, _REMEDY)
+    return stored.read(path / f'{self.name}.json', _FORM, _REMEDY, 'sums')
 
   def copy(self, path: pathlib.Path, name: str, whole: BinaryIO | None) -> None:
     """Reads one of the files of the unit, such as 'targets.tokens', and appends it to `whole`.

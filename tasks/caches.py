@@ -105,8 +105,9 @@ def _build_task(config: Config, path: pathlib.Path, progress: bool) -> None:
   try:
     source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
   except ConfigError as error:  # what there is of the cache is left as it is
-    if reason is None:
+    if not os.path.lexists(path):
       raise
+    reason = reason or 'it has no cache.json'
     raise ConfigError(f'The cache {path} cannot be used: {reason}. It cannot be made again either: {error}') from None
   try:
     if reason is not None:

@@ -163,7 +163,7 @@ def campaign(victims, capfd, count, source_gone):
 
 @pytest.mark.parametrize('source_gone', [False, True])
 def test_damage_is_made_again_or_refused_by_name(victims, capfd, source_gone):
-  found = campaign(victims, capfd, 9, source_gone)
+  found = campaign(victims, capfd, 7, source_gone)
   assert len(found.get('refused', [])) == 0 or source_gone
 
 
@@ -221,7 +221,7 @@ def metadata(victims, capfd, count):
 
 
 def test_damaged_metadata_is_told_in_a_line(victims, capfd):
-  metadata(victims, capfd, 12)
+  metadata(victims, capfd, 6)
 
 
 @pytest.mark.slow
@@ -297,9 +297,9 @@ def test_a_saved_vocabulary_is_the_one_that_was_saved(tmp_path):
   vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}')
   saved = tmp_path / 'saved'
   vocabulary.save(saved)
-  described = json.loads((saved / 'vocabulary.json').read_text())
+  described = {key: value for key, value in json.loads((saved / 'vocabulary.json').read_text()).items() if key != 'digest'}
   for name in ('../vocab.txt', str(tmp_path / 'vocab.txt'), '..', '', 'a\0b'):
-    files.write_json(saved / 'vocabulary.json', {**described, 'file': name, 'digest': None})
+    stored.write(saved / 'vocabulary.json', {**described, 'file': name})
     with pytest.raises(ConfigError, match='vocabulary.json is damaged .file: unexpected'):
       vocabularies.load_saved(saved)
   vocabulary.save(saved)
@@ -333,6 +333,8 @@ def test_units_that_were_damaged_while_a_build_was_killed_are_made_again(tmp_pat
 
   def killed(*arguments):
     raise KeyboardInterrupt
+
+  expected = None
 
   for name, change in (('train-00000-of-00001.targets.tokens', flip), ('train-00000-of-00001.json', cut), ('plan.json', cut)):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

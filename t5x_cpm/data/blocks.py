@@ -10,6 +10,7 @@ import mmap
 import os
 import pathlib
 import threading
+import weakref
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,7 @@ class Numbers:
       self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # which would wait at a pipe
     except OSError as error:
       raise damaged(path, error.strerror or 'it cannot be read') from None
+    weakref.finalize(self, os.close, self._file)
     self.bytes = size = os.fstat(self._file).st_size
     if facts is not None and size != facts['bytes']:
       raise damaged(path, f'it has {size:,} bytes, expected {facts["bytes"]:,}')
@@ -101,10 +103,6 @@ class Numbers:
     if random and hasattr(mmap, 'MADV_RANDOM'):
       mapped.madvise(mmap.MADV_RANDOM)
     return mapped
-
-  def __del__(self) -> None:
-    if hasattr(self, '_file'):
-      os.close(self._file)
 
   def __len__(self) -> int:
     return len(self._array)

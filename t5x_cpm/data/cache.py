@@ -69,7 +69,7 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
     FormatError: it has another format.
   """
   file = path / 'cache.json'
-  info = stored.parse(file, REMEDY)
+  info = stored.parse(file, REMEDY, 'files')
   number = info.get('format')
   if type(number) is int and number != FORMAT:
     raise FormatError(path, number)

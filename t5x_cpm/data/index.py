@@ -75,7 +75,7 @@ def _open(directory: pathlib.Path, name: str, file: str, known: dict[str, Any] |
 def _read(directory: pathlib.Path, name: str) -> tuple[dict[str, Any], str | None, dict[str, Any] | None]:
   """A table's facts, what it was made from, and its files; the last two are None in a table of an earlier version."""
   path = directory / f'{name}.json'
-  value = stored.parse(path, _REMEDY)
+  value = stored.parse(path, _REMEDY, 'facts')
   if 'facts' not in value and 'table' not in value:
     return value, None, None
   stored.require(path, value, {'table': (name,), 'source': str, 'facts': dict, 'files': {str: blocks.FACTS}}, _REMEDY)

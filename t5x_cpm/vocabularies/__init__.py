@@ -83,7 +83,7 @@ def check_saved(directory: Any, expected: str | None = None, remedy: str = _REST
   if not os.path.lexists(path) and not path.exists():
     raise ConfigError(f'{directory} holds no vocabulary (no vocabulary.json). {remedy}')
   saved = stored.read(path, {'kind': tuple(_KINDS), 'file': stored.is_plain_name, 'options': {str: str}, 'fingerprint?': str},
-                      remedy)
+                      remedy, 'fingerprint')
   file = epath.Path(directory) / saved['file']
   found = fingerprint(saved['kind'], saved['options'], stored.content(file, remedy))
   for wanted in (saved.get('fingerprint'), expected):
