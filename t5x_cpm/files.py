@@ -17,11 +17,31 @@ class LockedError(Exception):
   """Another process holds a lock; the message names that process."""
 
 
+def is_running(process: int) -> bool:
+  """Whether there is a process of this number on this machine."""
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except OSError:
+    pass  # it is another user's
+  return True
+
+
 def move(temporary: Any, path: Any) -> None:
   """Gives a finished local file its name, once its content is on the disk."""
   with open(temporary, 'rb') as file:
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def _try_lock(file: Any, kind: int) -> bool:
+  """Locks an open file; False where that is not possible."""
+  try:
+    fcntl.flock(file, kind)
+  except OSError:
+    return False
+  return True
 
 
 @contextlib.contextmanager
@@ -33,6 +53,7 @@ def replacing(path: Any) -> Iterator[BinaryIO]:
   temporary = path.with_name(f'.{path.name}.tmp{os.getpid()}')  # two processes may write the same file
   try:
     with open(temporary, 'wb') as file:
+      _try_lock(file, fcntl.LOCK_SH)  # `_remove_abandoned` sees by it that the writer is alive
       yield file
     move(temporary, path)
   except BaseException:
@@ -41,11 +62,31 @@ def replacing(path: Any) -> Iterator[BinaryIO]:
     raise
 
 
+def _remove_abandoned(path: Any) -> None:
+  """Removes what processes that were killed have left of a file that they were writing.
+
+  The number of a process means nothing on another machine or in another container, so nobody may hold the lock either.
+  """
+  start = f'.{path.name}.tmp'
+  with contextlib.suppress(OSError):
+    for name in os.listdir(path.parent):
+      number = name.removeprefix(start)
+      if name.startswith(start) and number.isdecimal() and len(number) < 10 and not is_running(int(number)):
+        temporary = os.path.join(path.parent, name)
+        with contextlib.suppress(OSError), open(temporary, 'rb') as file:
+          if _try_lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            os.unlink(temporary)
+
+
 def write_atomically(path: Any, data: bytes) -> None:
-  """Writes a file so that a reader finds, and a kill leaves, either the old content or the new."""
+  """Writes a file so that a reader finds, and a kill leaves, either the old content or the new.
+
+  What an earlier writer of the same file left when it was killed is removed.
+  """
   if '://' in str(path):
     path.write_bytes(data)
     return
+  _remove_abandoned(path)
   with replacing(path) as file:
     file.write(data)
 
@@ -69,7 +110,7 @@ def lock(path: Any, *, wait: bool) -> Iterator[None]:
     LockedError: another process holds it, and `wait` is False.
     OSError: the file cannot be written.
   """
-  with open(path, 'a+') as file:
+  with open(path, 'a+', errors='replace') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import sys
 
-from t5x_cpm import files, tasks
+from t5x_cpm import files, stored, tasks
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache
 from t5x_cpm.progress import Progress
@@ -44,17 +44,34 @@ def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+def leftovers(path: pathlib.Path) -> list[pathlib.Path]:
+  """What a finished cache should not hold any more: the plan, the files of units, unfinished files."""
+  return [file for pattern in ('*-of-*', '.*.tmp*', 'plan.json') for file in path.glob(pattern)]
+
+
+def remove(path: pathlib.Path) -> None:
+  """Removes a cache, or whatever stands in its place."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink()
+
+
 def _continue_or_start(path: pathlib.Path, plan: dict) -> None:
   old = path / 'plan.json'
-  if old.is_file() and json.loads(old.read_text()) == plan:
-    finished = sum((path / f'{name}.json').is_file() for name in plan['units'])
-    print(f'Continuing the cache {path}: {finished} of {len(plan["units"])} shards are there.', file=sys.stderr)
-    return
-  if path.exists():
-    print(f'Starting the cache {path} again: its sources changed while it was unfinished.', file=sys.stderr)
-    shutil.rmtree(path)
+  if os.path.lexists(path):
+    reason = 'its sources changed while it was unfinished'
+    try:
+      if stored.parse(old, '') == plan:
+        finished = sum((path / f'{name}.json').is_file() for name in plan['units'])
+        print(f'Continuing the cache {path}: {finished} of {len(plan["units"])} shards are there.', file=sys.stderr)
+        return
+    except stored.DamagedError as error:
+      reason = error.reason
+    print(f'Starting the cache {path} again: {reason}.', file=sys.stderr)
+    remove(path)
   path.mkdir(parents=True)
-  files.write_json(old, plan)
+  stored.write(old, plan)
 
 
 def _join(path: pathlib.Path, units: list[Unit], features: list[str]) -> tuple[dict[str, dict], str]:
@@ -63,26 +80,24 @@ def _join(path: pathlib.Path, units: list[Unit], features: list[str]) -> tuple[d
   splits: dict[str, dict] = {}
   for split in dict.fromkeys(unit.split for unit in units):
     mine = [unit for unit in units if unit.split == split]
-    for file in (f'{feature}.{kind}' for feature in features for kind in cache_units.KINDS):
+    for file in (f'{feature}.{kind}' for feature in features for kind in cache.KINDS):
       with files.replacing(path / f'{split}.{file}') as whole:
         for unit in mine:
-          with open(path / f'{unit.name}.{file}', 'rb') as own:
-            shutil.copyfileobj(own, whole, 1 << 22)
+          unit.copy(path, file, whole)
     skipped: collections.Counter = collections.Counter()
     for unit in mine:
       skipped.update(facts[unit]['skipped'])
     splits[split] = {'documents': sum(facts[unit].get('documents', 0) for unit in mine),
                      'tokens': {feature: sum(facts[unit].get(feature, 0) for unit in mine) for feature in features},
                      'skipped': {reason: count for reason, count in skipped.items() if count}}
-  digests = json.dumps([(unit.name, facts[unit]['digest']) for unit in units])
+  digests = json.dumps([(unit.name, facts[unit]['content']) for unit in units])
   return splits, hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
 
 
-def _clean(path: pathlib.Path) -> None:
-  """Removes the plan, the files of units, and what a build that was killed left unfinished."""
-  for pattern in ('*-of-*', '.*.tmp*', 'plan.json'):
-    for file in path.glob(pattern):
-      file.unlink()
+def clean(path: pathlib.Path) -> None:
+  """Removes from a finished cache the plan, the files of units, and what a build that was killed left unfinished."""
+  for file in leftovers(path):
+    file.unlink(missing_ok=True)
 
 
 def build(config: Config, path: pathlib.Path, source: Source, vocabulary: Vocabulary, described: dict, *,
@@ -119,4 +134,4 @@ def build(config: Config, path: pathlib.Path, source: Source, vocabulary: Vocabu
   report.close()
   splits, checksum = _join(path, units, source.features)
   cache.finish(path, name, vocabulary, splits, source.features, checksum, described)
-  _clean(path)
+  clean(path)

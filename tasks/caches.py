@@ -8,11 +8,10 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 
-from t5x_cpm import files, tasks
+from t5x_cpm import files, stored, tasks
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache
 from t5x_cpm.tasks import cache_build
@@ -49,11 +48,17 @@ def describe_source(source: Source, vocabulary: Vocabulary) -> dict:
 
 
 def stale(path: pathlib.Path) -> str | None:
-  """Why a complete cache must be made again; None if it is up to date. One whose sources are all gone stays valid."""
-  info = json.loads((path / 'cache.json').read_text())
-  if info['format'] != cache.FORMAT:
-    return f'it has format {info["format"]}, expected {cache.FORMAT}'
-  source = info['source']
+  """Why a complete cache must be made again; None if it is up to date. One whose sources are all gone stays valid.
+
+  Raises:
+    ConfigError: a file of it cannot be read, for want of permission for example.
+  """
+  try:
+    opened = cache.Cache(path)
+    opened.verify()
+  except (stored.DamagedError, cache.FormatError) as error:
+    return error.reason
+  source = opened.info['source']
   of_vocabulary = {name for name, *_ in source['vocabulary']}
   before = {name: state for name, *state in source['files'] + source['vocabulary']}
   data = [name for name, *_ in source['files'] if os.path.exists(name)]
@@ -73,7 +78,10 @@ def is_ready(path: pathlib.Path) -> bool:
   """Whether the cache and, for a mixture, those of its tasks are complete and agree with their sources."""
   if not (path / 'cache.json').is_file():
     return False
-  components = json.loads((path / 'cache.json').read_text()).get('components')
+  try:
+    components = cache.describe(path).get('components')
+  except (stored.DamagedError, cache.FormatError):
+    return False
   if components is None:
     return stale(path) is None
   return all(is_ready(path.parent / component['directory']) for component in components)
@@ -93,15 +101,42 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def _build_task(config: Config, path: pathlib.Path, progress: bool) -> None:
-  if (path / 'cache.json').is_file():
-    print(f'The cache {path} is made again: {stale(path)}.', file=sys.stderr)
-    shutil.rmtree(path)
+  reason = stale(path) if os.path.lexists(path / 'cache.json') else None
   try:
     source, vocabulary = tasks.tokens(config), tasks.vocabulary(config)
+  except ConfigError as error:  # what there is of the cache is left as it is
+    if not os.path.lexists(path):
+      raise
+    reason = reason or 'it has no cache.json'
+    raise ConfigError(f'The cache {path} cannot be used: {reason}. It cannot be made again either: {error}') from None
+  try:
+    if reason is not None:
+      print(f'The cache {path} is made again: {reason}.', file=sys.stderr)
+      cache_build.remove(path)
     cache_build.build(config, path, source, vocabulary, describe_source(source, vocabulary), progress=progress)
   except OSError as error:
     raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}. Set TaskConfig.cache_dir or '
                       '$T5X_CPM_CACHE to a folder with more room.') from error
+
+
+def _finish_mixture(path: pathlib.Path, name: str, built: list[tuple[str, float, pathlib.Path]]) -> None:
+  try:
+    if os.path.lexists(path / 'cache.json'):
+      try:
+        cache.describe(path)
+      except (stored.DamagedError, cache.FormatError) as error:
+        print(f'The cache {path} is made again: {error.reason}.', file=sys.stderr)
+        cache_build.remove(path)
+    cache.finish_mixture(path, name, built)
+  except OSError as error:
+    raise ConfigError(f'the cache {path} could not be written: {error.strerror or error}.') from error
+
+
+def _tidy(path: pathlib.Path) -> None:
+  """Removes what a process left that was killed when it had made the cache; a folder that cannot be written stays as it is."""
+  if cache_build.leftovers(path):
+    with contextlib.suppress(OSError, ConfigError), _locked(path):
+      cache_build.clean(path)
 
 
 def build(config: Config, *, progress: bool = True) -> pathlib.Path:
@@ -122,6 +157,7 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
   """
   path = directory(config)
   if is_ready(path):
+    _tidy(path)
     return path
   with _locked(path):
     if is_ready(path):  # another process made it while this one waited
@@ -134,5 +170,5 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
       for name, rate in rates.items():
         own = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))
         built.append((name, rate, build(own, progress=progress)))
-      cache.finish_mixture(path, config.task.name, built)
+      _finish_mixture(path, config.task.name, built)
   return path

@@ -251,6 +251,12 @@ def test_bad_lines_are_named_or_left_unanswered(run, tmp_path, content, suffix, 
   assert len(bad) == 1 and bad[0]['output'] == '' and records[0]['score'] is not None
 
 
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_cut_into_words(run, vocabulary, monkeypatch):
+  monkeypatch.setattr(type(vocabulary), 'encode', lambda self, text: 1 / 0)
+  with pytest.raises(ConfigError, match=r'in\.txt:1: the input has 1,000,001 characters, and InferConfig.input_length = 60'):
+    run('a' * 1_000_001, truncate=True)
+
+
 def test_input_and_output_that_cannot_be(run, tmp_path, model_dir):
   with pytest.raises(ConfigError, match=r'ends in \.txt or \.jsonl, or - or -\.jsonl for standard input'):
     run('a', '.csv')
@@ -294,8 +300,11 @@ def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path):
   assert len(out.read_text().splitlines()) == 11
   note = tmp_path / 'out.jsonl.run.json'
   good = note.read_bytes()
-  for damaged in (b'', good[:40], b'\xff' * 20):
-    note.write_bytes(damaged)
+  for damaged in (b'', good[:40], b'\xff' * 20, b'[' * 100_000, b'[]', b'{"step": 1e999}',
+                  good.replace(b'"step": 3', b'"step": 2'), good.replace(b'"step": 3', b'"step": -3'),
+                  good.replace(b'"digest', b'"digesu'), None):
+    note.unlink()
+    note.write_bytes(damaged) if damaged is not None else note.symlink_to(note.name)
     with pytest.raises(ConfigError, match=r'out\.jsonl\.run\.json beside it.* is damaged.*Remove both'):
       run(content)
   note.unlink()

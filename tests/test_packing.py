@@ -10,7 +10,7 @@ def test_pairs_with_more_sizes_than_classes_still_hold_every_pair(tmp_path):
   rng = np.random.default_rng(0)
   lengths = [rng.integers(1, 64, 3000), rng.integers(1, 64, 3000)]
   table = pairs.table(tmp_path, 'train', *lengths, room=(64, 64), most_classes=20)
-  members = index.load(tmp_path, table['name'], 'members', np.int64, columns=4)
+  members = index.load(tmp_path, table['name'], 'members', np.int64, columns=4)[:]
   sizes = np.repeat(table['sizes'], table['counts'], axis=0)
   assert 20 < len(table['sizes']) <= 32 * 32 + 20  # not the about 2000 exact ones
   assert (members[:, 2:] + 1 <= sizes).all() and (sizes <= 64).all()

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import random
+import time
 
 import pytest
 
@@ -208,6 +209,25 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path, content, message):
   (tmp_path / 'vocab.txt').write_bytes(content)
   with pytest.raises(ConfigError, match=message):
     vocabularies.load(f'cpm2:{tmp_path}/vocab.txt')
+
+
+def test_time_and_memory_grow_with_the_length_alone(tmp_path):
+  """A word without end, and a run of characters that are words each; a vocabulary of one long line is refused."""
+  for unit in ('a', '\U00020000', '%.'):
+    took = []
+    for length in (30_000, 240_000):
+      begin = time.process_time()
+      load(SHIPPED).encode(unit * (length // len(unit)))
+      took.append(time.process_time() - begin)
+    assert took[1] < 24 * took[0] + 0.5, (unit, took)  # a square would be 64 times as long
+  content = (ROOT / 'tasks/corpus/vocab.txt').read_text(encoding='utf-8')
+  for length, refused in ((256, False), (257, True), (100_000, True)):
+    (tmp_path / 'vocab.txt').write_text(content + 'y' * length + '\n', encoding='utf-8')
+    if refused:
+      with pytest.raises(ConfigError, match=f'a piece of {length:,} characters; expected one piece of at most 256 a line'):
+        vocabularies.load(f'cpm2:{tmp_path}/vocab.txt')
+    else:
+      assert len(vocabularies.load(f'cpm2:{tmp_path}/vocab.txt').encode('y' * length)) == 1
 
 
 def test_a_gap_in_the_sentinels_is_refused(tmp_path):

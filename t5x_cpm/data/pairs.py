@@ -3,12 +3,15 @@
 import functools
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from t5x_cpm import stored
 from t5x_cpm.config import Config
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives
+from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
 from t5x_cpm.data.rows import Packed
 from t5x_cpm.vocabularies import Vocabulary
@@ -56,8 +59,9 @@ def _chunks(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
     yield classes[kept[:, 0] + 1, kept[:, 1] + 1], np.concatenate([start, kept], axis=1)
 
 
-def _make_table(prefix: pathlib.Path, *, name: str, inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
-                most_classes: int) -> dict:
+def _make_table(prefix: pathlib.Path, *, name: str, inputs_D: np.ndarray | Numbers, targets_D: np.ndarray | Numbers,
+                room: tuple[int, int], most_classes: int) -> dict:
+  inputs_D, targets_D = np.asarray(inputs_D), np.asarray(targets_D)
   exact = np.zeros((room[0] + 1, room[1] + 1), np.int64)
   truncated = 0
   for sides, kept in _sides(inputs_D, targets_D, room):
@@ -68,8 +72,12 @@ def _make_table(prefix: pathlib.Path, *, name: str, inputs_D: np.ndarray, target
   return {'name': name, 'sizes': sizes.tolist(), 'counts': counts.tolist(), 'truncated': truncated}
 
 
-def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
-          most_classes: int = MOST_CLASSES) -> dict:
+def _is_size(value: Any) -> bool:
+  return not stored.mismatch(value, [stored.COUNT]) and len(value) == 2
+
+
+def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray | Numbers, targets_D: np.ndarray | Numbers,
+          room: tuple[int, int], most_classes: int = MOST_CLASSES, source: str = '') -> dict:
   """The pairs of a split by size: `members` holds the first token of both sides and their lengths as cut to fit.
 
   Sizes count one end of sequence on each side.
@@ -81,13 +89,15 @@ def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray, targets_D: 
     targets_D: tokens of the targets of each pair.
     room: encoder and decoder slots of a row.
     most_classes: how many sizes are classes of their own.
+    source: as in `index.store`.
 
   Returns:
     {'name': the name of the table, 'sizes': [C, 2], 'counts': [C], 'truncated': pairs that had to be cut}.
   """
   name = f'{split}.pairs-{room[0]}-{room[1]}'
-  return index.store(directory, name, functools.partial(_make_table, name=name, inputs_D=inputs_D, targets_D=targets_D,
-                                                        room=room, most_classes=most_classes))
+  make = functools.partial(_make_table, name=name, inputs_D=inputs_D, targets_D=targets_D, room=room, most_classes=most_classes)
+  return index.store(directory, name, make, {'name': (name,), 'sizes': [_is_size], 'counts': [stored.COUNT],
+                                             'truncated': stored.COUNT}, source)
 
 
 class Pairs(Packed):
@@ -95,7 +105,8 @@ class Pairs(Packed):
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     super().__init__(cache, split, config, vocabulary)
-    found = table(self.folder, split, cache.lengths(split, 'inputs'), cache.lengths(split, 'targets'), self.room)
+    found = table(self.folder, split, cache.lengths(split, 'inputs'), cache.lengths(split, 'targets'), self.room,
+                  source=cache.identity)
     self.left_out, self.facts = 0, {'truncated': found['truncated']}
     self._pack(np.array(found['sizes'], np.int64).reshape(-1, 2), np.array(found['counts'], np.int64),
                index.load(self.folder, found['name'], 'members', np.int64, columns=4))
@@ -104,7 +115,7 @@ class Pairs(Packed):
     """Counted from the pairs themselves, because the sizes of classes may be rounded up."""
     used = np.full(2, len(self.members), np.int64)
     for i in range(0, len(self.members), index.CHUNK):
-      used += self.members[i:i + index.CHUNK, 2:].sum(axis=0)
+      used += self.members[i:i + index.CHUNK][:, 2:].sum(axis=0)
     return used
 
   def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from t5x_cpm import stored
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives, packing
+from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
 from t5x_cpm.data.rows import Packed
 from t5x_cpm.vocabularies import Vocabulary
@@ -58,28 +60,30 @@ def _blocks(lengths_D: np.ndarray, longest: int, with_end: bool) -> Iterator[tup
 def histogram(lengths_D: np.ndarray, longest: int, with_end: bool) -> np.ndarray:
   """[longest + 1] how many pieces of each length `table` would find."""
   counts = np.zeros(longest + 1, np.int64)
-  for _, stored in _blocks(lengths_D, longest, with_end):
-    counts += np.bincount(cut(stored + with_end, longest)[2], minlength=longest + 1)
+  for _, tokens_D in _blocks(lengths_D, longest, with_end):
+    counts += np.bincount(cut(tokens_D + with_end, longest)[2], minlength=longest + 1)
   return counts
 
 
 def _chunks(lengths_D: np.ndarray, longest: int, with_end: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Chunks of pieces, as `index.sort_by_class` takes them."""
-  for first, stored in _blocks(lengths_D, longest, with_end):
-    document, start, length = cut(stored + with_end, longest)
-    ends = start + length > stored[document]
-    values = 2 * (first + objectives.exclusive_cumsum(stored)[document] + start) + ends
+  for first, tokens_D in _blocks(lengths_D, longest, with_end):
+    document, start, length = cut(tokens_D + with_end, longest)
+    ends = start + length > tokens_D[document]
+    values = 2 * (first + objectives.exclusive_cumsum(tokens_D)[document] + start) + ends
     yield length.astype(np.uint16 if longest < 1 << 16 else np.int64), values[:, None]
 
 
-def _make_table(prefix: pathlib.Path, *, name: str, lengths_D: np.ndarray, longest: int, with_end: bool) -> dict:
+def _make_table(prefix: pathlib.Path, *, name: str, lengths_D: np.ndarray | Numbers, longest: int, with_end: bool) -> dict:
+  lengths_D = np.asarray(lengths_D)
   counts = index.sort_by_class(prefix, functools.partial(_chunks, lengths_D, longest, with_end), longest + 1)
   dropped = sum(int((np.asarray(lengths_D[i:i + index.CHUNK]) + int(with_end) < 2).sum())
                 for i in range(0, len(lengths_D), index.CHUNK))
   return {'name': name, 'counts': counts.tolist(), 'dropped': dropped}
 
 
-def table(directory: pathlib.Path, split: str, lengths_D: np.ndarray, longest: int, with_end: bool) -> dict:
+def table(directory: pathlib.Path, split: str, lengths_D: np.ndarray | Numbers, longest: int, with_end: bool,
+          source: str = '') -> dict:
   """The pieces of a split by length: `members` holds 2 * (first token) + (1 if the piece ends with the end of document).
 
   Args:
@@ -88,13 +92,14 @@ def table(directory: pathlib.Path, split: str, lengths_D: np.ndarray, longest: i
     lengths_D: tokens of the documents of the split, without an end of document.
     longest: tokens of the largest piece.
     with_end: whether every document is followed by an end of document, which is not in the cache.
+    source: as in `index.store`.
 
   Returns:
     {'name': the name of the table, 'counts': pieces of each length, 'dropped': documents too short for a piece}.
   """
   name = f'{split}.pieces-{longest}-{int(with_end)}'
-  return index.store(directory, name, functools.partial(_make_table, name=name, lengths_D=lengths_D, longest=longest,
-                                                        with_end=with_end))
+  make = functools.partial(_make_table, name=name, lengths_D=lengths_D, longest=longest, with_end=with_end)
+  return index.store(directory, name, make, {'name': (name,), 'counts': [stored.COUNT], 'dropped': stored.COUNT}, source)
 
 
 def _lengths(longest: int) -> np.ndarray:
@@ -120,7 +125,7 @@ class Pieces(Packed):
                         f'of {SHORTEST} tokens with {len(self.sentinels)} sentinels: set longer ones.')
     self.documents = cache.lengths(split, 'targets')
     longest = self._choose_longest(longest)
-    found = table(self.folder, split, self.documents, longest, with_end=not self.t5)
+    found = table(self.folder, split, self.documents, longest, not self.t5, cache.identity)
     self.noise, self.spans = objectives.noise_counts(_lengths(longest), self.task.noise_density, self.task.mean_span_length)
     self.left_out = found['dropped']
     self.facts = {'longest_piece': longest, 'too_short': self.left_out}
@@ -140,15 +145,16 @@ class Pieces(Packed):
     """
     name = (f'{self.split}.cut-{self.room[0]}-{self.room[1]}-{self.task.noise_density}-{self.task.mean_span_length}-'
             f'{len(self.sentinels)}-{int(self.t5)}')
-    return index.store(self.folder, name, lambda prefix: {'longest': self._try_lengths(longest)})['longest']
+    return index.store(self.folder, name, lambda prefix: {'longest': self._try_lengths(longest)},
+                       {'longest': range(SHORTEST, longest + 1)}, self.cache.identity)['longest']
 
   def _try_lengths(self, longest: int) -> int:
-    rows = {}
+    rows, documents = {}, np.asarray(self.documents)
     for divisor in range(1, 5):
       length = longest // divisor
       if length < 8:
         break
-      counts, sizes = histogram(self.documents, length, not self.t5), self._sizes(length)
+      counts, sizes = histogram(documents, length, not self.t5), self._sizes(length)
       rows[length] = packing.pack(sizes, counts, self.room, self.most).rows
       if (counts @ sizes / self.room).max() >= 0.9 * rows[length]:
         break

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from t5x_cpm import stored
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import objectives, packing
+from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
 from t5x_cpm.vocabularies import Vocabulary
 
@@ -102,7 +104,10 @@ class Packed(Component):
     self.most = max(1, self.room[0] // 8)  # the most pieces in a row
     self.tokens = {feature: cache.tokens(split, feature, random=True) for feature in cache.features}
 
-  def _pack(self, sizes: np.ndarray, counts: np.ndarray, members: np.ndarray) -> None:
+  def _pack(self, sizes: np.ndarray, counts: np.ndarray, members: Numbers) -> None:
+    if len(members) != counts.sum() or len(sizes) != len(counts):
+      raise stored.DamagedError(members.path, f'it has {len(members):,} pieces, expected {counts.sum():,}',
+                                f'Remove the folder {self.folder}: it is made again.')
     self.sizes, self.counts, self.members = sizes, counts, members
     self.first = objectives.exclusive_cumsum(counts)  # [C] the first member of each class
     self.packing = packing.pack(sizes, counts, self.room, self.most)

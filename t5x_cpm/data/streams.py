@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from t5x_cpm import stored
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives, packing
+from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
 from t5x_cpm.data.rows import FIXED_SEED, Component, RowSegments
 from t5x_cpm.vocabularies import Vocabulary
@@ -46,6 +48,15 @@ class Masked(NamedTuple):
   noise: np.ndarray  # the tokens of all spans
   places: np.ndarray  # [K] where each span stands in `context`
   starts: np.ndarray  # [K] where each span starts in `noise`
+
+
+class Stream(NamedTuple):
+  """The files of a stream, which are the fields of `Masked`; but `starts` ends with the length of `noise`: [K + 1]."""
+
+  context: Numbers
+  noise: Numbers
+  places: Numbers
+  starts: Numbers
 
 
 def _documents(lengths_D: np.ndarray) -> Iterator[np.ndarray]:
@@ -85,7 +96,9 @@ def _tightest(places: np.ndarray, total: int, sentinels: int) -> int:
   return int((ring[sentinels - 1:] - ring[:len(ring) - sentinels + 1]).min()) + 1
 
 
-def _make_table(prefix: pathlib.Path, *, name: str, tokens: np.ndarray, lengths_D: np.ndarray, masking: Masking) -> dict:
+def _make_table(prefix: pathlib.Path, *, name: str, tokens: np.ndarray | Numbers, lengths_D: np.ndarray | Numbers,
+                masking: Masking) -> dict:
+  tokens = np.asarray(tokens)
   lengths = np.asarray(lengths_D, np.int64)
   offsets = objectives.exclusive_cumsum(lengths)
   kept = context = noise = 0
@@ -103,8 +116,9 @@ def _make_table(prefix: pathlib.Path, *, name: str, tokens: np.ndarray, lengths_
           'tightest': _tightest(places, context, masking.sentinels)}
 
 
-def table(directory: pathlib.Path, split: str, tokens: np.ndarray, lengths_D: np.ndarray, masking: Masking) -> dict:
-  """The stream of a split. Its files are the fields of `Masked`, but `starts` ends with the length of `noise`: [K + 1].
+def table(directory: pathlib.Path, split: str, tokens: np.ndarray | Numbers, lengths_D: np.ndarray | Numbers,
+          masking: Masking, source: str = '') -> dict:
+  """The stream of a split; `Stream` says what its files are.
 
   Args:
     directory: the folder of the tables of a cache.
@@ -112,14 +126,16 @@ def table(directory: pathlib.Path, split: str, tokens: np.ndarray, lengths_D: np
     tokens: the tokens of the split.
     lengths_D: tokens of its documents, without an end of document.
     masking: how the documents are masked.
+    source: as in `index.store`.
 
   Returns:
     {'name': the name of the table, 'context': tokens of the stream, 'spans': spans in it, 'dropped': documents that are not
     in it, 'tightest': the width of the narrowest window with one span too many, or 0}.
   """
   name = f'{split}.cpm2-{masking.density}-{masking.mean}-{masking.sentinels}'
-  return index.store(directory, name, functools.partial(_make_table, name=name, tokens=tokens, lengths_D=lengths_D,
-                                                        masking=masking))
+  make = functools.partial(_make_table, name=name, tokens=tokens, lengths_D=lengths_D, masking=masking)
+  counts = dict.fromkeys(('context', 'spans', 'dropped', 'tightest'), stored.COUNT)
+  return index.store(directory, name, make, {'name': (name,), **counts}, source)
 
 
 class Windows(Component):
@@ -134,9 +150,9 @@ class Windows(Component):
     super().__init__(cache, split, config, vocabulary)
     task = self.task
     found = table(self.folder, split, cache.tokens(split, 'targets'), cache.lengths(split, 'targets'),
-                  Masking(task.noise_density, task.mean_span_length, vocabulary.eos_id, len(self.sentinels)))
+                  Masking(task.noise_density, task.mean_span_length, vocabulary.eos_id, len(self.sentinels)), cache.identity)
     types = (cache.info['dtype'], cache.info['dtype'], np.int64, np.int64)
-    self.stream = Masked(*(index.load(self.folder, found['name'], file, kind) for file, kind in zip(Masked._fields, types)))
+    self.stream = Stream(*(index.load(self.folder, found['name'], file, kind) for file, kind in zip(Masked._fields, types)))
     self.total = found['context']
     self.width = min(self.room[0], self.total)
     if found['tightest'] and self.width >= found['tightest']:
@@ -147,7 +163,7 @@ class Windows(Component):
     self.left_out = found['dropped']
 
   def summarize(self) -> dict:
-    borders = np.searchsorted(self.stream.places, np.arange(self.rows_per_epoch + 1) * self.width)
+    borders = self.stream.places.search(np.arange(self.rows_per_epoch + 1) * self.width)
     targets = np.diff(self.stream.starts[borders]) + np.diff(borders) + 1
     return {'pieces': self.rows_per_epoch, 'encoder_slots_used': self.rows_per_epoch * self.width,
             'decoder_slots_used': int(np.minimum(targets, self.room[1]).sum()),
@@ -172,8 +188,8 @@ class Windows(Component):
     # A window may continue past the end of the stream at its start; the count of spans goes on there.
     spans = len(self.stream.places)
     laps, end = np.divmod(begin + width, self.total)
-    first = np.searchsorted(self.stream.places, begin)
-    count = np.searchsorted(self.stream.places, end) + laps * spans - first
+    first = self.stream.places.search(begin)
+    count = self.stream.places.search(end) + laps * spans - first
     lap, span = np.divmod(objectives.ranges(first, count), spans)
     column = self.stream.places[span] + lap * self.total - np.repeat(begin, count)
     encoder[np.repeat(objectives.exclusive_cumsum(width), count) + column] = self.sentinels[objectives.ramp(count)]

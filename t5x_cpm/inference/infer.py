@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from t5x_cpm import config as config_lib
-from t5x_cpm import files, vocabularies
+from t5x_cpm import stored, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.inference import lines as lines_lib
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
 
 EMPTY = 'empty line'
+_NOTE = {'input': str, 'step': stored.COUNT, 'run': str, 'DecodeConfig': dict, 'InferConfig': dict, 'form?': str}
 STDIN = {'-': '.txt', '-.jsonl': '.jsonl'}  # values of --input, with the ending of the file that each is read as
 
 
@@ -82,13 +83,13 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
   remedy = 'Remove it, or give another --output.'
   try:
     if output.exists() and output.stat().st_size:
-      if not note.exists():
+      if not os.path.lexists(note):
         raise ConfigError(f'--output={output} is there, but not from `infer` ({note.name} is missing). {remedy}')
       try:
-        made_from = json.loads(note.read_text())
-      except ValueError:
+        made_from = stored.read(note, _NOTE, '')
+      except stored.DamagedError as error:
         raise ConfigError(f'--output={output} is there, but {note.name} beside it, which says what it was made from, is '
-                          'damaged (no JSON). Remove both, or give another --output.') from None
+                          f'damaged ({error.what}). Remove both, or give another --output.') from None
       differences = run_directory.info_differences(made_from, wanted)
       if differences:
         lines = '\n  '.join(line.replace('in the checkpoint', 'in the file') for line in differences)
@@ -104,7 +105,7 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
       os.truncate(output, offsets[done])
       return done
     output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(note, (json.dumps(wanted, ensure_ascii=False, indent=2) + '\n').encode())
+    stored.write(note, wanted)
     output.write_bytes(b'')
   except OSError as error:
     raise ConfigError(f'--output={output} cannot be written: {error.strerror}.') from None
@@ -150,7 +151,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   """
   # What needs no JAX comes first, so that a mistake is reported at once.
   about = run_directory.read_run(model_dir, step)
-  vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
+  vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary', about.info.get('vocabulary'))
   codec = text.Codec(vocabulary, config)
   total = lines_lib.check_file(path, name, codec, config)
   output = pathlib.Path(output_path) if output_path else None

@@ -11,6 +11,7 @@ from t5x_cpm.inference import text
 from t5x_cpm.tasks import text_files
 
 SUFFIXES = ('.txt', '.jsonl')
+_FAR_TOO_LONG = (1_000_000, 1000)  # characters of a text, and characters for each token of the input
 
 
 class Line(NamedTuple):
@@ -58,9 +59,18 @@ def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
 
 
 def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
-  """Encodes every line that is good; a line that cannot be encoded gets its error."""
+  """Encodes every line that is good; a line that cannot be encoded gets its error.
+
+  A text that is far longer than any input is refused before it is cut into words, which takes a second for a million
+  characters.
+  """
+  room = codec.limits.input_length
+  most = max(_FAR_TOO_LONG[0], _FAR_TOO_LONG[1] * room)
   for line in lines:
     request = None
+    if len(line.text) > most:
+      line = line._replace(error=f'the input has {len(line.text):,} characters, and '
+                           f'InferConfig.input_length = {room} tokens: expected at most {most:,} characters')
     if line.text and not line.error:
       try:
         request = codec.request(line.text)

@@ -22,19 +22,21 @@ released bilingual encoder repeats the token of a text that has only one.
 """
 
 import difflib
-import json
+import os
 from typing import Any
 
+from t5x_cpm import stored
 from t5x_cpm.config import ConfigError, ModelConfig
-from t5x_cpm.vocabularies.base import BLANK, Vocabulary, read
+from t5x_cpm.vocabularies.base import BLANK, Vocabulary, fingerprint, read
 from t5x_cpm.vocabularies.cpm2 import Cpm2, Lossless
 from t5x_cpm.vocabularies.sentencepiece import Cpm1, SentencePiece
 
-__all__ = ['BLANK', 'Vocabulary', 'check_size', 'load', 'load_saved']
+__all__ = ['BLANK', 'Vocabulary', 'check_saved', 'check_size', 'load', 'load_saved']
 
 # A model may have fewer than this many rows beyond the pieces of its vocabulary, so that a mesh can divide its table.
 PADDING = 128
 
+_RESTORE = 'Restore the folder from a copy, or write it anew by resuming the run: it copies its vocabulary again.'
 _KINDS: dict[str, type[Vocabulary]] = {cls.kind: cls for cls in (Cpm2, Cpm1, SentencePiece)}
 
 
@@ -60,15 +62,39 @@ def load(spec: str) -> Vocabulary:
   return _make(kind, path, options)
 
 
-def load_saved(directory: Any) -> Vocabulary:
-  """The vocabulary that `Vocabulary.save` wrote to a folder."""
+def check_saved(directory: Any, expected: str | None = None, remedy: str = _RESTORE) -> tuple[str, str, dict[str, str]]:
+  """Checks that a folder holds what `Vocabulary.save` wrote there, without loading it.
+
+  Args:
+    directory: the folder.
+    expected: the fingerprint of the vocabulary that should be there; None: that which was saved.
+    remedy: what errors tell the user to do.
+
+  Returns:
+    The kind of the vocabulary, the path of its file, and its options.
+
+  Raises:
+    ConfigError: there is no vocabulary.
+    DamagedError: it is not the one that was saved, or that is expected.
+  """
   from etils import epath
 
   path = epath.Path(directory) / 'vocabulary.json'
-  if not path.exists():
-    raise ConfigError(f'{directory} holds no vocabulary (no vocabulary.json).')
-  saved = json.loads(path.read_text())
-  return _make(saved['kind'], str(epath.Path(directory) / saved['file']), saved['options'])
+  if not os.path.lexists(path) and not path.exists():
+    raise ConfigError(f'{directory} holds no vocabulary (no vocabulary.json). {remedy}')
+  saved = stored.read(path, {'kind': tuple(_KINDS), 'file': stored.is_plain_name, 'options': {str: str}, 'fingerprint?': str},
+                      remedy, 'fingerprint')
+  file = epath.Path(directory) / saved['file']
+  found = fingerprint(saved['kind'], saved['options'], stored.content(file, remedy))
+  for wanted in (saved.get('fingerprint'), expected):
+    if wanted is not None and found != wanted:
+      raise stored.DamagedError(file, f'its fingerprint is {found}, expected {wanted}', remedy)
+  return saved['kind'], str(file), saved['options']
+
+
+def load_saved(directory: Any, expected: str | None = None, remedy: str = _RESTORE) -> Vocabulary:
+  """The vocabulary that `Vocabulary.save` wrote to a folder. Arguments and errors as in `check_saved`."""
+  return _make(*check_saved(directory, expected, remedy))
 
 
 def check_size(model: ModelConfig, vocabulary: Vocabulary) -> None:

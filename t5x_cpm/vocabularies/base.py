@@ -3,12 +3,11 @@
 import abc
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from t5x_cpm import files
+from t5x_cpm import files, stored
 from t5x_cpm.config import ConfigError
 
 BLANK = '<span>'
@@ -31,6 +30,13 @@ def read(path: str) -> bytes:
   except OSError as error:
     raise ConfigError(
         f'vocabulary file {path} cannot be read: {error.strerror or error}. Check TaskConfig.vocabulary.') from None
+
+
+def fingerprint(kind: str, options: dict[str, str], content: bytes) -> str:
+  """A hash of everything that determines ids: kind, options and file of a vocabulary."""
+  digest = hashlib.blake2b(repr((kind, sorted(options.items()))).encode(), digest_size=12)
+  digest.update(content)
+  return digest.hexdigest()
 
 
 class Vocabulary(abc.ABC):
@@ -61,9 +67,7 @@ class Vocabulary(abc.ABC):
     self.files = (str(path),)
     self.options = options
     self.spec = f'{self.kind}:{path}' + ('?' + '&'.join(f'{k}={v}' for k, v in options.items()) if options else '')
-    digest = hashlib.blake2b(repr((self.kind, sorted(options.items()))).encode(), digest_size=12)
-    digest.update(read(path))
-    self.fingerprint = digest.hexdigest()
+    self.fingerprint = fingerprint(self.kind, options, read(path))
 
   @functools.cached_property
   def _sentinel_number(self) -> dict[int, int]:
@@ -103,17 +107,27 @@ class Vocabulary(abc.ABC):
     """How an id is written in the vocabulary's file."""
 
   def save(self, directory: Any) -> None:
-    """Copies the vocabulary to a folder, from which `load_saved` reads it."""
+    """Copies the vocabulary to a folder, from which `load_saved` reads it.
+
+    Raises:
+      ConfigError: the folder cannot be written, or the file of the vocabulary has changed since it was loaded.
+    """
     from etils import epath
 
     directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     name = pathlib.Path(self.files[0]).name
-    target = directory / name
-    if not (target.exists() and target.read_bytes() == read(self.files[0])):
-      files.write_atomically(target, read(self.files[0]))
-    about = json.dumps({'kind': self.kind, 'file': name, 'options': self.options}) + '\n'
-    files.write_atomically(directory / 'vocabulary.json', about.encode())
+    content = read(self.files[0])
+    if fingerprint(self.kind, self.options, content) != self.fingerprint:
+      raise ConfigError(f'{self.files[0]} has changed since it was loaded: start again.')
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+      target = directory / name
+      if not (target.is_file() and target.read_bytes() == content):
+        files.write_atomically(target, content)
+      stored.write(directory / 'vocabulary.json', {'kind': self.kind, 'file': name, 'options': self.options,
+                                                   'fingerprint': self.fingerprint})
+    except OSError as error:
+      raise ConfigError(f'the vocabulary could not be saved to {directory}: {error.strerror or error}.') from error
 
 
 class Words(dict[str, str]):

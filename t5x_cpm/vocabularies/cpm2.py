@@ -26,6 +26,7 @@ _HALF_WIDTH['\u3000'] = ' '
 _FULL_WIDTH = re.compile(f'[{"".join(_HALF_WIDTH)}]')
 _SEPARATOR, _SEPARATOR_TOKEN = '\uffff', '\U0010ffff'  # between the texts of a batch; not a character, and a word of its own
 _BATCH = 1 << 20  # characters
+_LONGEST_PIECE = 256  # characters; every beginning of a piece is kept, so that memory grows with the square of its length
 
 
 def _is_chinese(piece: str) -> bool:
@@ -50,10 +51,15 @@ def _read_pieces(path: str) -> list[str]:
     raise ConfigError(f'{path}:{line}: not UTF-8; expected one piece a line. Check TaskConfig.vocabulary.') from None
   text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as some editors save it
   pieces = text.removesuffix('\n').split('\n')  # not splitlines(): a piece may be another kind of line break
+  if len(pieces) > ord(_SEPARATOR_TOKEN):
+    raise ConfigError(f'{path} has {len(pieces):,} lines; expected one piece a line, at most {ord(_SEPARATOR_TOKEN):,}.')
   seen: dict[str, int] = {}
   for number, piece in enumerate(pieces, 1):
     if not piece:
       raise ConfigError(f'{path}:{number}: an empty line; expected one piece a line.')
+    if len(piece) > _LONGEST_PIECE:
+      raise ConfigError(f'{path}:{number}: a piece of {len(piece):,} characters; expected one piece of at most '
+                        f'{_LONGEST_PIECE} a line. Check TaskConfig.vocabulary.')
     if piece in seen:
       raise ConfigError(f'{path}:{number}: the piece {piece!r} stands in line {seen[piece]} too.')
     seen[piece] = number
@@ -206,7 +212,8 @@ class Cpm2(Vocabulary):
 
   def _longest_first(self, word: str, table: dict[str, str]) -> str:
     """The tokens of a word; the first is looked up in `table`, the others in `self._next`."""
-    tokens, start, length, look_up = '', 0, len(word), table.get
+    tokens: list[str] = []
+    start, length, look_up = 0, len(word), table.get
     while start < length:
       token = entry = look_up(word[start])
       end = longest = start + 1
@@ -215,9 +222,9 @@ class Cpm2(Vocabulary):
         entry = look_up(word[start:end])
         if entry:
           token, longest = entry, end
-      tokens += token or self._fallback(word[start])
+      tokens.append(token or self._fallback(word[start]))
       start, look_up = longest, self._next.get
-    return tokens
+    return ''.join(tokens)
 
   def _fallback(self, character: str) -> str:
     return self._unknown

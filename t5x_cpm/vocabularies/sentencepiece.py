@@ -69,8 +69,9 @@ class SentencePiece(Vocabulary):
   def __init__(self, path: str, options: dict[str, str]):
     super().__init__(path, options)
     extra = options.get('extra_ids', '100')
-    if set(options) - {'extra_ids'} or not extra.isdigit():
-      raise ConfigError(f'{self.spec}: the only option is extra_ids, a number, as in sentencepiece:FILE?extra_ids=100.')
+    if set(options) - {'extra_ids'} or not extra.isdecimal() or len(extra) > 6:
+      raise ConfigError(f'{self.spec}: the only option is extra_ids, a number below a million, as in '
+                        'sentencepiece:FILE?extra_ids=100.')
     self._model = _sentencepiece(path)
     own = self._model.get_piece_size()
     self.unk_id, self.eos_id = self._model.unk_id(), self._model.eos_id()

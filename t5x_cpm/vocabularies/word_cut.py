@@ -30,9 +30,9 @@ _LONGEST = 1000  # characters given to the model at once, far more than real tex
 
 _ASCII = 'a-zA-Z0-9+#&._%\\-'
 _CHUNK_END = re.compile(f'[^\u4e00-\u9fd5{_ASCII}\r]')
-# Characters that jieba takes as words and rjieba would join with a neighbour; surrogates, which rjieba refuses; and NUL, which
-# separates words below.
-_ALONE = re.compile('([\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f\ud800-\udfff\0])')
+# Runs of characters that jieba takes as words, each of them, and rjieba would join with a neighbour; surrogates, which rjieba
+# refuses; and NUL, which separates words below.
+_ALONE = re.compile('([\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f\ud800-\udfff\0]+)')
 # Step 4, on words with NUL between them. In ASCII, rjieba's step 2 joins only letters and digits. The first expression finds
 # where that may differ from jieba's expression, the third. The second takes in all neighbours. No word of the dictionary
 # matches it: those in pure ASCII have a sign beside a letter ('C++', 'AT&T').
@@ -225,7 +225,7 @@ def cut(text: str) -> Iterator[list[str]]:
   """Cuts a text of any length into words, one list for each chunk of it; joined, the words are the text."""
   for chunk in _chunks(text):
     if _ALONE.search(chunk):
-      yield [word for i, run in enumerate(_ALONE.split(chunk)) for word in ([run] if i % 2 else _cut(run))]
+      yield [word for i, run in enumerate(_ALONE.split(chunk)) for word in (run if i % 2 else _cut(run) if run else ())]
     else:
       yield _cut(chunk)
 
