@@ -83,7 +83,7 @@ class Numbers:
     except OSError as error:
       raise damaged(path, error.strerror or 'it cannot be read') from None
     weakref.finalize(self, os.close, self._file)
-    self.bytes = size = os.fstat(self._file).st_size
+    size = os.fstat(self._file).st_size
     if facts is not None and size != facts['bytes']:
       raise damaged(path, f'it has {size:,} bytes, expected {facts["bytes"]:,}')
     if size % width:
@@ -97,6 +97,8 @@ class Numbers:
     self._unread = np.ones(0 if self._sums is None else len(self._sums), bool)
     self._left = len(self._unread)  # how many blocks have not been checked
     self._counting = threading.Lock()
+    if size <= EAGER:
+      self.check()
 
   def _map(self, size: int, random: bool) -> mmap.mmap:
     mapped = mmap.mmap(self._file, size, access=mmap.ACCESS_READ)

@@ -153,12 +153,10 @@ class Cache:
     vocabularies.check_saved(self.path / 'vocabulary', self.info['vocabulary'], REMEDY)
     every = [self._numbers(split, feature, kind) for split in self.splits for feature in self.features for kind in KINDS]
     mark = self.path / 'damaged'
-    marked = mark.exists()
-    if marked or sum(numbers.bytes for numbers in every) <= blocks.EAGER:
+    if mark.exists():
       for numbers in every:
         numbers.check()
-    if marked:  # nothing is damaged: it was restored
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError):  # nothing is damaged: it was restored
         mark.unlink()
 
 
