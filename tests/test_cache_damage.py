@@ -274,7 +274,8 @@ def test_a_file_that_was_restored_is_read_again(victims, capfd):
   assert caches.is_ready(victim.path) and not (victim.path / 'damaged').exists()
 
 
-def test_numbers_are_found_in_a_damaged_file_or_not_at_all(tmp_path):
+def test_numbers_are_found_in_a_damaged_file_or_not_at_all(tmp_path, monkeypatch):
+  monkeypatch.setattr(blocks, 'EAGER', 0)
   rng = np.random.default_rng(SEED)
   values = np.sort(rng.integers(0, 10**6, 30_000))
   path = tmp_path / 'numbers'
