@@ -158,19 +158,18 @@ def campaign(victims, capfd, count, source_gone):
   print(f'seed {SEED}, source {"gone" if source_gone else "there"}:', {name: len(cases) for name, cases in found.items()})
   bad = found.get('silent', []) + found.get('traceback', [])
   assert not bad, bad
-  return found
+  assert source_gone or 'refused' not in found, found['refused']
 
 
 @pytest.mark.parametrize('source_gone', [False, True])
 def test_damage_is_made_again_or_refused_by_name(victims, capfd, source_gone):
-  found = campaign(victims, capfd, 7, source_gone)
-  assert len(found.get('refused', [])) == 0 or source_gone
+  campaign(victims, capfd, 7, source_gone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('source_gone', [False, True])
 def test_no_damage_of_two_hundred_is_silent(victims, capfd, source_gone):
-  assert len(campaign(victims, capfd, 200, source_gone)) > 1
+  campaign(victims, capfd, 200, source_gone)
 
 
 def nodes(value, place=()):

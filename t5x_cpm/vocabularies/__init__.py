@@ -74,13 +74,13 @@ def check_saved(directory: Any, expected: str | None = None, remedy: str = _REST
     The kind of the vocabulary, the path of its file, and its options.
 
   Raises:
-    ConfigError: there is no vocabulary.
+    ConfigError: there is no vocabulary, and none is expected.
     DamagedError: it is not the one that was saved, or that is expected.
   """
   from etils import epath
 
   path = epath.Path(directory) / 'vocabulary.json'
-  if not os.path.lexists(path) and not path.exists():
+  if expected is None and not os.path.lexists(path) and not path.exists():
     raise ConfigError(f'{directory} holds no vocabulary (no vocabulary.json). {remedy}')
   saved = stored.read(path, {'kind': tuple(_KINDS), 'file': stored.is_plain_name, 'options': {str: str}, 'fingerprint?': str},
                       remedy, 'fingerprint')
