@@ -90,7 +90,8 @@ def _start(x: Any) -> Any:
     return _on_host(np.asarray(x))
   if isinstance(x, jax.Array) and x.sharding.memory_kind == 'pinned_host':
     return jax.device_get(_of_array(jax.device_put(x, x.sharding.with_memory_kind('device'))))
-  return _of_array(x)
+  # On a CPU programs that exchange numbers run one after the other: several at once wait for each other's threads for ever.
+  return jax.block_until_ready(_of_array(x)) if backend.on_cpu() else _of_array(x)
 
 
 def kind(dtype: Any, shape: Sequence[int]) -> str:
