@@ -47,7 +47,7 @@ class Plan:
   parameters: int
   active_parameters: int
   model_flops: float  # arithmetic that the model needs, all chips together
-  six_nd: float  # see the function of that name
+  six_nd: float  # 6 ND, the usual estimate of model_flops without the products within attention
   executed_flops: float  # arithmetic of the program, including what it computes again
   hbm_bytes: float  # read from and written to the memory of a chip
   collectives: dict[str, dict[str, float]]  # kind -> times, bytes that a chip sends, seconds

@@ -18,17 +18,6 @@ from t5x_cpm import backend
 BLOCKS = 256, 64, 16
 
 
-def grouped_dot(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array) -> jax.Array:
-  """[A, O]: of the first counts_E[0] rows with kernel_EIO[0], of the next counts_E[1] with kernel_EIO[1], and so on.
-
-  Rows after the last run are 0. Gradients flow to x and the kernels.
-  """
-  if backend.on_cpu():
-    return _blocks(x_AI, kernel_EIO, counts_E)
-  y_AO = jax.lax.ragged_dot(x_AI, kernel_EIO, counts_E.astype(jnp.int32))
-  return jnp.where(jnp.arange(x_AI.shape[0])[:, None] < counts_E.sum(), y_AO, 0)  # kernels differ in what they leave there
-
-
 def _each_run(counts_E: jax.Array, run: Callable[[jax.Array, jax.Array, jax.Array, Any], Any], carry: Any) -> Any:
   """Applies carry = run(expert, first row, rows, carry) for each expert that has rows."""
   first_E = jnp.cumsum(counts_E) - counts_E
@@ -107,3 +96,14 @@ def _backward(residuals: tuple, dy_AO: jax.Array) -> tuple[jax.Array, jax.Array,
 
 
 _blocks.defvjp(_forward, _backward)
+
+
+def grouped_dot(x_AI: jax.Array, kernel_EIO: jax.Array, counts_E: jax.Array) -> jax.Array:
+  """[A, O]: of the first counts_E[0] rows with kernel_EIO[0], of the next counts_E[1] with kernel_EIO[1], and so on.
+
+  Rows after the last run are 0. Gradients flow to x and the kernels.
+  """
+  if backend.on_cpu():
+    return _blocks(x_AI, kernel_EIO, counts_E)
+  y_AO = jax.lax.ragged_dot(x_AI, kernel_EIO, counts_E.astype(jnp.int32))
+  return jnp.where(jnp.arange(x_AI.shape[0])[:, None] < counts_E.sum(), y_AO, 0)  # kernels differ in what they leave there

@@ -33,6 +33,11 @@ def _moved(abstract: Any, shardings: Any, gib: float) -> tuple[Any, float]:
   return jax.tree.unflatten(jax.tree.structure(shardings), placed), gib
 
 
+def _away(tree: Any, shardings: Any) -> Any:
+  """The leaves of a tree like the parameters that lie in the memory of the hosts."""
+  return trees.split(tree, shardings, lambda sharding: sharding.memory_kind == HOST)[0]
+
+
 def move(abstract: Any, shardings: Any, leaves: Any, gib: float, dtype: Any) -> Any:
   """Shardings of a state of which each device keeps so much in the memory of its host: the optimizer's state goes first.
 
@@ -52,11 +57,6 @@ def move(abstract: Any, shardings: Any, leaves: Any, gib: float, dtype: Any) -> 
   moved = shardings | {'opt_state': moments, 'params': trees.merged(_moved(kernels, here, left)[0], rest)}
   away = _away(moved['params'], moved['params'])
   return moved | ({'copies': jax.tree.map(lambda s: s.with_memory_kind('device'), away)} if away else {})
-
-
-def _away(tree: Any, shardings: Any) -> Any:
-  """The leaves of a tree like the parameters that lie in the memory of the hosts."""
-  return trees.split(tree, shardings, lambda sharding: sharding.memory_kind == HOST)[0]
 
 
 def is_away(x: Any) -> bool:
