@@ -292,13 +292,14 @@ def late(norm, size=4, **values):
   """LateMetrics of a state of one tensor, after a step that reports this norm; the notes; a function that reports it."""
   notes = []
   writers = types.SimpleNamespace(step=lambda number, values: None, note=notes.append)
-  step = types.SimpleNamespace(explain=lambda *_: 'loss')
+  state = {'params': {'w': np.zeros(size)}}
+  step = types.SimpleNamespace(explain=lambda *_: 'loss', abstract_state=state)
   reporter = metrics.LateMetrics(step, {}, writers, lambda: 'There is no checkpoint yet.')
 
   def report():
     given = {'halted': False, 'loss': 1.0, 'gradient_norm': 1.0, 'parameter_norm': norm} | values
     reporter.add(7, {name: np.asarray(value) for name, value in given.items()}, {})
-    reporter.report({'params': {'w': np.zeros(size)}})
+    reporter.report(state)
 
   return report, notes
 

@@ -14,7 +14,6 @@ read. Nothing here imports JAX or Orbax.
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,7 @@ from typing import Any
 from etils import epath
 
 import t5x_cpm
-from t5x_cpm import files, tasks
+from t5x_cpm import files, stored, tasks
 from t5x_cpm.config import Config, ConfigError, from_dict, identity_differences, to_dict
 
 FORMAT_VERSION = 1
@@ -180,8 +179,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 def seal(meta: Mapping[str, Any]) -> str:
   """The digest of a description, by which a changed one is told."""
-  text = json.dumps({name: value for name, value in meta.items() if name != 'seal'}, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+  return stored.digest({name: value for name, value in meta.items() if name != 'seal'})
 
 
 def read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:

@@ -203,6 +203,7 @@ class LateMetrics:
     """
     self._step, self._frozen, self._writers, self._checkpoints = step, frozen, writers, checkpoints
     self._waiting: tuple[int, dict[str, jax.Array], Batch] | None = None
+    self._root = math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(step.abstract_state['params'])))
     self._told = False
 
   def add(self, number: int, values: dict[str, jax.Array], batch: Batch) -> None:
@@ -225,11 +226,11 @@ class LateMetrics:
           f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
           f'finite is {self._step.explain(state, self._frozen, batch)}. {self._checkpoints()} {ADVICE}')
     self._writers.step(number, numbers)
-    self._check_size(number, state, numbers.get('parameter_norm', 0.0))
+    self._check_size(number, numbers.get('parameter_norm', 0.0))
 
-  def _check_size(self, number: int, state: State, norm: float) -> None:
+  def _check_size(self, number: int, norm: float) -> None:
     """Says so where parameters are far larger than those of any model that works, and ends the run where they are useless."""
-    size = norm / math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(state['params'])))
+    size = norm / self._root
     if size > DIVERGED:
       raise FloatingPointError(
           f'step {number}: the run has diverged: the parameters have a norm of {norm:.3g}, a root mean square of {size:.3g}. '
