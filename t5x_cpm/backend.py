@@ -152,17 +152,17 @@ def use_cpu_devices(count: int, processes: int = 1) -> None:
   """Starts JAX, on the CPU as `count` devices, so that a mesh can be tried on any machine; 0: on the devices that are there.
 
   Raises:
-    ConfigError: JAX has already started with other devices, or the processes cannot share so many evenly.
+    ConfigError: JAX has already started with other devices or cannot start, or the processes cannot share so many evenly.
   """
-  import jax
-
   if not count:
     with quiet():  # libtpu complains where there is no TPU
-      jax.local_device_count()
+      devices(local=True)
     return
   if count % processes:
     raise ConfigError(f'MeshConfig.cpu_devices = {count}: {processes} processes cannot have the same number each.')
   count //= processes
+  import jax
+
   with contextlib.suppress(RuntimeError):  # JAX has started already: its devices are checked below
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', count)

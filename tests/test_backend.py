@@ -77,7 +77,7 @@ def test_a_platform_that_is_not_there_is_told_in_a_line(monkeypatch, platform, e
   monkeypatch.setenv('JAX_PLATFORMS', platform)
   for name in ('devices', 'local_devices'):
     monkeypatch.setattr(jax, name, fail)
-  for call in (mesh.make_mesh, lambda config: backend.devices(local=True)):
+  for call in (mesh.make_mesh, lambda config: backend.devices(local=True), lambda config: backend.use_cpu_devices(0)):
     with pytest.raises(ConfigError, match=f'^JAX_PLATFORMS={platform}: JAX cannot start there {message}') as found:
       call(MeshConfig())
     assert '\n' not in str(found.value)
