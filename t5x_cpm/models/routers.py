@@ -90,7 +90,7 @@ def _balanced(scores_GTE: jax.Array, ctx: RouteContext) -> jax.Array:
   """The balanced assignment in training; otherwise each token's best expert."""
   if not ctx.train:
     return jnp.argmax(scores_GTE, axis=-1)[..., None]
-  return jax.vmap(balanced)(jax.lax.stop_gradient(scores_GTE), ctx.valid_GT)[0][..., None]
+  return jax.vmap(balanced)(jax.lax.stop_gradient(scores_GTE), ctx.valid_GT)[..., None]
 
 
 # The routers.
