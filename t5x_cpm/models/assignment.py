@@ -48,12 +48,12 @@ def _placed(value_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
   def a_round(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     expert_T, room_E = carry
     open_TE = jnp.where(room_E > 0, value_TE, -jnp.inf)
-    best_T = jnp.argmax(open_TE, axis=-1)
+    best_T = jnp.argmax(open_TE, axis=-1).astype(jnp.int32)
     asks_TE = (jnp.arange(E) == best_T[:, None]) & (valid_T & (expert_T == E))[:, None]
     loss_T = jnp.max(open_TE, axis=-1) - jnp.max(jnp.where(asks_TE, -jnp.inf, open_TE), axis=-1)
     rank_TE = jnp.argsort(jnp.argsort(jnp.where(asks_TE, -loss_T[:, None], jnp.inf), axis=0), axis=0)
     takes_TE = asks_TE & (rank_TE < room_E)
-    return jnp.where(takes_TE.any(axis=-1), best_T, expert_T), room_E - takes_TE.sum(axis=0)
+    return jnp.where(takes_TE.any(axis=-1), best_T, expert_T), room_E - takes_TE.sum(axis=0, dtype=jnp.int32)
 
   start = jnp.full(T, E, jnp.int32), room_E.astype(jnp.int32)
   return jax.lax.while_loop(lambda carry: (valid_T & (carry[0] == E)).any(), a_round, start)[0]
@@ -67,15 +67,15 @@ def _pairs(least_EE: jax.Array) -> jax.Array:
   Args:
     least_EE: what it costs to move a token from one expert to another, at least; inf from an expert to itself.
   """
-  stay_E, pair_EE = jnp.arange(least_EE.shape[0]), least_EE + least_EE.T
-  partner_E = jnp.argmin(pair_EE, axis=-1)
+  stay_E, pair_EE = jnp.arange(least_EE.shape[0], dtype=jnp.int32), least_EE + least_EE.T
+  partner_E = jnp.argmin(pair_EE, axis=-1).astype(jnp.int32)
   return jnp.where((partner_E[partner_E] == stay_E) & (jnp.min(pair_EE, axis=-1) < -LEAST_GAIN), partner_E, stay_E)
 
 
 def _pairs_or_three(least_EE: jax.Array) -> jax.Array:
   """As `_pairs`; where no pair gains, the three experts that gain most pass tokens round."""
   E = least_EE.shape[0]
-  stay_E, pairs_E = jnp.arange(E), _pairs(least_EE)
+  stay_E, pairs_E = jnp.arange(E, dtype=jnp.int32), _pairs(least_EE)
 
   cost_EEE = least_EE[:, :, None] + least_EE[None, :, :] + least_EE.T[:, None, :]  # from one to another, to a third, and back
   a, b, c = jnp.unravel_index(jnp.argmin(cost_EEE), cost_EEE.shape)
