@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from t5x_cpm.config import Config, MeshConfig
+from t5x_cpm.config.fields import shown
 
 if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
@@ -24,7 +25,8 @@ Directory = str | os.PathLike[str]
 
 def _directory(function: str, model_dir: Any) -> str:
   if not isinstance(model_dir, str | os.PathLike) or not os.fspath(model_dir):
-    raise TypeError(f't5x_cpm.{function}: model_dir = {model_dir!r}: expected the path of a folder, text or a path object.')
+    raise TypeError(f't5x_cpm.{function}: model_dir = {shown(model_dir)}: expected the path of a folder, text or a '
+                    'path object.')
   return str(os.fspath(model_dir))
 
 
@@ -39,7 +41,7 @@ def _checked(function: str, config: Any) -> Config:
 def _check_step(function: str, step: Any) -> None:
   if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
     also = " or 'all'" if function == 'evaluate' else ''
-    raise TypeError(f't5x_cpm.{function}: step = {step!r}: expected the number of a checkpoint{also}.')
+    raise TypeError(f't5x_cpm.{function}: step = {shown(step)}: expected the number of a checkpoint{also}.')
 
 
 def train(config: Config, model_dir: Directory) -> dict[str, float]:
@@ -107,7 +109,7 @@ def evaluate(model_dir: Directory, tasks: str | Iterable[str], *, step: int | st
   folder = _directory('evaluate', model_dir)
   names = [tasks] if isinstance(tasks, str) else list(tasks) if isinstance(tasks, Iterable) else []
   if not names or not all(isinstance(name, str) for name in names):
-    raise TypeError(f't5x_cpm.evaluate: tasks = {tasks!r}: expected the name of a task, or a list of names.')
+    raise TypeError(f't5x_cpm.evaluate: tasks = {shown(tasks)}: expected the name of a task, or a list of names.')
   if step != 'all':
     _check_step('evaluate', step)
   from t5x_cpm import tasks as task_lib

@@ -155,6 +155,27 @@ def test_a_model_that_fills_blanks_continues_the_inputs(folder, model_dir, pairs
   assert pairs_task['score'][1] == pytest.approx(engine.score(texts, targets), rel=1e-4)
 
 
+@pytest.mark.parametrize('asked', ['pairs', 't5'])
+def test_the_form_is_that_of_the_models_own_objective(model_dir, pairs_task, asked):
+  """Whatever TaskConfig.objective says about how the file of a task is read."""
+  import seqio
+
+  config = config_of(model_dir)
+  changed = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=asked, name='measured'))
+  engine, plain = inference.load(model_dir, config=changed), text.Codec(inference.load(model_dir).vocabulary, config)
+  examples = evaluate.read_examples(seqio.TaskRegistry.get('measured'), engine, changed, {})
+  requests = [plain.request(line) for line, _ in PAIRS]
+  assert [example.request.ids for example in examples] == [request.ids for request in requests]
+  assert [example.target_ids for example in examples] == [
+      plain.targets(request, target) for request, (_, target) in zip(requests, PAIRS)]
+  if asked == 't5':
+    changed, config = (dataclasses.replace(given, task=dataclasses.replace(given.task, name='wiki_zh')) for given in (
+        changed, config))
+    few = dataclasses.replace(changed.eval, max_examples=4, batch_size=4)
+    assert evaluate.evaluate_text(engine, dataclasses.replace(changed, eval=few)) == evaluate.evaluate_text(
+        engine, dataclasses.replace(config, eval=few))
+
+
 def test_another_vocabulary_is_refused(folder, pairs_task, tmp_path):
   lines = (folder / 'vocab.txt').read_text().splitlines()
   (tmp_path / 'vocab.txt').write_text('\n'.join(lines[:50] + lines[60:]) + '\n')

@@ -147,6 +147,7 @@ def test_overrides_are_checked(engine):
 
 
 def test_streamed_pieces_are_the_answer(engine):
+  assert ''.join(engine.stream('abc')) == engine.generate('abc')[0]
   for rule, line in (('greedy', 'abc'), ('greedy', '一<span>丁<span>'), ('beam', 'abc')):
     pieces, stream = [], engine.stream(line, rule=rule)
     try:

@@ -24,6 +24,7 @@ from etils import epath
 import t5x_cpm
 from t5x_cpm import files, stored, tasks
 from t5x_cpm.config import Config, ConfigError, from_dict, identity_differences, to_dict
+from t5x_cpm.config.fields import shown
 
 FORMAT_VERSION = 1
 COMMIT_MARK = 'commit_success.txt'  # Orbax writes it last
@@ -56,11 +57,15 @@ class RunInfo:
 
 def resolve(model_dir: Any) -> epath.Path:
   """An absolute path: Orbax accepts no relative ones, and a program may change its working directory."""
-  path = epath.Path(model_dir)
   try:
+    path = epath.Path(model_dir)
+    if b'\0' in os.fsencode(str(path)):
+      raise ValueError('it has a NUL in it')
     return path if '://' in str(path) else path.expanduser().resolve()
-  except (OSError, RuntimeError) as error:  # pathlib's own error about a loop of links is a RuntimeError before Python 3.13
-    raise CheckpointError(f'--model_dir={path} cannot be used: {str(error)[:200]}.') from error
+  # pathlib's own error about a loop of links is a RuntimeError before Python 3.13; others are for what no path can be.
+  except (OSError, RuntimeError, TypeError, ValueError) as error:
+    given = model_dir if isinstance(model_dir, str | os.PathLike) else shown(model_dir)
+    raise CheckpointError(f'--model_dir={given} cannot be used: {" ".join(str(error)[:200].split())}.') from error
 
 
 @contextlib.contextmanager

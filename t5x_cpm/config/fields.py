@@ -18,8 +18,8 @@ def free(default: Any) -> Any:
 def shown(value: object) -> str:
   """A value as an error quotes it: in one line, and not much longer than that."""
   try:
-    text = repr(value)
-  except (ValueError, RecursionError):  # thousands of digits, or of brackets
+    text = repr(value).replace('\n', ' ')
+  except Exception:  # thousands of digits, or of brackets; or a type of the user's that fails
     text = f'({type(value).__name__} without end)'
   return text if len(text) <= 200 else f'{text[:100]}... ({len(text):,} characters)'
 

@@ -1,7 +1,7 @@
 """A trained model at work: it generates, scores, chooses, encodes and is evaluated.
 
     engine = t5x_cpm.inference.load('runs/quickstart/model')
-    engine.generate(['今天天气很<span>。'])
+    engine.generate(['今天天气很<span>。'])  # a list of one answer, as for generate('今天天气很<span>。')
 
 The folder offers `load`, which makes an `Engine` from a model_dir, and the modes `infer` and `eval`. Between an engine and a
 model stands a `Program` (programs.py), so that the engine does not know where the parameters lie. Nothing here changes a

@@ -12,7 +12,7 @@ from t5x_cpm import backend, vocabularies
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, DecodeConfig, MeshConfig, row_features
-from t5x_cpm.inference import decode, programs, score, text
+from t5x_cpm.inference import arguments, decode, programs, score, text
 
 LENGTH_STEP = 64  # lengths are rounded up to multiples of it, so that few shapes are compiled
 
@@ -43,8 +43,27 @@ def round_up(length: int) -> int:
   return -(-max(length, 1) // LENGTH_STEP) * LENGTH_STEP
 
 
+def new_text(shown: Iterator[str]) -> Iterator[str]:
+  """What is new in each of some growing texts. The pieces add up to the last of them.
+
+  A text that ends with a replacement character is held back, because the last character is not complete yet, unless nothing
+  follows.
+  """
+  given = written = ''
+  for written in shown:
+    if written != given and written.startswith(given) and not written.endswith('\ufffd'):
+      yield written[len(given):]
+      given = written
+  if written != given:
+    yield written[len(given):]
+
+
 class Engine:
   """Generates, scores and encodes with one model. Knows neither where the model's parameters lie nor how it is computed.
+
+  A string is one text in every call, the same as a list with it alone: what is returned is a list of one result. Anything but
+  texts is refused with a ConfigError. Texts become the tokens that training makes of them; `<span>` is a blank for a model that
+  fills blanks, and plain text for one that was trained on inputs and targets.
 
   Attributes:
     program: the model, ready to run.
@@ -57,6 +76,7 @@ class Engine:
   def __init__(self, program: programs.Program, vocabulary: vocabularies.Vocabulary, config: Config, step: int = 0):
     self.program, self.vocabulary, self.config, self.step = program, vocabulary, config, step
     self.codec = text.Codec(vocabulary, config)
+    self._is_told = False
 
   # What users call.
 
@@ -64,53 +84,67 @@ class Engine:
     """Answers texts: blanks, written `<span>`, are filled, and a text without blanks is continued.
 
     Args:
-      texts: inputs.
+      texts: inputs, or one.
       **overrides: fields of DecodeConfig, such as rule='beam' or max_new_tokens=64; the other fields are those of the run.
 
     Returns:
       For each text its `Answer.output`.
-    """
-    texts = [texts] if isinstance(texts, str) else texts
-    return [answer.output for answer in self.answers(texts, self.decode_config(**overrides))]
 
-  def score(self, inputs: Sequence[str], targets: Sequence[str | Sequence[str]]) -> list[float]:
+    Raises:
+      ConfigError: an input or a field that cannot be.
+    """
+    lines = arguments.texts(texts, 'generate: texts')
+    return [answer.output for answer in self.answers(lines, self.decode_config(**overrides))]
+
+  def score(self, inputs: Sequence[str] | str, targets: Sequence[str | Sequence[str]] | str) -> list[float]:
     """Sums of the log-probabilities of given targets.
 
     Args:
-      inputs: texts.
+      inputs: texts, or one.
       targets: for each input the text of its blank, or a list of the texts of its blanks in order, all without sentinels; for
-        a model that was trained on inputs and targets, the target.
+        a model that was trained on inputs and targets, the target. For one input, its target itself.
+
+    Returns:
+      A number for each input.
 
     Raises:
       ConfigError: a target does not fit its input, or contains the name of a sentinel, such as '<s_0>'.
     """
-    if len(inputs) != len(targets):
-      raise ConfigError(f'score: {len(inputs)} inputs and {len(targets)} targets: give one target for each input.')
-    requests = [self.codec.request(line) for line in inputs]
-    return self.score_ids(requests, [self.codec.targets(*pair) for pair in zip(requests, targets)])[0]
+    lines, answers = arguments.targets(inputs, targets)
+    requests = self.requests(lines)
+    return self.score_ids(requests, [self.codec.targets(*pair) for pair in zip(requests, answers)])[0]
 
-  def choose(self, inputs: Sequence[str], choices: Sequence[Sequence[str]], *, normalize: bool = False) -> list[int]:
+  def choose(self, inputs: Sequence[str] | str, choices: Sequence[Sequence[str]] | Sequence[str], *,
+             normalize: bool = False) -> list[int]:
     """For each input, the index of the most likely of its choices.
 
     Args:
-      inputs: texts with one blank, or inputs for a model that was trained on inputs and targets.
-      choices: for each input the texts to choose from.
+      inputs: texts with one blank, or inputs for a model that was trained on inputs and targets; or one of them.
+      choices: for each input the texts to choose from, at least one. For one input, its texts themselves.
       normalize: ranks by the mean log-probability of a token, which does not favour short choices, instead of by the sum.
+
+    Raises:
+      ConfigError: as in `score`, or an input without choices.
     """
-    requests = [self.codec.request(line) for line, options in zip(inputs, choices, strict=True) for _ in options]
-    targets = [option for options in choices for option in options]
-    ids = [self.codec.targets(request, target) for request, target in zip(requests, targets)]
-    scores, lengths = self.score_ids(requests, ids)
+    lines, options = arguments.choices(inputs, choices)
+    normalize = arguments.is_set(normalize, 'choose: normalize')
+    requests = self.requests(lines)
+    pairs = [(request, target) for request, some in zip(requests, options) for target in some]
+    scores, lengths = self.score_ids([request for request, _ in pairs], [self.codec.targets(*pair) for pair in pairs])
     best, begin = [], 0
-    for options in choices:
-      mine = slice(begin, begin + len(options))
+    for some in options:
+      mine = slice(begin, begin + len(some))
       best.append(score.best_choice(scores[mine], lengths[mine] if normalize else None))
-      begin += len(options)
+      begin += len(some)
     return best
 
-  def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """The encoder's output for each text, [tokens, d_model]."""
-    ids = [self.vocabulary.encode_blanks(line) + self.codec.end for line in texts]
+  def encode(self, texts: Sequence[str] | str) -> list[np.ndarray]:
+    """The encoder's output for each text, or for one, [tokens, d_model].
+
+    The tokens are those of the text, with an end of sequence where training has one. Unlike in `generate`, a text that does
+    not end with a blank gets none, and InferConfig.input_length does not limit it.
+    """
+    ids = [self.codec.input_ids(line) + self.codec.end for line in arguments.texts(texts, 'encode: texts')]
     result = []
     for some in self._batches(ids):
       padded = self._padded(some)
@@ -121,34 +155,16 @@ class Engine:
   def stream(self, line: str, **overrides: Any) -> Generator[str, None, Answer]:
     """Yields pieces of text as they are generated; the value of the generator is the Answer.
 
-    Where there are several blanks, '<s_k>' announces the k-th. Beam search knows its answer only at the end, and yields it in
-    one piece.
+    The pieces add up to what the model wrote: to the answer of `generate` for a text without blanks, and to the text of the
+    blank where there is one. Where there are several, '<s_k>' announces the k-th. Beam search knows its answer only at the
+    end, and yields it in one piece.
+
+    Raises:
+      ConfigError: at once, for an input or a field that cannot be.
     """
     config = self.decode_config(**overrides)
-    request = self.codec.request(line)
-    rule: decode.Rule = decode.make_rule(config, self.vocabulary.pad_id)
-    program, rows = self.program, self.whole(1)
-    batch, prefix, stop, allowed = self._decode_inputs([request] * rows)  # equal rows, even where tokens are drawn
-    cache = program.start(batch, prefix.shape[1] + rule.max_new_tokens - 1)
-    states = decode.python_loop(
-        program.step, cache, rule, jnp.asarray(prefix), jnp.asarray(stop), take=program.take, reorder=program.reorder,
-        seed=config.seed, rows_B=jnp.zeros(rows, jnp.int32), allowed=jnp.asarray(allowed))
-    ids: list[int] = []
-    yielded, state = '', None
-    for state in states:
-      if rule.width > 1:
-        continue
-      ids.append(int(state.next[0]))
-      written = self._shown(request, ids)
-      if written.startswith(yielded) and not written.endswith('\ufffd'):  # else the last character is not complete yet
-        yield written[len(yielded):]
-        yielded = written
-    assert state is not None
-    out = jax.device_get(rule.result(state))
-    answer = self._answer(request, out.tokens[0, :out.length[0]], out.score[0])
-    if rule.width > 1:
-      yield self._shown(request, answer.ids)
-    return answer
+    request, = self.requests([arguments.one_text(line, 'stream: line')])
+    return self._stream(request, config)
 
   # What files and evaluation call.
 
@@ -178,7 +194,13 @@ class Engine:
       texts: inputs; none is longer than InferConfig.input_length tokens, unless InferConfig.truncate.
       config: how tokens are chosen.
     """
-    return self.answer_requests([self.codec.request(line) for line in texts], config)
+    return self.answer_requests(self.requests(texts), config)
+
+  def requests(self, texts: Sequence[str]) -> list[text.Request]:
+    """Encodes inputs. The first time that one has a mark that was probably meant as a blank, that is told on stderr."""
+    requests = [self.codec.request(line) for line in texts]
+    self._is_told = self._is_told or text.tell_notes(requests, 'input')
+    return requests
 
   def answer_requests(self, requests: Sequence[text.Request], config: DecodeConfig,
                       rows: Sequence[int] | None = None) -> list[Answer]:
@@ -217,9 +239,30 @@ class Engine:
 
   # From requests to rows, and from rows to answers.
 
-  def _shown(self, request: text.Request, ids: Sequence[int]) -> str:
-    hidden = self.vocabulary.sentinels[0] if request.blanks == 1 else None
-    return self.vocabulary.decode([token for token in self.codec.before_stop(request, ids) if token != hidden])
+  def _stream(self, request: text.Request, config: DecodeConfig) -> Generator[str, None, Answer]:
+    rule: decode.Rule = decode.make_rule(config, self.vocabulary.pad_id)
+    program, rows = self.program, self.whole(1)
+    batch, prefix, stop, allowed = self._decode_inputs([request] * rows)  # equal rows, even where tokens are drawn
+    cache = program.start(batch, prefix.shape[1] + rule.max_new_tokens - 1)
+    states = decode.python_loop(
+        program.step, cache, rule, jnp.asarray(prefix), jnp.asarray(stop), take=program.take, reorder=program.reorder,
+        seed=config.seed, rows_B=jnp.zeros(rows, jnp.int32), allowed=jnp.asarray(allowed))
+    ids: list[int] = []
+    state: Any = None
+
+    def shown() -> Iterator[str]:
+      nonlocal state
+      for state in states:
+        if rule.width == 1:
+          ids.append(int(state.next[0]))
+          yield self.codec.shown(request, ids)
+
+    yield from new_text(shown())
+    out = jax.device_get(rule.result(state))
+    answer = self._answer(request, out.tokens[0, :out.length[0]], out.score[0])
+    if rule.width > 1:
+      yield self.codec.shown(request, answer.ids)
+    return answer
 
   def _batches(self, items: list) -> Iterator[list]:
     size = self.config.infer.batch_size
@@ -264,6 +307,7 @@ class Engine:
 
 def load(model_dir: Any, *, step: int | None = None, config: Config | None = None) -> Engine:
   """See `t5x_cpm.inference.load`."""
+  arguments.check_load(step, config)
   run = run_directory.read_run(model_dir, step)
   config = dataclasses.replace(run.config, mesh=MeshConfig()) if config is None else config
   backend.use_cpu_devices(config.mesh.cpu_devices)
@@ -272,7 +316,7 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   folder = run_directory.resolve(model_dir) / 'vocabulary'
   vocabulary = vocabularies.load_saved(folder)
   run_directory.check_vocabulary(model_dir, run.info, vocabulary.fingerprint)
-  config = dataclasses.replace(config, model=run.config.model)
+  config = text.of_model(config, run.config)
   functions = programs.build(config, mesh)
   program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))
   return Engine(program, vocabulary, config, run.step)

@@ -2,7 +2,9 @@
 
 A task of text is evaluated as it was trained: loss, perplexity and accuracy on the masked tokens of the split, from its cache
 and without TensorFlow. A task of inputs and targets has SeqIO metrics: of generated predictions, of the log-likelihood of
-the targets, or of both. Results go to model_dir/eval/<step>/: metrics.json, and <task>.jsonl for each task with predictions.
+the targets, or of both. Texts have the form that the model's own run trained: TaskConfig.objective = 'pairs' says how the file
+of a task is read, and no more. Results go to model_dir/eval/<step>/: metrics.json, and <task>.jsonl for each task with
+predictions.
 """
 
 import contextlib
@@ -120,9 +122,10 @@ def evaluate_text(engine: engine_lib.Engine, config: Config, row: Mapping[str, i
     config: names the task.
     row: what rows carry besides tokens, where their task does not decide; by default what the configuration says.
   """
-  objective = config.task.objective if config.task.objective != 'pairs' else 'isolated'
+  # The form of the model's own training; one that was trained on pairs has none for text.
+  forms = [name for name in (engine.config.task.objective, config.task.objective, 'isolated') if name != 'pairs']
   rows, size = config.eval.max_examples, engine.whole(config.eval.batch_size)
-  config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=objective),
+  config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=forms[0]),
                                train=dataclasses.replace(config.train, batch_size=size))
   reader = reader_lib.open_reader(caches.build(config), config, config.eval.split, vocabulary=engine.vocabulary,
                                   row=row_features.defaults(config) if row is None else row)
@@ -177,6 +180,7 @@ def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Map
       examples.append(_example(task, features, codec))
       if len(examples) == config.eval.max_examples:
         break
+  text.tell_notes((example.request for example in examples), config.task.name)
   return examples
 
 

@@ -1,9 +1,9 @@
 """`infer`: a file of inputs -> a file of answers, in order, written as they are made, continued after a kill; or a prompt.
 
 An answer is a line. In .jsonl it is an object with `input`, `output`, `blanks`, `score`, `finished` or, for a line that is
-empty or refused, `note`, and with the other fields of a .jsonl input, which give way to these names. In .txt it is the output
-alone, with a line feed in it written as the two characters \\n (a carriage return as \\r); an empty or refused line gives an
-empty one.
+empty or refused, `note`, and with the other fields of a .jsonl input, which give way to these names. An answer has a `note` too
+where its input has a mark that was probably meant as a blank. In .txt it is the output alone, with a line feed in it written as
+the two characters \\n (a carriage return as \\r); an empty or refused line gives an empty one.
 
 Beside the file OUT lies OUT.run.json, which says what the answers are a function of: a file of answers is continued only with
 the same input, checkpoint and decoding.
@@ -130,6 +130,7 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
       if request is not None:
         answer = next(answers)
         record |= {'output': answer.output, 'blanks': answer.blanks, 'score': answer.score, 'finished': answer.finished}
+        record |= {'note': request.note} if request.note else {}
         counts['answered'] += 1
       else:
         record['note'] = line.error or EMPTY
@@ -152,7 +153,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   # What needs no JAX comes first, so that a mistake is reported at once.
   about = run_directory.read_run(model_dir, step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary', about.info.get('vocabulary'))
-  codec = text.Codec(vocabulary, config)
+  codec = text.Codec(vocabulary, text.of_model(config, about.config))
   total = lines_lib.check_file(path, name, codec, config)
   output = pathlib.Path(output_path) if output_path else None
   is_text = output is not None and output.suffix == '.txt'
@@ -223,7 +224,7 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
   engine = inference.load(model_dir, step=step, config=config)
   is_terminal = sys.stdin.isatty()
   if is_terminal:
-    blank = vocabularies.BLANK
-    print(f'{model_dir} at step {engine.step}. Write a blank as {blank}; a line without one is continued. {prompt.HOW_TO_END}',
+    blanks = f'Write a blank as {vocabularies.BLANK}; a line without one is continued. '
+    print(f'{model_dir} at step {engine.step}. {"" if engine.codec.is_pairs else blanks}{prompt.HOW_TO_END}',
           file=sys.stderr, flush=True)
   prompt.interact(engine, sys.stdin.buffer, is_terminal)

@@ -2,6 +2,7 @@
 
 import codecs
 import pathlib
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ from t5x_cpm.inference import text
 from t5x_cpm.tasks import text_files
 
 SUFFIXES = ('.txt', '.jsonl')
-_FAR_TOO_LONG = (1_000_000, 1000)  # characters of a text, and characters for each token of the input
 
 
 class Line(NamedTuple):
@@ -59,18 +59,9 @@ def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
 
 
 def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
-  """Encodes every line that is good; a line that cannot be encoded gets its error.
-
-  A text that is far longer than any input is refused before it is cut into words, which takes a second for a million
-  characters.
-  """
-  room = codec.limits.input_length
-  most = max(_FAR_TOO_LONG[0], _FAR_TOO_LONG[1] * room)
+  """Encodes every line that is good; a line that cannot be encoded gets its error."""
   for line in lines:
     request = None
-    if len(line.text) > most:
-      line = line._replace(error=f'the input has {len(line.text):,} characters, and '
-                           f'InferConfig.input_length = {room} tokens: expected at most {most:,} characters')
     if line.text and not line.error:
       try:
         request = codec.request(line.text)
@@ -93,9 +84,13 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config)
   Raises:
     ConfigError: the first bad line, with its number, unless InferConfig.skip_malformed.
   """
-  count = 0
-  for line, _ in checked(read_lines(path, config.infer.text_field), codec):
+  count, noted, first = 0, 0, ''
+  for line, request in checked(read_lines(path, config.infer.text_field), codec):
     count += 1
     if line.error and not config.infer.skip_malformed:
       raise ConfigError(f'{name}:{line.number}: {line.error}\nInferConfig.skip_malformed = True leaves such lines unanswered.')
+    if request and request.note:
+      noted, first = noted + 1, first or f'{name}:{line.number}: {request.note}'
+  if first:
+    print(f'warning: {first}' + (f' ({noted:,} lines have such marks.)' if noted > 1 else ''), file=sys.stderr, flush=True)
   return count

@@ -52,9 +52,9 @@ def interact(engine: 'Engine', stdin: BinaryIO, is_terminal: bool) -> None:
     if line.error or not line.text.strip():
       refuse(line.number, line.error, is_terminal)
       continue
-    has_blanks = vocabularies.BLANK in line.text
-    pieces = engine.stream(line.text)
+    has_blanks = vocabularies.BLANK in line.text and not engine.codec.is_pairs
     try:
+      pieces = engine.stream(line.text)
       while True:
         piece = next(pieces)
         if is_terminal or not has_blanks:

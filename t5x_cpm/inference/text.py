@@ -3,16 +3,28 @@
 A model that was trained by span corruption fills blanks. All its training inputs end with a masked span, because T5's rule
 masks the end of every piece. So an input that does not end with a blank gets one more, which asks for what would follow, and
 the answer is cut where the model reaches it. An input without any blank is continued.
+
+A model that was trained on inputs and targets knows no blanks: whatever is written in its inputs is text.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from t5x_cpm.config import Config, ConfigError, row_features
+from t5x_cpm.config.fields import shown
 from t5x_cpm.vocabularies import BLANK, Vocabulary
 
 _SENTINEL = re.compile(r'<(?:s|extra_id)_\d+>')  # as people and T5's files write it
+# How other models and other keyboards write a blank. '____' is left out, and 'rows[mask]', which programs have.
+_LIKE_BLANK = re.compile(
+    r'<\s*(?:(?:span|mask)(?:_?\d+)?|blank|(?:s|extra_id|sentinel)_\d+|\|mask\|)\s*/?>|'
+    r'(?<![A-Za-z0-9_)\]])\[\s*(?:[gs]?mask|blank|span)\s*\]|(?-i:\[(?:[gs]?MASK|BLANK)\])', re.IGNORECASE)
+_HALF_WIDTH = {code: code - 0xfee0 for code in range(0xff01, 0xff5f)} | str.maketrans('\u3000〈〉⟨⟩【】', ' <><>[]')
+_SURROGATE = re.compile('[\ud800-\udfff]')
+_FAR_TOO_LONG = (1_000_000, 1000)  # characters of a text, and characters for each token of the input
 
 
 class Request(NamedTuple):
@@ -25,6 +37,7 @@ class Request(NamedTuple):
     stop: tokens that end the answer.
     row: what the row carries besides tokens, by the names of config.row_features.
     prefix: tokens that the decoder reads before it writes, at least one.
+    note: what its writer should know, '' for nothing.
   """
 
   text: str
@@ -33,6 +46,7 @@ class Request(NamedTuple):
   stop: tuple[int, ...]
   row: Mapping[str, int]
   prefix: tuple[int, ...]
+  note: str = ''
 
 
 def fill(text: str, texts: Sequence[str]) -> str:
@@ -42,6 +56,42 @@ def fill(text: str, texts: Sequence[str]) -> str:
     for piece in (given, following):
       filled += piece[1:] if filled.endswith(' ') and piece.startswith(' ') else piece
   return filled
+
+
+def like_blank(text: str) -> str:
+  """The first mark of a text that was probably meant as a blank, but is none, such as '<SPAN>' or '[MASK]'; '' if none."""
+  for match in _LIKE_BLANK.finditer(text.translate(_HALF_WIDTH)):
+    if (found := text[match.start():match.end()]) != BLANK:
+      return found
+  return ''
+
+
+def tell_notes(requests: Iterable[Request], name: str) -> bool:
+  """Prints the first note of some requests to stderr, and how many have one.
+
+  Args:
+    requests: in the order in which they were given.
+    name: where they come from.
+
+  Returns:
+    Whether there was one.
+  """
+  notes = [request.note for request in requests if request.note]
+  if notes:
+    more = f' ({len(notes):,} inputs have such marks.)' if len(notes) > 1 else ''
+    print(f'warning: {name}: {notes[0]}{more}', file=sys.stderr, flush=True)
+  return bool(notes)
+
+
+def of_model(config: Config, trained: Config) -> Config:
+  """A configuration with what belongs to the model: its hyperparameters, and the objective that gave texts their form.
+
+  Args:
+    config: how to decode, on which mesh, and how to read a task; its objective says no more than that.
+    trained: the configuration of the model's own run.
+  """
+  task = dataclasses.replace(config.task, objective=trained.task.objective)
+  return dataclasses.replace(config, model=trained.model, task=task)
 
 
 class Codec:
@@ -70,15 +120,42 @@ class Codec:
     self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') else []
     self._number = {token: k for k, token in enumerate(vocabulary.sentinels)}
 
+  def check(self, text: str, what: str) -> None:
+    """Refuses a text that training would have refused, or that is far longer than any input.
+
+    The latter before it is cut into words, which takes a second for a million characters.
+
+    Raises:
+      ConfigError: so it is. The message calls the text `what`.
+    """
+    room = self.limits.input_length
+    most = max(_FAR_TOO_LONG[0], _FAR_TOO_LONG[1] * room)
+    if len(text) > most:
+      raise ConfigError(f'{what} has {len(text):,} characters, and InferConfig.input_length = {room} tokens: expected at most '
+                        f'{most:,} characters')
+    if half := _SURROGATE.search(text):
+      raise ConfigError(f'{what} holds half of a surrogate pair, U+{ord(half[0]):04X}: no file of text can have it')
+
+  def input_ids(self, text: str) -> list[int]:
+    """The tokens of an input, as training has them: without a sentinel for what would follow, and without end of sequence.
+
+    Raises:
+      ConfigError: as in `check`, or it has more blanks than the vocabulary has sentinels.
+    """
+    self.check(text, 'the input')
+    return self.vocabulary.encode(text) if self.is_pairs else self.vocabulary.encode_blanks(text)
+
   def request(self, text: str) -> Request:
     """Encodes an input.
 
     Raises:
-      ConfigError: it has more blanks than the vocabulary has sentinels, or more tokens than InferConfig.input_length.
+      ConfigError: it has more blanks than the vocabulary has sentinels, more tokens than InferConfig.input_length, or is
+        refused by `check`.
     """
     vocabulary = self.vocabulary
     if self.is_pairs:
-      return self.pairs_request(text, vocabulary.encode_blanks(text))
+      return self.pairs_request(text, self.input_ids(text))
+    self.check(text, 'the input')
     form = text if BLANK in text else text + BLANK
     blanks = form.count(BLANK)
     if blanks >= len(vocabulary.sentinels):
@@ -87,7 +164,9 @@ class Codec:
     ids = vocabulary.encode_blanks(form)
     if ids[-1] not in self._number:
       ids = [*ids, closing]
-    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.row, self.prefix))
+    found = like_blank(text)
+    note = f'{found!r} is read as plain text; a blank is written {BLANK}.' if found else ''
+    return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.row, self.prefix, note))
 
   def pairs_request(self, text: str, ids: list[int]) -> Request:
     """An input of a model that was trained on inputs and targets, from its tokens without end of sequence."""
@@ -105,7 +184,7 @@ class Codec:
     if not self.limits.truncate:
       raise ConfigError(
           f'{given} and InferConfig.input_length = {limit}: raise it, or set InferConfig.truncate = True to cut such inputs.')
-    tail = [token for token in request.ids[-2:] if token in self.end or token in self._number]
+    tail = [token for token in request.ids[-2:] if token in self.end or request.blanks and token in self._number]
     ids = request.ids[:limit - len(tail)] + tail
     lost = request.blanks - len(set(self.vocabulary.sentinels[:request.blanks]) & set(ids))
     if lost:
@@ -122,23 +201,27 @@ class Codec:
         and after the texts are added here.
 
     Raises:
-      ConfigError: there are more or fewer texts than blanks, or a text contains the name of a sentinel.
+      ConfigError: there are more or fewer texts than blanks, a text contains the name of a sentinel, or is refused by `check`.
     """
     vocabulary = self.vocabulary
+    for text in [target] if isinstance(target, str) else target:
+      self.check(text, 'the target')
     if self.is_pairs:
       if not isinstance(target, str):
-        raise ConfigError(f'the target {target!r} is not one text, but the model was trained on inputs and targets.')
+        raise ConfigError(f'the target {shown(target)} is not one text, but the model was trained on inputs and targets.')
       return vocabulary.encode(target) + self.end
     texts = [target] if isinstance(target, str) else list(target)
     if len(texts) != request.blanks:
-      raise ConfigError(f'{len(texts)} texts for the {request.blanks} blanks of {request.text!r}: give one for each.')
+      raise ConfigError(f'{len(texts)} texts for the {request.blanks} blanks of {shown(request.text)}: give one for each.')
     for text in texts:
       if found := _SENTINEL.search(text):
-        raise ConfigError(f'the target {text!r} has {found[0]} in it, which would be read as characters: give the text of each '
-                          'blank alone, sentinels are put around it.')
+        raise ConfigError(f'the target {shown(text)} has {found[0]} in it, which would be read as characters: give the text of '
+                          'each blank alone, sentinels are put around it.')
+    # What stands before a blank may decide how its text begins. A continuation is a text of its own.
+    before = request.text.split(BLANK) if BLANK in request.text else ['']
     ids = []
-    for sentinel, text in zip(vocabulary.sentinels, texts):
-      ids += [sentinel, *vocabulary.encode(text)]
+    for number, (sentinel, text) in enumerate(zip(vocabulary.sentinels, texts)):
+      ids += [sentinel, *vocabulary.encode_after(before[number] or (texts[number - 1] if number else ''), text)]
     return ids + (self.end or [vocabulary.sentinels[request.blanks]])
 
   def forbidden(self, request: Request) -> list[int]:
@@ -169,6 +252,11 @@ class Codec:
       return self.vocabulary.decode(self.before_stop(request, ids)), []
     texts = self.fills(request, ids)
     return (fill(request.text, texts) if BLANK in request.text else texts[0]), texts
+
+  def shown(self, request: Request, ids: Sequence[int]) -> str:
+    """Generated tokens as one text; where there are several blanks, '<s_k>' announces the k-th."""
+    hidden = self.vocabulary.sentinels[0] if request.blanks == 1 else None
+    return self.vocabulary.decode([token for token in self.before_stop(request, ids) if token != hidden])
 
   def before_stop(self, request: Request, ids: Sequence[int]) -> list[int]:
     """Generated tokens without the stop token and what follows it."""

@@ -14,7 +14,8 @@ BLANK = '<span>'
 SPACE, LINE_FEED = '\u2582', '\u2583'  # written for ' ' and '\n' in the files of CPM vocabularies
 MARKS = str.maketrans({' ': SPACE, '\n': LINE_FEED})
 UNMARKS = str.maketrans({SPACE: ' ', LINE_FEED: '\n'})
-SPECIALS = ('<unk>', '<s>', '</s>', '<pad>', '<eod>')
+UNKNOWN = '<unk>'  # how decoding writes what the vocabulary has no piece for
+SPECIALS = (UNKNOWN, '<s>', '</s>', '<pad>', '<eod>')
 
 
 def read(path: str) -> bytes:
@@ -95,8 +96,13 @@ class Vocabulary(abc.ABC):
   def _encode_around_blanks(self, texts: list[str]) -> list[int]:
     ids = self.encode(texts[0])
     for sentinel, text in zip(self.sentinels, texts[1:]):
-      ids += [sentinel, *self.encode(text)]
+      ids += [sentinel, *self.encode_after(BLANK, text)]
     return ids
+
+  def encode_after(self, before: str, text: str) -> list[int]:
+    """The ids that a text has within a longer one, directly after `before`; '' is the start of the longer text."""
+    del before
+    return self.encode(text)
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:

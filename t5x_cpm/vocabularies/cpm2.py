@@ -187,6 +187,11 @@ class Cpm2(Vocabulary):
       tokens += chr(sentinel) + self._tokens(text)
     return _numbers(self._join(tokens))
 
+  def encode_after(self, before: str, text: str) -> list[int]:
+    # The last token, for which the end of `before` is enough, decides whether a space or '##' is left out or put in.
+    last = self._tokens(before[-64:])[-1:] if self.bilingual else ''
+    return _numbers(self._join(last + self._tokens(text))[len(last):])
+
   def _tokens(self, text: str, separated: bool = False) -> str:
     """The tokens of the words of a text, or of texts with separators between them."""
     if not self.bilingual:

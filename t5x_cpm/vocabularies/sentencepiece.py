@@ -1,5 +1,6 @@
 """CPM-1's vocabulary, and plain SentencePiece. The library is imported when a vocabulary is loaded."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable
@@ -7,14 +8,23 @@ from typing import Any
 
 from t5x_cpm.config import ConfigError
 from t5x_cpm.vocabularies import word_cut
-from t5x_cpm.vocabularies.base import MARKS, SPECIALS, UNMARKS, Vocabulary, no_options, read
+from t5x_cpm.vocabularies.base import MARKS, SPECIALS, UNKNOWN, UNMARKS, Vocabulary, no_options, read
+
+
+def _without_halves(text: str) -> str:
+  """A text with U+FFFD for each half of a surrogate pair."""
+  return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
 
 
 def _encode(model: Any, text: str) -> list[int]:
   try:
     return model.encode(text)
   except (UnicodeEncodeError, RuntimeError):  # half of a surrogate pair; which error depends on SentencePiece's version
-    return model.encode(text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace'))
+    return model.encode(_without_halves(text))
+
+
+# As a protocol buffer, normalizer_spec { add_dummy_prefix: false }. Appended to a model, it replaces what the model says.
+_WITHOUT_PREFIX = b'\x1a\x02\x18\x00'
 
 
 def _sentencepiece(path: str) -> Any:
@@ -51,8 +61,11 @@ class Cpm1(Vocabulary):
 
   def decode(self, ids: Iterable[int]) -> str:
     special = {self.bos_id, self.pad_id, self.eos_id}
-    kept = [token for token in map(int, ids) if token not in special and 0 <= token < self.size]
-    return self._model.decode(kept).replace(' ', '').translate(UNMARKS)
+    known = [token if 0 <= token < self.size else self.unk_id for token in map(int, ids)]
+    known = [token for token in known if token not in special]
+    runs = itertools.groupby(known, self.unk_id.__eq__)
+    texts = [UNKNOWN * len(list(run)) if unknown else self._model.decode(list(run)).replace(' ', '') for unknown, run in runs]
+    return ''.join(texts).translate(UNMARKS)
 
   def piece(self, token: int) -> str:
     return self._model.id_to_piece(token)
@@ -91,20 +104,48 @@ class SentencePiece(Vocabulary):
     return ()
 
   def encode(self, text: str) -> list[int]:
-    ids = _encode(self._model, text)
+    return self._plain(self._model, text)
+
+  def _plain(self, model: Any, text: str) -> list[int]:
+    ids = _encode(model, text)
     if not self._sentinel_number.keys().isdisjoint(ids):  # the text has '<extra_id_0>' in it
-      return [token for chunk in re.split('(?<=<)(?=extra_id_)', text) for token in _encode(self._model, chunk)]
+      first, *rest = re.split('(?<=<)(?=extra_id_)', text)
+      return [*_encode(model, first), *(token for chunk in rest for token in _encode(self._model, chunk))]
     return ids
+
+  @functools.cached_property
+  def _inside(self) -> Any:
+    """The model without the space that it puts before a text."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    model.load_from_serialized_proto(self._model.serialized_model_proto() + _WITHOUT_PREFIX)
+    return model
+
+  def encode_after(self, before: str, text: str) -> list[int]:
+    # Where a space stands between, the text begins like one of its own.
+    begun = self._inside.normalize(f'a{_without_halves(text[:1])}a')
+    if not before or before[-1].isspace() or begun.startswith('a\u2581'):
+      return self.encode(text)
+    return self._plain(self._inside, text)
+
+  @functools.cached_property
+  def _names(self) -> dict[int, str]:
+    """What decoding writes for tokens that SentencePiece does not know or writes in its own way."""
+    return {token: f'<s_{number}>' for number, token in enumerate(self.sentinels)} | {self.unk_id: UNKNOWN}
 
   def decode(self, ids: Iterable[int]) -> str:
     out = ''
     left_out = {self.pad_id, self.eos_id} - {self.unk_id}
     known = [token if 0 <= token < self.size else self.unk_id for token in map(int, ids) if token not in left_out]
-    for number, group in itertools.groupby(known, self._sentinel_number.get):
-      for run in [list(group)] if number is None else [[token] for token in group]:
-        text = self._model.decode(run) if number is None else f'<s_{number}>'
-        apart = number is not None or self.piece(run[0]).startswith('\u2581')
-        out += f' {text}' if out and apart else text
+    for name, group in itertools.groupby(known, self._names.get):
+      for run in [list(group)] if name is None else [[token] for token in group]:
+        if name is not None:
+          out += f' {name}' if out and run[0] in self._sentinel_number else name
+        elif out:  # after another token, SentencePiece keeps the space that it would drop at the start of a text
+          out += self._model.decode([self.unk_id, *run]).removeprefix(self._model.decode([self.unk_id]))
+        else:
+          out = self._model.decode(run)
     return out
 
   def piece(self, token: int) -> str:
