@@ -55,7 +55,7 @@ class TaskConfig(Typed):
   encoder_length: int = 512  # encoder tokens of a row, padding included
   decoder_length: int = 128  # decoder tokens of a row, padding included
   noise_density: float = 0.15  # fraction of the tokens that span corruption masks
-  mean_span_length: float = 3.0  # mean number of tokens in a masked span
+  mean_span_length: float = 3.0  # mean number of tokens in a masked span; 't5' and 'cpm2' always mask the end of a text
   cache_dir: str = free('')  # folder of the caches; '' is $T5X_CPM_CACHE, or else ~/.cache/t5x_cpm
   cache_processes: int = free(0)  # processes that make a cache; 0: one per core
 

@@ -6,6 +6,7 @@ a component, says what is in it. What is drawn at random is a hash of (seed, tas
 
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -90,12 +91,14 @@ class Reader:
     self.unpredicted = vocabulary.eos_id if self.task.objective == 'cpm2' else None
     self.mixer = packing.Mixer(packing.rate_counts(rates), self.seed)
     self.rows_per_epoch = float(sum(component.rows_per_epoch for component in components))
-    self.fingerprint = {
+    self.fingerprint: dict[str, Any] = {
         'tasks': [{'name': component.name, 'checksum': component.checksum, 'rows_of_period': int(count)}
                   for component, count in zip(components, self.mixer.counts)],
         'split': split, 'objective': self.task.objective, 'encoder_length': self.room[0], 'decoder_length': self.room[1],
         'noise_density': self.task.noise_density, 'mean_span_length': self.task.mean_span_length, 'seed': self.seed,
         'batch_size': self.batch_size, 'vocabulary': vocabulary.fingerprint}
+    for component in components:
+      self.fingerprint |= component.rules
 
   def batch(self, step: int, rows: slice | np.ndarray = EVERY) -> Batch:
     """The batch of a step, or some of its rows: always the same for the same (config, seed, step).

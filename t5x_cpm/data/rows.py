@@ -36,12 +36,15 @@ class Component(abc.ABC):
     checksum: the checksum of its cache.
     rows_per_epoch: how many rows hold every piece once.
     left_out: how many documents are too short for the objective.
+    rules: what rows are a function of beside the configuration and the cache, in words: which way of making them holds where
+      earlier versions had another. A run is not continued under others.
   """
 
   name: str
   checksum: str
   rows_per_epoch: int
   left_out: int
+  rules: dict[str, str]
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     """Opens a split of a cache.
@@ -54,7 +57,7 @@ class Component(abc.ABC):
       raise ConfigError(f'TaskConfig.objective = {objective!r} marks masked spans with sentinels, and {vocabulary.spec!r} has '
                         "none (CPM-1's have none): only TaskConfig.objective = 'pairs' works with it, or set another "
                         'TaskConfig.vocabulary.')
-    self.cache, self.split, self.task = cache, split, config.task
+    self.cache, self.split, self.task, self.rules = cache, split, config.task, {}
     self.name, self.checksum, self.vocabulary = cache.name, cache.info['checksum'], vocabulary
     self.folder = cache.path / 'index'
     self.room = (config.task.encoder_length, config.task.decoder_length)

@@ -170,7 +170,8 @@ def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Map
   tf.random.set_seed(0)  # for preprocessors that draw; a function data source need not take a seed
   seed = None if isinstance(task.source, seqio.FunctionDataSource) else 0
   limits = dataclasses.replace(config.infer, input_length=config.task.encoder_length, truncate=True)
-  codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task), row)
+  codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task), row,
+                     engine.info)
   examples = []
   with sources.errors():
     for features in task.get_dataset(None, config.eval.split, shuffle=False, seed=seed).as_numpy_iterator():
