@@ -89,7 +89,7 @@ class Reader:
     self.config, self.task, self.seed, self.batch_size = config, config.task, config.train.seed, config.train.batch_size
     self.room = (self.task.encoder_length, self.task.decoder_length)
     self.unpredicted = vocabulary.eos_id if self.task.objective == 'cpm2' else None
-    self.mixer = packing.Mixer(packing.rate_counts(rates), self.seed)
+    self.mixer = packing.Mixer(packing.rate_counts({one.name: rate for one, rate in zip(components, rates)}), self.seed)
     self.rows_per_epoch = float(sum(component.rows_per_epoch for component in components))
     self.fingerprint: dict[str, Any] = {
         'tasks': [{'name': component.name, 'checksum': component.checksum, 'rows_of_period': int(count)}
