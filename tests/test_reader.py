@@ -253,7 +253,7 @@ def test_pairs_keep_their_sides_together(tmp_path):
   read, _ = make_reader(tmp_path, {'inputs': inputs, 'targets': targets}, objective='pairs', batch_size=1,
                         encoder_length=32, decoder_length=24)
   eos, bos = read.vocabulary.eos_id, read.vocabulary.bos_id
-  expected = collections.Counter((tuple(i[:31] + [eos]), tuple(t[:23] + [eos])) for i, t in zip(inputs, targets))
+  expected = collections.Counter((tuple(i[:31] + [eos]), tuple((t + [eos])[:24])) for i, t in zip(inputs, targets))
   for epoch in range(2):
     got = collections.Counter()
     for step in range(int(read.rows_per_epoch)):
@@ -263,8 +263,11 @@ def test_pairs_keep_their_sides_together(tmp_path):
         assert decoder_inputs == [bos, *decoder_targets[:-1]]
         got[tuple(encoder), tuple(decoder_targets)] += 1
     assert got == expected, f'seed {seed}'
-  cut = sum(len(i) > 31 or len(t) > 23 for i, t in zip(inputs, targets))
-  assert read.statistics()['tasks']['wiki_zh']['truncated'] == cut > 0
+  found, whole = read.statistics()['tasks']['wiki_zh'], sum(len(i) <= 31 and len(t) <= 23 for i, t in zip(inputs, targets))
+  assert found['truncated'] == len(inputs) - whole > 0
+  assert found['cut'] == (sum(len(i) > 31 for i in inputs), sum(len(t) > 23 for t in targets))
+  assert found['decoder_slots_used'] == sum(min(len(t) + 1, 24) for t in targets)
+  assert 'cut_targets' in read.fingerprint
 
 
 def test_evaluation_reads_each_row_once_and_fills_the_last_batch_with_nothing(tmp_path):

@@ -182,8 +182,8 @@ def rate_counts(rates: Mapping[str, float]) -> list[int]:
   """
   for name, rate in rates.items():
     if not 0 < rate < np.inf:
-      raise ConfigError(f'the mixture gives task {name!r} the rate {rate}: expected a positive number; leave out a task that is '
-                        'not wanted.')
+      raise ConfigError(f'the mixture gives task {name!r} the rate {rate}: expected a positive number; leave out a task that '
+                        'is not wanted.')
   shares = np.array(list(rates.values()), np.float64) / max(rates.values())
   shares /= shares.sum()
   periods = np.arange(len(shares), SHORT_PERIOD + 1)
