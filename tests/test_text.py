@@ -19,7 +19,8 @@ def test_where_training_masks_anywhere_an_input_ends_as_a_document_does(tmp_path
   assert request.ids == [*one, s[0], *one, eos] and (request.blanks, request.stop) == (1, (eos, s[1]))
   assert codec.targets(request, '一') == [s[0], *one, s[1]]
   assert codec.request('一<span>').ids == codec.request('一').ids == [*one, s[0]]
-  assert codec.request('一<span>' + '一' * 30).ids == [*one, s[0], *one * 8]  # cut in a document, as pieces are
+  cut = codec.request('一<span>' + '一' * 30)
+  assert cut.ids == [*one, s[0], *one * 8] and cut.is_cut and not request.is_cut  # cut in a document, as pieces are
   t5 = dataclasses.replace(config, task=dataclasses.replace(config.task, objective='t5'))
   for other in ((config, {}), (config, {'data': {}}), (config, None)):  # of a run that began in an earlier version
     assert text.Codec(vocabulary, other[0], info=other[1]).request('一<span>一').ids == [*one, s[0], *one, s[1]]

@@ -13,7 +13,7 @@ from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives
 from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
-from t5x_cpm.data.rows import Packed
+from t5x_cpm.data.rows import Packed, in_words
 from t5x_cpm.vocabularies import Vocabulary
 
 MOST_CLASSES = 2048  # how many sizes are classes of their own
@@ -128,6 +128,12 @@ class Pairs(Packed):
       self.rules = {'cut_targets': 'without an end of sequence; earlier versions gave them one'}
     self._pack(np.array(found['sizes'], np.int64).reshape(-1, 2), np.array(found['counts'], np.int64),
                index.load(self.folder, found['name'], 'members', np.int64, columns=4))
+
+  def describe(self) -> str:
+    """See the base class."""
+    cut = [f', the {side} of {number:,} cut to {self.room[place] - 1 + place:,} tokens'
+           for place, (side, number) in enumerate(zip(('inputs', 'targets'), self.facts['cut'])) if number]
+    return in_words(self.cache.info['splits'][self.split], 'pair', after=''.join(cut))
 
   def _slots_used(self) -> np.ndarray:
     """Counted from the pairs themselves, because the sizes of classes may be rounded up."""

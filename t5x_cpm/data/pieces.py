@@ -12,7 +12,7 @@ from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives, packing
 from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
-from t5x_cpm.data.rows import Packed
+from t5x_cpm.data.rows import Packed, counted, in_words
 from t5x_cpm.vocabularies import Vocabulary
 
 SPANS = 'spans'  # the rule that says where the spans of 'isolated' lie, in the fingerprint of a run's data
@@ -138,6 +138,12 @@ class Pieces(Packed):
     self.facts = {'longest_piece': longest, 'too_short': self.left_out}
     self._pack(self._sizes(longest), np.array(found['counts'], np.int64),
                index.load(self.folder, found['name'], 'members', np.int64))
+
+  def describe(self) -> str:
+    """See the base class."""
+    unfit = f'{self.left_out:,} too short for a mask' if self.left_out else ''
+    pieces = f'{counted(int(self.counts.sum()), "piece")} of at most {self.facts["longest_piece"]:,} tokens'
+    return in_words(self.cache.info['splits'][self.split], unfit=unfit, after=f', {pieces}')
 
   def _sizes(self, longest: int) -> np.ndarray:
     """[longest + 1, 2] encoder and decoder slots of a piece of each length."""

@@ -6,7 +6,7 @@ which pieces are in it, and a table says where their tokens are. `pieces`, `pair
 
 import abc
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,30 @@ from t5x_cpm.data.objectives import Segments
 from t5x_cpm.vocabularies import Vocabulary
 
 FIXED_SEED = 233  # for what is drawn once, whatever the seed of the run; CPM-2's preprocessing has the same
+
+BLANK_FILES = 'blank_files'  # among the reasons for which documents are left out, in cache.json: files without any
+
+
+def counted(number: int, noun: str) -> str:
+  """'1 document', '12,034 documents'."""
+  return f'{number:,} {noun}' + ('' if number == 1 else 's')
+
+
+def in_words(facts: dict[str, Any], noun: str = 'document', unfit: str = '', after: str = '') -> str:
+  """'12,034 documents (3 malformed and 17 empty left out, 41 too short for a mask)'.
+
+  Args:
+    facts: what cache.json says about a split.
+    noun: what a document is called.
+    unfit: how many the objective does not use and why, if there are any.
+    after: what follows the brackets.
+  """
+  skipped = facts.get('skipped', {})
+  each = [f'{counted(skipped[reason], "file")} of blanks' if reason == BLANK_FILES else f'{skipped[reason]:,} {reason}'
+          for reason in sorted(skipped, reverse=True)]  # malformed, empty, files of blanks
+  left_out = f'{" and ".join([", ".join(each[:-1]), *each[-1:]] if each[1:] else each)} left out'
+  notes = [*([left_out] if each else []), *([unfit] if unfit else [])]
+  return counted(facts['documents'], noun) + (f' ({", ".join(notes)})' if notes else '') + after
 
 
 class RowSegments(NamedTuple):
@@ -67,6 +91,10 @@ class Component(abc.ABC):
   @abc.abstractmethod
   def summarize(self) -> dict:
     """Counts the pieces, the slots that an epoch uses on both sides, and what was cut or left out."""
+
+  @abc.abstractmethod
+  def describe(self) -> str:
+    """What there is to read, and what was cut or left out, in words."""
 
   @abc.abstractmethod
   def read(self, rows: np.ndarray, seed: int) -> RowSegments:

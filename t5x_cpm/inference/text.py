@@ -28,6 +28,7 @@ class Request(NamedTuple):
     stop: tokens that end the answer.
     row: what the row carries besides tokens, by the names of config.row_features.
     prefix: tokens that the decoder reads before it writes, at least one.
+    is_cut: whether the text was too long and its end is not among the tokens.
   """
 
   text: str
@@ -36,6 +37,7 @@ class Request(NamedTuple):
   stop: tuple[int, ...]
   row: Mapping[str, int]
   prefix: tuple[int, ...]
+  is_cut: bool = False
 
 
 def fill(text: str, texts: Sequence[str]) -> str:
@@ -118,7 +120,7 @@ class Codec:
     if lost:
       raise ConfigError(f'{given}; cut to InferConfig.input_length = {limit} it would lose {lost} of its {request.blanks} '
                         'blanks: raise InferConfig.input_length.')
-    return request._replace(ids=ids)
+    return request._replace(ids=ids, is_cut=True)
 
   def targets(self, request: Request, target: str | Sequence[str]) -> list[int]:
     """The tokens of a given answer.
