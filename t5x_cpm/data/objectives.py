@@ -85,12 +85,13 @@ def _draw_chunk(keys_P, lengths_P, noise_P, spans_P, anywhere: bool) -> Spans:
   # Segments 0..P-1 are the tokens that stay, P..2P-1 the noise. A segment of m tokens is split into k runs at k-1 of its
   # m-1 inner borders: those with the smallest hashes. One sort of (segment, hash, border) ranks all of them. If spans may
   # lie anywhere, the tokens that stay have one more run, and one more token at either end, which is then taken away again:
-  # so the first and the last run may be empty. The place of a single span needs no sort.
-  extra, P = int(anywhere), len(spans_P)
-  single = np.flatnonzero(spans_P == 1) if anywhere else np.zeros(0, np.int64)
+  # so the first and the last run may be empty. A single border is drawn without a sort.
+  extra = int(anywhere)
   items = np.concatenate([lengths_P - noise_P + 2 * extra, noise_P]).astype(np.int64)
   runs = np.concatenate([spans_P + extra, spans_P]).astype(np.int64)
   borders = np.where(runs > 1, items - 1, 0)
+  single = np.flatnonzero(runs == 2) if anywhere else np.zeros(0, np.int64)
+  borders_of_single = borders[single].astype(np.uint64)
   borders[single] = 0
   rank = ramp(borders)
   keys = np.concatenate([mix(keys_P), mix(~keys_P)])
@@ -104,20 +105,23 @@ def _draw_chunk(keys_P, lengths_P, noise_P, spans_P, anywhere: bool) -> Spans:
   chosen = (chosen & np.uint64(0xFFFF << 48)) | (chosen & np.uint64(0xFFFFFF))
   chosen.sort()
   starts = np.zeros(runs.sum(), np.int64)
-  inner = np.ones(len(starts), bool)
+  later = np.ones(len(starts), bool)
   first = exclusive_cumsum(runs)
-  inner[first] = False
-  inner[first[single] + 1] = False
-  places = (items[single] - 1).astype(np.uint64)
-  starts[first[single] + 1] = 1 + ((keys[single] >> np.uint64(32)) * places >> np.uint64(32)).astype(np.int64)
+  later[first] = False
+  inner = later.copy()
+  if len(single):
+    second = first[single] + 1
+    inner[second] = False
+    starts[second] = (keys[single] >> np.uint64(32)) * borders_of_single >> np.uint64(32)
+    starts[second] += 1
   starts[inner] = (chosen & np.uint64(0xFFFFFF)).astype(np.int64) + 1
   ends = np.append(starts[1:], 0)
   ends[np.cumsum(runs) - 1] = items
   K = int(spans_P.sum())
   noise = slice(len(starts) - K, None)
-  before = ends[:-K]  # of each run of tokens that stay, how many of them there are up to its end
-  if anywhere:
-    before = np.delete(before, first[1:P + 1] - 1) - 1  # without the last run of each piece, which no span follows
+  # How many of the tokens that stay there are before each span: where each of their runs ends or, but for the last, the next
+  # one starts.
+  before = starts[:-K][later[:-K]] - 1 if anywhere else ends[:-K]
   return Spans(np.asarray(spans_P, np.int64), before + starts[noise], (ends - starts)[noise], starts[noise])
 
 
