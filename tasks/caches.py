@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from t5x_cpm import files, stored, tasks
 from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.data import cache
+from t5x_cpm.data import cache, packing
 from t5x_cpm.tasks import cache_build
 from t5x_cpm.tasks.documents import Source
 from t5x_cpm.vocabularies import Vocabulary
@@ -166,6 +166,7 @@ def build(config: Config, *, progress: bool = True) -> pathlib.Path:
     if rates is None:
       _build_task(config, path, progress)
     else:
+      packing.rate_counts(rates)  # rates that cannot be kept are refused before time is spent
       built = []
       for name, rate in rates.items():
         own = dataclasses.replace(config, task=dataclasses.replace(config.task, name=name))

@@ -3,6 +3,7 @@
 One glob is one task. A dict of globs is a mixture of the tasks 'local:NAME', each with a cache of its own.
 """
 
+import collections
 import dataclasses
 import glob
 import os
@@ -88,6 +89,8 @@ def documents(name: str, config: Config) -> Documents:
 
   def read(split, shard, skipped):
     path, begin, end = ranges[split][shard]
+    if split == 'validation' and not own.validation_files:  # both splits read all files: what is left out is counted once
+      skipped = collections.Counter()
     for document in text_files.read(path, begin, end, own, fields, skipped):
       if own.validation_files or text_files.held_out(document, own.validation_fraction) == (split == 'validation'):
         yield document

@@ -40,6 +40,7 @@ class TextSource(seqio.DataSource):
   def __init__(self, source: documents.Documents):
     super().__init__(splits=list(source.shards))
     self.documents = source
+    self.skipped: collections.Counter = collections.Counter()  # documents that the last reading left out, by reason
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -58,8 +59,9 @@ class TextSource(seqio.DataSource):
       mine = np.random.default_rng(seed).permutation(mine)
 
     def batches():
+      self.skipped.clear()
       try:
-        yield from self.documents.texts(split, mine.tolist(), collections.Counter())
+        yield from self.documents.texts(split, mine.tolist(), self.skipped)
       except Exception as error:
         _State.error = error
         raise

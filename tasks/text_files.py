@@ -11,6 +11,7 @@ from typing import Any
 
 from t5x_cpm.config import LocalTaskConfig
 from t5x_cpm.data.cache import DataError
+from t5x_cpm.data.rows import BLANK_FILES
 
 UNIT_BYTES = 4 << 20  # how many bytes of a file are about one shard
 _BOM = b'\xef\xbb\xbf'
@@ -59,9 +60,16 @@ class MalformedError(Exception):
     self.line = line
 
 
-def _lines(f, size: int) -> Iterator[bytes]:
+class _CarriageReturnsError(Exception):
+  """A file is one line, with carriage returns in it."""
+
+
+def _lines(f, size: int, whole: bool) -> Iterator[bytes]:
+  """The lines of `size` bytes from here on, or of all that follow. `whole`: the file is one document, so nothing is checked."""
   first = f.tell() == 0
   for line in f:
+    if first and not whole and b'\r' in line.strip(b'\r\n') and not f.peek(1):
+      raise _CarriageReturnsError
     yield line.removeprefix(_BOM) if first else line
     first = False
     size -= len(line)
@@ -169,17 +177,21 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
     end: the last byte + 1, or -1 for the end of the file.
     config: `text_document` and `skip_malformed` are read.
     fields: the fields of a JSON line that hold the texts; a .txt file has one text, whatever is named here.
-    skipped: counts the documents that are left out, by reason.
+    skipped: counts the documents that are left out, by reason; and under BLANK_FILES the files that hold nothing but blanks.
 
   Raises:
-    DataError: a line is not UTF-8, or not a JSON object with these fields, and is not to be skipped.
+    DataError: a line is not UTF-8, or not a JSON object with these fields, and is not to be skipped; or lines end with CR
+      alone.
   """
+  found = False
   reader = _json_lines if '.jsonl' in path.rsplit('/', 1)[-1] else _texts
   opener = gzip.open if path.endswith('.gz') else open
   try:
     with opener(path, 'rb') as f:
       f.seek(begin)
-      for number, raw in reader(_lines(f, end - begin if end >= 0 else -1), config):
+      whole = reader is _texts and config.text_document == 'file'
+      for number, raw in reader(_lines(f, end - begin if end >= 0 else -1, whole), config):
+        found = True
         try:
           document = _parse(raw, fields) if reader is _json_lines else (_decode(raw),)
         except MalformedError as error:
@@ -193,6 +205,11 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
           yield document
         else:
           skipped['empty'] += 1
+      if not found and begin == 0 and not f.read(1):
+        skipped[BLANK_FILES] += 1
+  except _CarriageReturnsError:
+    raise DataError(f'{path}: its lines end with CR alone, so that the whole file would be read as one line. Convert it with '
+                    "`tr '\\r' '\\n'`, or if it is one document set LocalTaskConfig.text_document = 'file'.") from None
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise DataError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -82,10 +83,12 @@ def test_all_checkpoints_or_one(model_dir):
   assert one == {3: results[3]}
 
 
-def test_a_number_of_rows_does_not_depend_on_the_batch(model_dir):
+def test_a_number_of_rows_does_not_depend_on_the_batch(model_dir, capsys):
   every = [evaluate.run(config_of(model_dir, max_examples=3, batch_size=size), str(model_dir), ['wiki_zh'])[5]['wiki_zh']
            for size in (1, 2, 4)]
   assert every[0]['targets'] == every[1]['targets'] == every[2]['targets']
+  assert re.search(r'^eval: validation: 9 documents, \d+ pieces of at most \d+ tokens\neval: validation: '
+                   r'EvalConfig.max_examples = 3 leaves out \d+ rows of \d+$', capsys.readouterr().err, re.MULTILINE)
   assert every[0]['loss'] == pytest.approx(every[1]['loss'], rel=1e-5) == pytest.approx(every[2]['loss'], rel=1e-5)
 
 
@@ -147,8 +150,9 @@ def test_seqio_metrics_count_the_last_partial_batch_once(folder, pairs_task, tmp
     evaluate.run(config_of(model_dir, split='test'), str(model_dir), ['measured'])
 
 
-def test_a_model_that_fills_blanks_continues_the_inputs(folder, model_dir, pairs_task):
+def test_a_model_that_fills_blanks_continues_the_inputs(folder, model_dir, pairs_task, capsys):
   evaluate.run(config_of(model_dir, batch_size=4, max_examples=5), str(model_dir), ['measured'])
+  assert 'eval: validation: 5 examples; EvalConfig.max_examples = 5 leaves out the rest\n' in capsys.readouterr().err
   engine = inference.load(model_dir)
   texts, targets = zip(*PAIRS[:5])
   assert pairs_task['predict'][1] == [output + '?' for output in engine.generate(texts)]

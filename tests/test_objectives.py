@@ -53,11 +53,11 @@ def split(flat, lengths):
   return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
 
 
-def draw(rng, pieces, density, mean, longest=300):
+def draw(rng, pieces, density, mean, longest=300, anywhere=False):
   lengths = rng.integers(2, longest, pieces)
   keys = rng.integers(0, 2**63, pieces).astype(np.uint64)
   noise, spans = objectives.noise_counts(lengths, density, mean)
-  return keys, lengths, noise, objectives.draw_spans(keys, lengths, noise, spans)
+  return keys, lengths, noise, objectives.draw_spans(keys, lengths, noise, spans, anywhere)
 
 
 @pytest.mark.parametrize('density, mean', [(0.15, 3.0), (0.15, 10.0), (0.5, 3.0), (0.3, 1.0), (0.9, 2.0)])
@@ -81,6 +81,48 @@ def test_masks_have_exact_counts_and_begin_without_noise(density, mean):
     assert [value for value, _ in runs] == [False, True] * k, f'seed {seed}'
 
 
+@pytest.mark.parametrize('density, mean', [(0.15, 3.0), (0.15, 10.0), (0.5, 1.0), (0.85, 2.0)])
+def test_masks_anywhere_have_the_same_counts(density, mean):
+  seed = 12
+  keys, lengths, noise, spans = draw(np.random.default_rng(seed), 400, density, mean, anywhere=True)
+  np.testing.assert_array_equal(spans.counts, objectives.noise_counts(lengths, density, mean)[1])
+  for piece, n, k in zip(split(objectives.noise_mask(lengths, spans), lengths), noise, spans.counts):
+    runs = [(value, len(list(group))) for value, group in itertools.groupby(piece)]
+    assert sum(length for value, length in runs if value) == n, f'seed {seed}'
+    assert sum(value for value, _ in runs) == k, f'seed {seed}'
+
+
+def test_anywhere_means_that_all_masks_with_these_counts_are_equally_likely():
+  """Every mask of up to 7 tokens, one by one. The sum over all (length, noise, spans) of squared deviations is chi-squared."""
+  seed, each, deviation, freedom = 5, 200, 0.0, 0
+  for length in range(2, 8):
+    every = np.array(list(itertools.product([0, 1], repeat=length)), bool)
+    spans = every[:, 0] + (every[:, 1:] & ~every[:, :-1]).sum(axis=1)
+    for n, k in {(n, k) for n, k in zip(every.sum(axis=1).tolist(), spans.tolist()) if 0 < n < length and k <= length - n}:
+      possible = every[(every.sum(axis=1) == n) & (spans == k)]
+      pieces = each * len(possible)
+      drawn = objectives.draw_spans(objectives.combine(seed, length, n, k) + np.arange(pieces, dtype=np.uint64),
+                                    *(np.full(pieces, x) for x in (length, n, k)), anywhere=True)
+      mask = objectives.noise_mask(np.full(pieces, length), drawn).reshape(pieces, length)
+      found, counts = np.unique(mask, axis=0, return_counts=True)
+      np.testing.assert_array_equal(found, possible, err_msg=f'seed {seed}: {length} tokens, {n} of noise in {k} spans')
+      deviation, freedom = deviation + ((counts - each) ** 2 / each).sum(), freedom + len(possible) - 1
+  assert abs(deviation - freedom) < 4 * (2 * freedom) ** 0.5, f'seed {seed}: {deviation:.0f} of {freedom}'
+
+
+def test_every_token_of_a_short_text_is_predicted_sometimes():
+  """By T5's rule only the end of a text of up to 30 tokens is."""
+  seed = 3
+  for length in range(2, 31):
+    lengths = np.full(2000, length)
+    counts = objectives.noise_counts(lengths, 0.15, 3.0)
+    assert (counts[1] == 1).all()
+    predicted = {anywhere: objectives.noise_mask(lengths, objectives.draw_spans(
+        objectives.combine(seed, np.arange(2000)), lengths, *counts, anywhere)).reshape(2000, length).any(axis=0)
+                 for anywhere in (False, True)}
+    assert predicted[True].all() and predicted[False].sum() == counts[0][0], f'seed {seed}, {length} tokens'
+
+
 def test_all_segmentations_are_equally_likely():
   """Every one of the C(4,1) * C(3,1) masks of 9 tokens with 4 noise tokens in 2 spans comes up as often as the others."""
   pieces = 24_000
@@ -93,12 +135,12 @@ def test_all_segmentations_are_equally_likely():
   assert chi_squared < 31.3, counts  # 11 degrees of freedom, p = 0.001
 
 
-@pytest.mark.parametrize('t5', [False, True])
-def test_corrupt_equals_plain_loops(t5):
+@pytest.mark.parametrize('t5, anywhere', [(False, False), (False, True), (True, False)])
+def test_corrupt_equals_plain_loops(t5, anywhere):
   for seed in range(5):
     rng = np.random.default_rng(seed)
     density, mean = rng.choice([0.15, 0.3, 0.5]), rng.choice([3.0, 10.0])
-    keys, lengths, noise, spans = draw(rng, 50, density, mean)
+    keys, lengths, noise, spans = draw(rng, 50, density, mean, anywhere=anywhere)
     tokens = rng.integers(20, 900, lengths.sum())
     result = objectives.corrupt(tokens, lengths, spans, noise, SENTINELS, start=START, eos=EOS if t5 else None)
     mask = objectives.noise_mask(lengths, spans)
@@ -126,16 +168,17 @@ def test_the_t5_paper_sentence():
   assert result.decoder_inputs.tolist() == [0, X, 22, 23, Y, 28]
 
 
-def test_a_piece_is_corrupted_in_the_same_way_in_any_batch(monkeypatch):
+@pytest.mark.parametrize('anywhere', [False, True])
+def test_a_piece_is_corrupted_in_the_same_way_in_any_batch(monkeypatch, anywhere):
   seed = 3
   rng = np.random.default_rng(seed)
-  keys, lengths, noise, spans = draw(rng, 300, 0.15, 3.0)
+  keys, lengths, noise, spans = draw(rng, 300, 0.15, 3.0, anywhere=anywhere)
   whole = split(objectives.noise_mask(lengths, spans), lengths)
   chosen = rng.permutation(300)[:40]
-  part = objectives.draw_spans(keys[chosen], lengths[chosen], noise[chosen], spans.counts[chosen])
+  part = objectives.draw_spans(keys[chosen], lengths[chosen], noise[chosen], spans.counts[chosen], anywhere)
   assert split(objectives.noise_mask(lengths[chosen], part), lengths[chosen]) == [whole[i] for i in chosen], f'seed {seed}'
   monkeypatch.setattr(objectives, '_CHUNK', 7)
-  chunked = objectives.draw_spans(keys, lengths, noise, spans.counts)
+  chunked = objectives.draw_spans(keys, lengths, noise, spans.counts, anywhere)
   for a, b in zip(spans, chunked, strict=True):
     np.testing.assert_array_equal(a, b)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from t5x_cpm.config import ConfigError
 from t5x_cpm.data import index, objectives, packing, pairs, pieces
 
 
@@ -13,16 +14,69 @@ def test_pairs_with_more_sizes_than_classes_still_hold_every_pair(tmp_path):
   members = index.load(tmp_path, table['name'], 'members', np.int64, columns=4)[:]
   sizes = np.repeat(table['sizes'], table['counts'], axis=0)
   assert 20 < len(table['sizes']) <= 32 * 32 + 20  # not the about 2000 exact ones
-  assert (members[:, 2:] + 1 <= sizes).all() and (sizes <= 64).all()
-  assert sorted(map(tuple, members[:, 2:].tolist())) == sorted(zip(*(np.minimum(x, 63).tolist() for x in lengths)))
+  assert (np.minimum(members[:, 2:] + 1, 64) <= sizes).all() and (sizes <= 64).all()
+  assert sorted(map(tuple, members[:, 2:].tolist())) == sorted(zip(lengths[0].tolist(), lengths[1].tolist()))
 
 
-def test_rates_become_exact_counts():
-  assert packing.rate_counts([1, 2]) == [1, 2]
-  assert packing.rate_counts([0.5, 0.25, 0.25]) == [2, 1, 1]
-  assert packing.rate_counts([10, 3]) == [10, 3]
-  counts = packing.rate_counts([1, np.pi, 1e-7])
-  assert sum(counts) == 1000 and counts[2] == 1 and counts[1] / counts[0] == pytest.approx(np.pi, rel=0.01)
+def rates_of(text: str) -> dict[str, float]:
+  """The rates that an error names, as in 'a: 1, b: 3'."""
+  return {name: float(rate) for name, rate in (part.split(': ') for part in text.rstrip('.').split(', '))}
+
+
+def named(rates) -> dict[str, float]:
+  return {f't{number}': rate for number, rate in enumerate(rates)}
+
+
+@pytest.mark.parametrize('rates, expected', [
+    ([7], [1]), ([1, 2], [1, 2]), ([0.5, 0.25, 0.25], [2, 1, 1]), ([10, 3], [10, 3]), ([1 / 3, 2 / 3], [1, 2]),
+    ([1e6, 1], [1_000_000, 1]), ([1, 3, 1000], [1, 3, 1000]), ([0.3333, 0.6667], [3333, 6667]), ([1e308, 1e308], [1, 1]),
+    ([2] * 1500, [1] * 1500)])
+def test_rates_become_exact_counts(rates, expected):
+  assert packing.rate_counts(named(rates)) == expected
+
+
+@pytest.mark.parametrize('rates', [[0.0, 1.0], [1.0, -2.0], [float('nan'), 1.0], [float('inf'), 1.0]])
+def test_a_rate_that_is_not_positive_is_refused(rates):
+  with pytest.raises(ConfigError, match='the mixture gives task .* expected a positive number'):
+    packing.rate_counts(named(rates))
+
+
+def test_any_rates_are_kept_or_refused_with_the_nearest_that_are(monkeypatch):
+  """Of each task the rows in batches of any size, read by any number of processes, are those of its rate."""
+  seed = 17
+  rng = np.random.default_rng(seed)
+  monkeypatch.setattr(packing, 'LONGEST_PERIOD', 1 << 12)
+  kinds = {'kept': 0, 'refused': 0, 'exact': 0}
+  for number in range(120):
+    rates = np.exp(rng.uniform(0, rng.uniform(1, 12), rng.integers(1, 6)))
+    if number % 2:
+      rates = np.rint(rates)
+    what = f'seed {seed}, rates {rates.tolist()}'
+    try:
+      counts = packing.rate_counts(named(rates.tolist()))
+    except ConfigError as error:
+      nearest = rates_of(str(error).partition('nearest rates that work are ')[2])
+      assert packing.rate_counts(nearest) == list(nearest.values()), what
+      kinds['refused'] += 1
+      continue
+    share = rates / rates.sum()
+    np.testing.assert_allclose(np.array(counts) / sum(counts), share, rtol=packing.MOST_OFF, err_msg=what)
+    if number % 2 and rates.sum() <= packing.LONGEST_PERIOD:
+      assert counts == (rates // np.gcd.reduce(rates.astype(int))).tolist(), what
+      kinds['exact'] += 1
+    kinds['kept'] += 1
+    mixer, size, processes = packing.Mixer(counts, seed), int(rng.integers(1, 9)), int(rng.integers(1, 4))
+    steps = -(-2 * len(mixer.order) // size)
+    rows = np.arange(steps * size).reshape(steps, size)
+    component = np.zeros_like(rows)
+    for process in range(processes):
+      component[:, process::processes] = mixer.locate(rows[:, process::processes])[0]
+    of_each = np.cumsum(component.ravel()[:, None] == np.arange(len(rates)), axis=0)
+    off = np.abs(of_each - np.arange(1, rows.size + 1)[:, None] * (mixer.counts / mixer.counts.sum()))
+    assert (off[len(mixer.order) - 1::len(mixer.order)] < 1e-6).all(), what
+    if len(mixer.order) > packing.SHORT_PERIOD:
+      assert (off <= 1 + len(rates) * share * 1.01).all(), what
+  assert min(kinds.values()) >= 5, kinds
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 5, 16, 17, 100, 997, 4096])

@@ -309,9 +309,9 @@ def test_an_order_is_a_permutation(size, key):
 
 
 @EXAMPLES
-@given(rates=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), seed=st.integers(0, 99))
+@given(rates=st.lists(st.integers(1, 150), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_a_mixture_reads_each_stream_row_by_row(rates, seed):
-  counts = packing.rate_counts(rates)
+  counts = packing.rate_counts(dict(enumerate(rates)))
   assert len(counts) == len(rates) and min(counts) >= 1
   mixer = packing.Mixer(counts, seed)
   component, row = mixer.locate(np.arange(2 * int(mixer.counts.sum())))
@@ -356,8 +356,8 @@ def test_pieces_cover_their_documents(lengths, longest):
 
 @EXAMPLES
 @given(lengths=st.lists(st.integers(2, 120), min_size=1, max_size=10), key=st.integers(0, 2**63), density=st.floats(0.01, 0.9),
-       mean=st.floats(1, 20), t5=st.booleans())
-def test_corruption_hides_what_the_formula_says_and_loses_nothing(lengths, key, density, mean, t5):
+       mean=st.floats(1, 20), t5=st.booleans(), anywhere=st.booleans())
+def test_corruption_hides_what_the_formula_says_and_loses_nothing(lengths, key, density, mean, t5, anywhere):
   sentinels, start, eos = np.arange(10_000, 10_200), 1, 7 if t5 else None
   lengths = np.array(lengths)
   tokens = np.arange(20, 20 + lengths.sum())
@@ -365,7 +365,7 @@ def test_corruption_hides_what_the_formula_says_and_loses_nothing(lengths, key, 
   for length, n, k in zip(lengths.tolist(), noise.tolist(), spans.tolist()):
     assert n == min(max(round(length * density), 1), length - 1)
     assert k == min(max(round(n / mean), 1), n, length - n)
-  drawn = objectives.draw_spans(objectives.combine(key, np.arange(len(lengths))), lengths, noise, spans)
+  drawn = objectives.draw_spans(objectives.combine(key, np.arange(len(lengths))), lengths, noise, spans, anywhere)
   result = objectives.corrupt(tokens, lengths, drawn, noise, sentinels, start=start, eos=eos)
   split = lambda flat, sizes: [part.tolist() for part in np.split(flat, np.cumsum(sizes)[:-1])]  # noqa: E731
   sides = zip(split(tokens, lengths), split(result.encoder_tokens, result.encoder_lengths),

@@ -9,6 +9,7 @@ import pytest
 import small_data
 
 from t5x_cpm import vocabularies
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import ConfigError
 from t5x_cpm.data import cache, objectives, pieces
 from t5x_cpm.data.rows import FIXED_SEED
@@ -99,7 +100,7 @@ def test_a_segment_is_the_corrupted_piece_with_its_own_numbering(tmp_path):
   used = [token for token in encoder if token in read.vocabulary.sentinels]
   assert used == list(read.vocabulary.sentinels[:2])  # round(41 * 0.15) = 6 noise tokens in 2 spans
   assert [t for t in targets if t in read.vocabulary.sentinels] == list(read.vocabulary.sentinels[:3])
-  assert targets[-1] == read.vocabulary.sentinels[2] and targets[-2] == read.vocabulary.eos_id
+  assert targets[-1] == read.vocabulary.sentinels[2] and [*encoder, *targets].count(read.vocabulary.eos_id) == 1
   assert inputs == [read.vocabulary.bos_id, *targets[:-1]]
   assert restore(encoder, targets, set(read.vocabulary.sentinels)) == [
       *document, read.vocabulary.eos_id]
@@ -139,6 +140,10 @@ def test_rows_do_not_depend_on_the_number_of_processes_or_on_what_was_read_befor
     other = small_data.open_reader(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)), 'train')
     assert (other.batch(0)['encoder_input_tokens'] != read.batch(0)['encoder_input_tokens']).any()
     assert other.fingerprint != read.fingerprint
+    before = {name: value for name, value in read.fingerprint.items() if name != 'spans'}  # as earlier versions wrote it
+    assert run_directory.info_differences(before, read.fingerprint, 'data') == [
+        'data.spans: (nothing) in the checkpoint, "anywhere in a piece; earlier versions always masked its end" now'
+    ] * (objective == 'isolated')
 
 
 def plain_cpm2_rows(folder, lengths, documents, config, vocabulary):
@@ -248,7 +253,7 @@ def test_pairs_keep_their_sides_together(tmp_path):
   read, _ = make_reader(tmp_path, {'inputs': inputs, 'targets': targets}, objective='pairs', batch_size=1,
                         encoder_length=32, decoder_length=24)
   eos, bos = read.vocabulary.eos_id, read.vocabulary.bos_id
-  expected = collections.Counter((tuple(i[:31] + [eos]), tuple(t[:23] + [eos])) for i, t in zip(inputs, targets))
+  expected = collections.Counter((tuple(i[:31] + [eos]), tuple((t + [eos])[:24])) for i, t in zip(inputs, targets))
   for epoch in range(2):
     got = collections.Counter()
     for step in range(int(read.rows_per_epoch)):
@@ -258,8 +263,11 @@ def test_pairs_keep_their_sides_together(tmp_path):
         assert decoder_inputs == [bos, *decoder_targets[:-1]]
         got[tuple(encoder), tuple(decoder_targets)] += 1
     assert got == expected, f'seed {seed}'
-  cut = sum(len(i) > 31 or len(t) > 23 for i, t in zip(inputs, targets))
-  assert read.statistics()['tasks']['wiki_zh']['truncated'] == cut > 0
+  found, whole = read.statistics()['tasks']['wiki_zh'], sum(len(i) <= 31 and len(t) <= 23 for i, t in zip(inputs, targets))
+  assert found['truncated'] == len(inputs) - whole > 0
+  assert found['cut'] == (sum(len(i) > 31 for i in inputs), sum(len(t) > 23 for t in targets))
+  assert found['decoder_slots_used'] == sum(min(len(t) + 1, 24) for t in targets)
+  assert 'cut_targets' in read.fingerprint
 
 
 def test_evaluation_reads_each_row_once_and_fills_the_last_batch_with_nothing(tmp_path):
@@ -303,11 +311,11 @@ def test_a_mixture_has_exact_counts_and_its_parts_their_own_epochs(tmp_path):
   order, seen = [], collections.Counter()
   for step in range(2 * period // 6):
     batch = read.batch(step)
-    is_zh = batch['encoder_input_tokens'][:, 0] < 500
-    order += is_zh.tolist()
     for row in range(6):
       (encoder,), (_, targets) = segments(batch, 'encoder')[row][0], segments(batch, 'decoder')[row][0]
-      seen[tuple(restore(encoder, targets, set(read.vocabulary.sentinels)))] += 1
+      piece = restore(encoder, targets, set(read.vocabulary.sentinels))
+      order.append(piece[0] < 500)
+      seen[tuple(piece)] += 1
   assert sum(order[:period]) * 3 == 2 * period and sum(order) * 3 == 4 * period
   assert order[:period] == order[period:] and order[:30] != sorted(order[:30])
   zh = [n for piece, n in seen.items() if piece[0] < 500]
@@ -339,7 +347,7 @@ def test_document_of_one_token(tmp_path):
   assert ((30, s[0]), (s[0], read.vocabulary.eos_id, s[1])) in found
   folder = tmp_path / 't5'
   folder.mkdir()
-  with pytest.raises(ConfigError, match="no document to train on.*'too short': 1"):
+  with pytest.raises(ConfigError, match="no document to train on: 1 document .1 too short for a mask., 0 pieces"):
     make_reader(folder, [[30]], objective='t5', **ISOLATED)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,7 @@ def test_a_run_without_validation_text_is_not_evaluated(tmp_path):
   done = run(tmp_path, 'plain', 2, *local, '--gin.TrainConfig.eval_every=1')
   assert done.returncode == 0, done.stderr[-3000:]
   assert "The run is not evaluated: task 'local' has no documents in split 'validation'" in done.stdout
+  assert re.search(r'^data: 20 documents, \d+ pieces of at most \d+ tokens$', done.stdout, re.MULTILINE)
   assert (tmp_path / 'plain/checkpoints/2').is_dir()
 
 

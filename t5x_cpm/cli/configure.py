@@ -143,7 +143,7 @@ def make_config(arguments: Arguments) -> Config:
 def dry_run(config: Config) -> None:
   """Prints what a run would be. Of the data it reads only a cache that is there already."""
   from t5x_cpm.config import gin
-  from t5x_cpm.data import reader
+  from t5x_cpm.data import reader, report
   from t5x_cpm.tasks import caches
   from t5x_cpm.training import train
 
@@ -157,6 +157,8 @@ def dry_run(config: Config) -> None:
     data = reader.open_reader(caches.directory(config), config, 'train')
     epochs = config.train.steps * config.train.batch_size / data.rows_per_epoch
     print(f'epochs            {epochs:.3g}: {config.train.steps:,} steps, {data.rows_per_epoch:,.0f} rows an epoch')
+    for line in report.of_cache(caches.directory(config), config):
+      print(f'data              {line}')
   else:
     print('epochs            unknown, the task is not cached; `t5x_cpm cache` with the same gin files and flags does it')
   rates = ', '.join(f'{rate:.3g} at step {step:,}' for step, rate in facts['learning rate'].items())

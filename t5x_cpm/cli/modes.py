@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 
 import t5x_cpm
 from t5x_cpm.cli import configure
@@ -61,8 +62,9 @@ def compile_step(arguments: Arguments, config: Config) -> None:
 
 
 def cache(arguments: Arguments, config: Config) -> None:
-  """Makes the cache of a task and prints where it lies."""
+  """Makes the cache of a task and prints where it lies and, on stderr, what of the data it holds."""
   from t5x_cpm import tasks
+  from t5x_cpm.data import report
   from t5x_cpm.tasks import caches
   from t5x_cpm.training import before
 
@@ -71,7 +73,10 @@ def cache(arguments: Arguments, config: Config) -> None:
     before.check_sentinels(config, before.vocabulary(config))
   else:
     before.check(config)
-  print(caches.build(config))
+  path = caches.build(config)
+  print(path, flush=True)
+  for line in report.of_cache(path, config):
+    print(f'data: {line}', file=sys.stderr, flush=True)
 
 
 def convert(arguments: Arguments) -> None:

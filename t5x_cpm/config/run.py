@@ -55,7 +55,7 @@ class TaskConfig(Typed):
   encoder_length: int = 512  # encoder tokens of a row, padding included
   decoder_length: int = 128  # decoder tokens of a row, padding included
   noise_density: float = 0.15  # fraction of the tokens that span corruption masks
-  mean_span_length: float = 3.0  # mean number of tokens in a masked span
+  mean_span_length: float = 3.0  # mean number of tokens in a masked span; 't5' and 'cpm2' always mask the end
   cache_dir: str = free('')  # folder of the caches; '' is $T5X_CPM_CACHE, or else ~/.cache/t5x_cpm
   cache_processes: int = free(0)  # processes that make a cache; 0: one per core
 
@@ -73,7 +73,8 @@ class LocalTaskConfig(Typed):
   """The task named 'local': the user's own text files, from gin alone.
 
   `files` is a glob, or, for a mixture, a dict of name -> glob. `rates` gives these names their shares of the rows, in numbers
-  of any sum; {} is equal shares. Files end in .txt, .jsonl (one JSON object a line), or either with .gz.
+  of any sum, each at least one row in 1,048,576; {} is equal shares. Files end in .txt, .jsonl (one JSON object a line), or
+  either with .gz.
   """
 
   files: str | dict[str, str] = ''

@@ -81,12 +81,18 @@ def noise_counts(lengths: np.ndarray, density: float, mean: float) -> tuple[np.n
   return noise, np.minimum(spans, np.minimum(noise, lengths - noise))
 
 
-def _draw_chunk(keys_P, lengths_P, noise_P, spans_P) -> Spans:
+def _draw_chunk(keys_P, lengths_P, noise_P, spans_P, anywhere: bool) -> Spans:
   # Segments 0..P-1 are the tokens that stay, P..2P-1 the noise. A segment of m tokens is split into k runs at k-1 of its
-  # m-1 inner borders: those with the smallest hashes. One sort of (segment, hash, border) ranks all of them.
-  items = np.concatenate([lengths_P - noise_P, noise_P]).astype(np.int64)
-  runs = np.concatenate([spans_P, spans_P]).astype(np.int64)
+  # m-1 inner borders: those with the smallest hashes. One sort of (segment, hash, border) ranks all of them. If spans may
+  # lie anywhere, the tokens that stay have one more run, and one more token at either end, which is then taken away again:
+  # so the first and the last run may be empty. A single border is drawn without a sort.
+  extra = int(anywhere)
+  items = np.concatenate([lengths_P - noise_P + 2 * extra, noise_P]).astype(np.int64)
+  runs = np.concatenate([spans_P + extra, spans_P]).astype(np.int64)
   borders = np.where(runs > 1, items - 1, 0)
+  single = np.flatnonzero(runs == 2) if anywhere else np.zeros(0, np.int64)
+  borders_of_single = borders[single].astype(np.uint64)
+  borders[single] = 0
   rank = ramp(borders)
   keys = np.concatenate([mix(keys_P), mix(~keys_P)])
   segment = np.repeat(np.arange(len(items), dtype=np.uint64) << np.uint64(48), borders)
@@ -99,29 +105,47 @@ def _draw_chunk(keys_P, lengths_P, noise_P, spans_P) -> Spans:
   chosen = (chosen & np.uint64(0xFFFF << 48)) | (chosen & np.uint64(0xFFFFFF))
   chosen.sort()
   starts = np.zeros(runs.sum(), np.int64)
-  inner = np.ones(len(starts), bool)
-  inner[exclusive_cumsum(runs)] = False
+  later = np.ones(len(starts), bool)
+  first = exclusive_cumsum(runs)
+  later[first] = False
+  inner = later.copy()
+  if len(single):
+    second = first[single] + 1
+    inner[second] = False
+    starts[second] = (keys[single] >> np.uint64(32)) * borders_of_single >> np.uint64(32)
+    starts[second] += 1
   starts[inner] = (chosen & np.uint64(0xFFFFFF)).astype(np.int64) + 1
   ends = np.append(starts[1:], 0)
   ends[np.cumsum(runs) - 1] = items
-  K = len(starts) // 2
-  kept, noise = slice(0, K), slice(K, None)
-  return Spans(np.asarray(spans_P, np.int64), ends[kept] + starts[noise], (ends - starts)[noise], starts[noise])
+  K = int(spans_P.sum())
+  noise = slice(len(starts) - K, None)
+  # How many of the tokens that stay there are before each span: where each of their runs ends or, but for the last, the next
+  # one starts.
+  before = starts[:-K][later[:-K]] - 1 if anywhere else ends[:-K]
+  return Spans(np.asarray(spans_P, np.int64), before + starts[noise], (ends - starts)[noise], starts[noise])
 
 
-def draw_spans(keys_P: np.ndarray, lengths_P: np.ndarray, noise_P: np.ndarray, spans_P: np.ndarray) -> Spans:
-  """Draws the noise mask of every piece: all segmentations of its noise and of the rest are equally likely.
+def draw_spans(keys_P: np.ndarray, lengths_P: np.ndarray, noise_P: np.ndarray, spans_P: np.ndarray,
+               anywhere: bool = False) -> Spans:
+  """Draws the noise mask of every piece. All masks that are possible under these counts are equally likely.
 
-  A piece starts with tokens that stay and ends with noise, as in T5.
+  By T5's rule a piece starts with tokens that stay and ends with noise: of m tokens that stay and n of noise in k spans,
+  there are C(m - 1, k - 1) * C(n - 1, k - 1) masks, and where there is a single span it is the end of the piece. If spans may
+  lie anywhere, the text before the first span and after the last one may be empty or not; only that between two spans may
+  not. The spans then stand in k of the m + 1 places before, between and after the tokens that stay, and there are
+  C(m + 1, k) * C(n - 1, k - 1) masks: every mask of n tokens in k spans.
 
   Args:
     keys_P: uint64; the mask of a piece is a function of its key.
     lengths_P: how many tokens each piece has, below MAX_PIECE.
     noise_P: how many of them are noise, from `noise_counts`.
     spans_P: how many spans the noise has, from `noise_counts`.
+    anywhere: whether spans may lie anywhere, instead of by T5's rule.
   """
-  chunks = [_draw_chunk(keys_P[i:i + _CHUNK], lengths_P[i:i + _CHUNK], noise_P[i:i + _CHUNK], spans_P[i:i + _CHUNK])
-            for i in range(0, len(keys_P), _CHUNK)]
+  chunks = []
+  for begin in range(0, len(keys_P), _CHUNK):
+    some = slice(begin, begin + _CHUNK)
+    chunks.append(_draw_chunk(keys_P[some], lengths_P[some], noise_P[some], spans_P[some], anywhere))
   return chunks[0] if len(chunks) == 1 else Spans(*(np.concatenate(column) for column in zip(*chunks)))
 
 
@@ -130,7 +154,7 @@ def noise_mask(lengths_P: np.ndarray, spans: Spans) -> np.ndarray:
   starts = np.repeat(exclusive_cumsum(lengths_P), spans.counts) + spans.start
   change = np.zeros(int(lengths_P.sum()) + 1, np.int8)
   change[starts] = 1
-  change[starts + spans.length] = -1
+  change[starts + spans.length] -= 1  # the next piece may begin with a span where this one ends with one
   return np.cumsum(change[:-1], dtype=np.int8).view(bool)
 
 
@@ -197,7 +221,7 @@ def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: 
             start: int, eos: int | None = None) -> Segments:
   """Replaces every noise span by a sentinel and collects the noise as the targets.
 
-  Without `eos` this is CPM-2's form: inputs end with the last sentinel, targets with one more sentinel. With `eos` it is
+  Without `eos` this is CPM-2's form: targets end with one more sentinel, inputs as the spans leave them. With `eos` it is
   T5's: both sides end with `eos`.
 
   Args:

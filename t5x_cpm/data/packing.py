@@ -6,12 +6,17 @@ then found by its number: its pattern by a binary search, its pieces by counting
 computed for one index at a time. So any row of any epoch is reached at once, whatever the size of the data.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from t5x_cpm.config import ConfigError
 from t5x_cpm.data import objectives
 
+SHORT_PERIOD = 1000  # rows of the longest period of a mixture whose order is wholly random
+LONGEST_PERIOD = 1 << 20  # rows of the longest period: a task has at least one of them
+MOST_OFF = 1e-3  # the greatest relative error of a rate
 _ROUNDS = 4
 
 
@@ -139,31 +144,66 @@ def pack(sizes: np.ndarray, counts: np.ndarray, room: tuple[int, int], most: int
   return _finish(lines, nodes, len(sizes))
 
 
-def rate_counts(rates: list[float], longest: int = 1000) -> list[int]:
-  """Whole numbers in the proportion of the rates: of the least exact sum, or else the nearest with the sum `longest`.
+def _ratio(rates: Mapping[str, float]) -> str:
+  return ', '.join(f'{name}: {rate:.15g}' for name, rate in rates.items())
+
+
+def _nearest_counts(shares: np.ndarray) -> tuple[list[int], float]:
+  """The whole numbers of sum up to LONGEST_PERIOD that are nearest to some shares, and how far the worst of them is off.
+
+  Sums are compared by the greatest relative error of a share, and the least of those that are equally good is taken.
+  """
+  periods = np.arange(1, LONGEST_PERIOD + 1)
+  total, worst = np.zeros(len(periods), np.int64), np.zeros(len(periods))
+  for share, tasks in zip(*np.unique(shares, return_counts=True)):
+    exact = periods * share
+    count = np.rint(exact)
+    total += count.astype(np.int64) * tasks
+    worst = np.maximum(worst, np.abs(count - exact) / exact)
+  worst[total != periods] = np.inf
+  best = np.argmax(worst <= max(worst.min(), 2e-9))  # multiples of an exact period differ by rounding alone
+  if worst[best] <= MOST_OFF:
+    return [int(n) for n in np.rint(periods[best] * shares)], float(worst[best])
+  counts = np.maximum(np.rint(shares * LONGEST_PERIOD).astype(np.int64), 1)
+  counts[np.argmax(counts)] -= counts.sum() - LONGEST_PERIOD
+  return (counts // np.gcd.reduce(counts)).tolist(), float(worst[best])
+
+
+def rate_counts(rates: Mapping[str, float]) -> list[int]:
+  """Whole numbers in the proportion of the rates of a mixture: the rows that each task has in a period.
+
+  Their sum is the least that is exact, or else the nearest up to LONGEST_PERIOD.
 
   Args:
-    rates: positive numbers of any sum.
-    longest: the greatest sum, which is the rows of a period; each rate gets at least one.
+    rates: task -> positive number; any sum.
+
+  Raises:
+    ConfigError: a rate is not positive, or the nearest proportion is off by more than MOST_OFF for some task.
   """
-  shares = np.asarray(rates, np.float64) / np.sum(rates)
-  periods = np.arange(len(shares), longest + 1)
+  for name, rate in rates.items():
+    if not 0 < rate < np.inf:
+      raise ConfigError(f'the mixture gives task {name!r} the rate {rate}: expected a positive number; leave out a task that '
+                        'is not wanted.')
+  shares = np.array(list(rates.values()), np.float64) / max(rates.values())
+  shares /= shares.sum()
+  periods = np.arange(len(shares), SHORT_PERIOD + 1)
   error = np.abs(periods[:, None] * shares - np.rint(periods[:, None] * shares)).max(axis=1)
   exact = np.flatnonzero((error < 1e-9) & (periods * np.min(shares) > 0.5))
   if len(exact):
     return [int(n) for n in np.rint(periods[exact[0]] * shares)]
-  counts = np.maximum(np.floor(shares * longest).astype(int), 1)
-  order = np.argsort(-(shares * longest - np.floor(shares * longest)), kind='stable')
-  for index in order[:max(0, longest - int(counts.sum()))]:
-    counts[index] += 1
-  return counts.tolist()
+  counts, off = _nearest_counts(np.maximum(shares, 1e-300))
+  if off > MOST_OFF:
+    raise ConfigError(f'the rates {_ratio(rates)} cannot be kept: every task must have a row among {LONGEST_PERIOD:,}. The '
+                      f'nearest rates that work are {_ratio(dict(zip(rates, counts)))}.')
+  return counts
 
 
 class Mixer:
   """Interleaves the rows of components in fixed proportions.
 
   Global row g is row `row` of the stream of component `component`, in closed form: every period of `len(order)` rows holds
-  the same number of rows of each component, in one order drawn from the seed.
+  the same number of rows of each component, in one order drawn from the seed. A long period is even within: of each of K
+  components its first n rows hold n times the share, plus or minus 1 + K times the share.
   """
 
   def __init__(self, counts: list[int], seed: int):
@@ -171,10 +211,17 @@ class Mixer:
     repeats = -(-256 // period)  # a longer period than needed, so that no short pattern repeats
     self.counts = np.array(counts, np.int64) * repeats
     names = np.repeat(np.arange(len(counts)), self.counts)
-    self.order = names[permute(np.arange(len(names)), len(names), objectives.combine(seed, 0x6D6978))]
-    self.rank = np.zeros(len(names), np.int64)
-    for component, count in enumerate(self.counts):
-      self.rank[self.order == component] = np.arange(count)
+    key = objectives.combine(seed, 0x6D6978)
+    if period <= SHORT_PERIOD:
+      self.order = names[permute(np.arange(len(names)), len(names), key)]
+      self.rank = np.zeros(len(names), np.int64)
+      for component, count in enumerate(self.counts):
+        self.rank[self.order == component] = np.arange(count)
+    else:  # row r of the c rows of a component has its place at random between r / c and (r + 1) / c of the period
+      rank = objectives.ramp(self.counts)
+      jitter = (objectives.combine(key, np.arange(len(names))) >> np.uint64(11)) * 2.0 ** -53
+      order = np.argsort((rank + jitter) / self.counts[names], kind='stable')
+      self.order, self.rank = names[order], rank[order]
 
   def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The component of each global row, and which row of that component's stream it is."""

@@ -13,18 +13,27 @@ from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives
 from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
-from t5x_cpm.data.rows import Packed
+from t5x_cpm.data.rows import Packed, in_words
 from t5x_cpm.vocabularies import Vocabulary
 
 MOST_CLASSES = 2048  # how many sizes are classes of their own
 
 
 def _sides(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """The lengths [n, 2] of both sides, in chunks: as they are, and as cut to leave a slot for the end of sequence."""
+  """The lengths [n, 2] of both sides, in chunks: as they are, and as cut.
+
+  Inputs are cut to leave a slot for their end of sequence. Targets that do not fit with theirs fill the row without it, and so
+  are as long as the row: the model is not taught that they end where they were cut.
+  """
   for begin in range(0, len(inputs_D), index.CHUNK):
     end = begin + index.CHUNK
     sides = np.stack([inputs_D[begin:end], targets_D[begin:end]], axis=1).astype(np.int64)
-    yield sides, np.minimum(sides, np.array(room) - 1)
+    yield sides, np.minimum(sides, np.array(room) - np.array([1, 0]))
+
+
+def _slots(kept: np.ndarray, room: tuple[int, int]) -> np.ndarray:
+  """The slots [n, 2] of sides of these lengths as cut, the end of sequence included where there is one."""
+  return np.minimum(kept + 1, room)
 
 
 def _size_classes(counts: np.ndarray, room: tuple[int, int], most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,20 +65,22 @@ def _chunks(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
   for sides, kept in _sides(inputs_D, targets_D, room):
     start = first + np.cumsum(sides, axis=0) - sides
     first = first + sides.sum(axis=0)
-    yield classes[kept[:, 0] + 1, kept[:, 1] + 1], np.concatenate([start, kept], axis=1)
+    yield classes[tuple(_slots(kept, room).T)], np.concatenate([start, kept], axis=1)
 
 
 def _make_table(prefix: pathlib.Path, *, name: str, inputs_D: np.ndarray | Numbers, targets_D: np.ndarray | Numbers,
                 room: tuple[int, int], most_classes: int) -> dict:
   inputs_D, targets_D = np.asarray(inputs_D), np.asarray(targets_D)
   exact = np.zeros((room[0] + 1, room[1] + 1), np.int64)
-  truncated = 0
+  truncated, cut = 0, np.zeros(2, np.int64)
   for sides, kept in _sides(inputs_D, targets_D, room):
-    truncated += int((sides != kept).any(axis=1).sum())
-    exact += np.bincount((kept[:, 0] + 1) * (room[1] + 1) + kept[:, 1] + 1, minlength=exact.size).reshape(exact.shape)
+    is_cut = sides >= room
+    truncated, cut = truncated + int(is_cut.any(axis=1).sum()), cut + is_cut.sum(axis=0)
+    slots = _slots(kept, room)
+    exact += np.bincount(slots[:, 0] * (room[1] + 1) + slots[:, 1], minlength=exact.size).reshape(exact.shape)
   sizes, classes = _size_classes(exact, room, most_classes)
   counts = index.sort_by_class(prefix, functools.partial(_chunks, inputs_D, targets_D, room, classes), len(sizes), columns=4)
-  return {'name': name, 'sizes': sizes.tolist(), 'counts': counts.tolist(), 'truncated': truncated}
+  return {'name': name, 'sizes': sizes.tolist(), 'counts': counts.tolist(), 'truncated': truncated, 'cut': cut.tolist()}
 
 
 def _is_size(value: Any) -> bool:
@@ -80,7 +91,7 @@ def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray | Numbers, t
           room: tuple[int, int], most_classes: int = MOST_CLASSES, source: str = '') -> dict:
   """The pairs of a split by size: `members` holds the first token of both sides and their lengths as cut to fit.
 
-  Sizes count one end of sequence on each side.
+  Sizes count an end of sequence on each side, but for targets that are cut: those have as many tokens as the row.
 
   Args:
     directory: the folder of the tables of a cache.
@@ -92,30 +103,43 @@ def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray | Numbers, t
     source: as in `index.store`.
 
   Returns:
-    {'name': the name of the table, 'sizes': [C, 2], 'counts': [C], 'truncated': pairs that had to be cut}.
+    {'name': the name of the table, 'sizes': [C, 2], 'counts': [C], 'truncated': pairs that had to be cut, 'cut': how many
+    inputs and how many targets}.
   """
-  name = f'{split}.pairs-{room[0]}-{room[1]}'
+  name = f'{split}.pairs-{room[0]}-{room[1]}-open'  # without this word earlier versions ended cut targets
   make = functools.partial(_make_table, name=name, inputs_D=inputs_D, targets_D=targets_D, room=room, most_classes=most_classes)
   return index.store(directory, name, make, {'name': (name,), 'sizes': [_is_size], 'counts': [stored.COUNT],
-                                             'truncated': stored.COUNT}, source)
+                                             'truncated': stored.COUNT, 'cut': _is_size}, source)
 
 
 class Pairs(Packed):
-  """Rows of pairs: nothing is masked, each side ends with an end of sequence, and what does not fit is cut off."""
+  """Rows of pairs: nothing is masked, each side ends with an end of sequence, and what does not fit is cut off.
+
+  Targets that were cut have no end of sequence, and all that is left of them counts in the loss. Inputs that were cut have one,
+  as those that inference cuts.
+  """
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     super().__init__(cache, split, config, vocabulary)
     found = table(self.folder, split, cache.lengths(split, 'inputs'), cache.lengths(split, 'targets'), self.room,
                   source=cache.identity)
-    self.left_out, self.facts = 0, {'truncated': found['truncated']}
+    self.left_out, self.facts = 0, {'truncated': found['truncated'], 'cut': tuple(found['cut'])}
+    if found['cut'][1]:
+      self.rules = {'cut_targets': 'without an end of sequence; earlier versions gave them one'}
     self._pack(np.array(found['sizes'], np.int64).reshape(-1, 2), np.array(found['counts'], np.int64),
                index.load(self.folder, found['name'], 'members', np.int64, columns=4))
 
+  def describe(self) -> str:
+    """See the base class."""
+    cut = [f', the {side} of {number:,} cut to {self.room[place] - 1 + place:,} tokens'
+           for place, (side, number) in enumerate(zip(('inputs', 'targets'), self.facts['cut'])) if number]
+    return in_words(self.cache.info['splits'][self.split], 'pair', after=''.join(cut))
+
   def _slots_used(self) -> np.ndarray:
     """Counted from the pairs themselves, because the sizes of classes may be rounded up."""
-    used = np.full(2, len(self.members), np.int64)
+    used = np.zeros(2, np.int64)
     for i in range(0, len(self.members), index.CHUNK):
-      used += self.members[i:i + index.CHUNK][:, 2:].sum(axis=0)
+      used += _slots(self.members[i:i + index.CHUNK][:, 2:], self.room).sum(axis=0)
     return used
 
   def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:
@@ -125,5 +149,8 @@ class Pairs(Packed):
       start, length = members[:, side], members[:, 2 + side]
       sides.append(objectives.append(self.tokens[feature][objectives.ranges(start, length)], length, self.vocabulary.eos_id))
     (inputs, inputs_length), (targets, targets_length) = sides
+    cut = members[:, 3] == self.room[1]
+    targets = np.delete(targets, (np.cumsum(targets_length) - 1)[cut])
+    targets_length = targets_length - cut
     shifted = objectives.shift_right(targets, targets_length, self.vocabulary.bos_id)
     return Segments(inputs_length, inputs, targets_length, shifted, targets)

@@ -12,9 +12,10 @@ from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives, packing
 from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
-from t5x_cpm.data.rows import Packed
+from t5x_cpm.data.rows import Packed, counted, in_words
 from t5x_cpm.vocabularies import Vocabulary
 
+SPANS = 'spans'  # the rule that says where the spans of 'isolated' lie, in the fingerprint of a run's data
 SHORTEST = 3  # the longest piece must have at least this many tokens; a cut may leave pieces of 2
 
 
@@ -108,7 +109,11 @@ def _lengths(longest: int) -> np.ndarray:
 
 
 class Pieces(Packed):
-  """Rows of corrupted pieces: 'isolated' has CPM-2's form, with an end of document; 't5' has T5's form, without one."""
+  """Rows of corrupted pieces: 'isolated' and 't5'.
+
+  'isolated' has CPM-2's form, with an end of document, and masks spans anywhere in a piece. 't5' has T5's form, without an
+  end of document, and its rule, by which a piece ends with a masked span.
+  """
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     """Opens a split of a cache.
@@ -118,6 +123,8 @@ class Pieces(Packed):
     """
     super().__init__(cache, split, config, vocabulary)
     self.t5 = self.task.objective == 't5'
+    if not self.t5:
+      self.rules = {SPANS: 'anywhere in a piece; earlier versions always masked its end'}
     longest = objectives.longest_piece(*self.room, self.task.noise_density, self.task.mean_span_length, len(self.sentinels),
                                        self.t5)
     if longest < SHORTEST:
@@ -131,6 +138,12 @@ class Pieces(Packed):
     self.facts = {'longest_piece': longest, 'too_short': self.left_out}
     self._pack(self._sizes(longest), np.array(found['counts'], np.int64),
                index.load(self.folder, found['name'], 'members', np.int64))
+
+  def describe(self) -> str:
+    """See the base class."""
+    unfit = f'{self.left_out:,} too short for a mask' if self.left_out else ''
+    pieces = f'{counted(int(self.counts.sum()), "piece")} of at most {self.facts["longest_piece"]:,} tokens'
+    return in_words(self.cache.info['splits'][self.split], unfit=unfit, after=f', {pieces}')
 
   def _sizes(self, longest: int) -> np.ndarray:
     """[longest + 1, 2] encoder and decoder slots of a piece of each length."""
@@ -169,6 +182,6 @@ class Pieces(Packed):
     tokens = self.tokens['targets'][token].astype(np.int32)
     tokens[last] = self.vocabulary.eos_id
     noise, spans = self.noise[length], self.spans[length]
-    drawn = objectives.draw_spans(objectives.combine(keys, start), length, noise, spans)
+    drawn = objectives.draw_spans(objectives.combine(keys, start), length, noise, spans, anywhere=not self.t5)
     return objectives.corrupt(tokens, length, drawn, noise, self.sentinels, start=self.vocabulary.bos_id,
                               eos=self.vocabulary.eos_id if self.t5 else None)

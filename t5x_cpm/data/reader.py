@@ -5,7 +5,8 @@ a component, says what is in it. What is drawn at random is a hash of (seed, tas
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,24 +79,27 @@ class Reader:
     vocabulary: the vocabulary of the tokens.
     fingerprint: what the batches are a function of, for JSON: a run may be resumed only with an equal one.
     rows_per_epoch: how many rows hold everything once, all components together.
+    without: which tasks of a mixture have no row in the split, in words.
   """
 
-  def __init__(self, config: Config, split: str, vocabulary: Vocabulary, components: list[Component], rates: list[float],
-               carried: list[dict[str, int]]):
+  def __init__(self, config: Config, split: str, vocabulary: Vocabulary, components: list[Component], rates: dict[str, float],
+               carried: list[dict[str, int]], without: Sequence[str] = ()):
     """Takes, as `carried`, what the rows of each component carry beside their tokens (config.row_features)."""
     self.carried_by_component = {name: np.array([row[name] for row in carried], np.int32) for name in carried[0]}
-    self.vocabulary, self.split, self.components = vocabulary, split, components
+    self.vocabulary, self.split, self.components, self.without = vocabulary, split, components, list(without)
     self.config, self.task, self.seed, self.batch_size = config, config.task, config.train.seed, config.train.batch_size
     self.room = (self.task.encoder_length, self.task.decoder_length)
     self.unpredicted = vocabulary.eos_id if self.task.objective == 'cpm2' else None
     self.mixer = packing.Mixer(packing.rate_counts(rates), self.seed)
     self.rows_per_epoch = float(sum(component.rows_per_epoch for component in components))
-    self.fingerprint = {
+    self.fingerprint: dict[str, Any] = {
         'tasks': [{'name': component.name, 'checksum': component.checksum, 'rows_of_period': int(count)}
                   for component, count in zip(components, self.mixer.counts)],
         'split': split, 'objective': self.task.objective, 'encoder_length': self.room[0], 'decoder_length': self.room[1],
         'noise_density': self.task.noise_density, 'mean_span_length': self.task.mean_span_length, 'seed': self.seed,
         'batch_size': self.batch_size, 'vocabulary': vocabulary.fingerprint}
+    for component in components:
+      self.fingerprint |= component.rules
 
   def batch(self, step: int, rows: slice | np.ndarray = EVERY) -> Batch:
     """The batch of a step, or some of its rows: always the same for the same (config, seed, step).
@@ -179,8 +183,8 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
 
   Raises:
     EmptySplitError: the task has no such split, or no document in it.
-    ConfigError: the objective does not fit the task, the vocabulary is another one, or the mixture does not decide what
-      its rows carry.
+    ConfigError: a task of a mixture has nothing to train on, the objective does not fit the task, the vocabulary is another
+      one, or the mixture does not decide what its rows carry.
   """
   config.task.validate()
   caches = cache_lib.components(path)
@@ -189,12 +193,17 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
     raise ConfigError(f'task {config.task.name!r} was tokenized with {own.spec!r}, but the model uses {vocabulary.spec!r}: set '
                       'TaskConfig.vocabulary to the vocabulary of the model.')
   components: list[Component] = []
-  rates: list[float] = []
+  rates: dict[str, float] = {}
   carried: list[dict[str, int]] = []
+  without: list[str] = []
   otherwise = row_features.defaults(config) if row is None and split != 'train' else row
   rows = [row_features.of_task(config, number, len(caches), otherwise) for number in range(len(caches))]
   for carries, (rate, cache) in zip(rows, caches, strict=True):
     if split not in cache.splits:
+      if split == 'train' and len(caches) > 1:
+        raise ConfigError(f'task {cache.name!r} of the mixture {config.task.name!r} has no split {split!r} to train on: leave '
+                          'it out.')
+      without.append(f'{cache.name} has no such split')
       continue
     if ('inputs' in cache.features) != (config.task.objective == 'pairs'):
       what, wanted = (('inputs and targets', "'pairs'") if 'inputs' in cache.features else
@@ -203,14 +212,15 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
                         f'{wanted}.')
     component = COMPONENTS[config.task.objective](cache, split, config, own)
     if not component.rows_per_epoch:
-      reasons = {**cache.info['splits'][split].get('skipped', {}), 'too short': component.left_out}
       if split == 'train':
-        raise ConfigError(f'task {cache.name!r} has no document to train on; left out: {reasons}.')
+        raise ConfigError(f'task {cache.name!r} has no document to train on: {component.describe()}.')
+      without.append(f'{cache.name} has nothing to read: {component.describe()}')
       continue
     components.append(component)
-    rates.append(rate)
+    rates[cache.name] = rate
     carried.append(carries)
   if not components:
-    raise EmptySplitError(f'task {config.task.name!r} has no documents in split {split!r}; for files of your own set '
+    left_out = f' ({"; ".join(without)})' if any(split in cache.splits for _, cache in caches) else ''
+    raise EmptySplitError(f'task {config.task.name!r} has no documents in split {split!r}{left_out}; for files of your own set '
                           'LocalTaskConfig.validation_files, or a larger validation_fraction.')
-  return Reader(config, split, own if vocabulary is None else vocabulary, components, rates, carried)
+  return Reader(config, split, own if vocabulary is None else vocabulary, components, rates, carried, without)

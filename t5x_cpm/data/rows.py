@@ -6,7 +6,7 @@ which pieces are in it, and a table says where their tokens are. `pieces`, `pair
 
 import abc
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,30 @@ from t5x_cpm.data.objectives import Segments
 from t5x_cpm.vocabularies import Vocabulary
 
 FIXED_SEED = 233  # for what is drawn once, whatever the seed of the run; CPM-2's preprocessing has the same
+
+BLANK_FILES = 'blank_files'  # among the reasons for which documents are left out, in cache.json: files without any
+
+
+def counted(number: int, noun: str) -> str:
+  """'1 document', '12,034 documents'."""
+  return f'{number:,} {noun}' + ('' if number == 1 else 's')
+
+
+def in_words(facts: dict[str, Any], noun: str = 'document', unfit: str = '', after: str = '') -> str:
+  """'12,034 documents (3 malformed and 17 empty left out, 41 too short for a mask)'.
+
+  Args:
+    facts: what cache.json says about a split.
+    noun: what a document is called.
+    unfit: how many the objective does not use and why, if there are any.
+    after: what follows the brackets.
+  """
+  skipped = facts.get('skipped', {})
+  each = [f'{counted(skipped[reason], "file")} of blanks' if reason == BLANK_FILES else f'{skipped[reason]:,} {reason}'
+          for reason in sorted(skipped, reverse=True)]  # malformed, empty, files of blanks
+  left_out = f'{" and ".join([", ".join(each[:-1]), *each[-1:]] if each[1:] else each)} left out'
+  notes = [*([left_out] if each else []), *([unfit] if unfit else [])]
+  return counted(facts['documents'], noun) + (f' ({", ".join(notes)})' if notes else '') + after
 
 
 class RowSegments(NamedTuple):
@@ -36,12 +60,15 @@ class Component(abc.ABC):
     checksum: the checksum of its cache.
     rows_per_epoch: how many rows hold every piece once.
     left_out: how many documents are too short for the objective.
+    rules: what rows are a function of beside the configuration and the cache, in words: which way of making them holds where
+      earlier versions had another. A run is not continued under others.
   """
 
   name: str
   checksum: str
   rows_per_epoch: int
   left_out: int
+  rules: dict[str, str]
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     """Opens a split of a cache.
@@ -54,7 +81,7 @@ class Component(abc.ABC):
       raise ConfigError(f'TaskConfig.objective = {objective!r} marks masked spans with sentinels, and {vocabulary.spec!r} has '
                         "none (CPM-1's have none): only TaskConfig.objective = 'pairs' works with it, or set another "
                         'TaskConfig.vocabulary.')
-    self.cache, self.split, self.task = cache, split, config.task
+    self.cache, self.split, self.task, self.rules = cache, split, config.task, {}
     self.name, self.checksum, self.vocabulary = cache.name, cache.info['checksum'], vocabulary
     self.folder = cache.path / 'index'
     self.room = (config.task.encoder_length, config.task.decoder_length)
@@ -64,6 +91,10 @@ class Component(abc.ABC):
   @abc.abstractmethod
   def summarize(self) -> dict:
     """Counts the pieces, the slots that an epoch uses on both sides, and what was cut or left out."""
+
+  @abc.abstractmethod
+  def describe(self) -> str:
+    """What there is to read, and what was cut or left out, in words."""
 
   @abc.abstractmethod
   def read(self, rows: np.ndarray, seed: int) -> RowSegments:

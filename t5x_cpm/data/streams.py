@@ -25,10 +25,11 @@ from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives, packing
 from t5x_cpm.data.blocks import Numbers
 from t5x_cpm.data.objectives import Segments
-from t5x_cpm.data.rows import FIXED_SEED, Component, RowSegments
+from t5x_cpm.data.rows import FIXED_SEED, Component, RowSegments, counted, in_words
 from t5x_cpm.vocabularies import Vocabulary
 
 TOKENS = 1 << 22  # tokens of the documents that are masked together
+MOST_COUNTED = 4096  # windows that are looked at to say how many have their targets cut
 KEPT = (10, 5_000_000)  # tokens of documents that CPM-2's preprocessing keeps; its upper bound counts characters
 
 
@@ -162,9 +163,27 @@ class Windows(Component):
     self.rows_per_epoch = self.total // self.width if self.total else 0
     self.left_out = found['dropped']
 
+  def _targets(self, first: np.ndarray) -> np.ndarray:
+    """How many targets windows have before they are cut, given the numbers of the windows in the first epoch."""
+    begin, end = (self.stream.places.search(number * self.width) for number in (first, first + 1))
+    return self.stream.starts[end] - self.stream.starts[begin] + end - begin + 1
+
+  def describe(self) -> str:
+    """See the base class."""
+    unfit = f'{self.left_out:,} of fewer than {KEPT[0]} or more than {KEPT[1]:,} tokens not used' if self.left_out else ''
+    windows, rest = self.rows_per_epoch, self.total - self.rows_per_epoch * self.width
+    after = f', joined into {counted(windows, "window")} of {self.width:,} tokens' if windows else ''
+    if rest:
+      after += f' (with the rest, of {rest:,}, the next epoch begins)'
+    looked_at = np.unique(np.linspace(0, max(windows - 1, 0), min(windows, MOST_COUNTED)).astype(np.int64))
+    share = np.mean(self._targets(looked_at) > self.room[1]) if windows else 0.0
+    if share:
+      about = 'about ' if windows > MOST_COUNTED else ''
+      after += f', the targets of {about}{round(share * windows):,} cut to {self.room[1]:,} tokens'
+    return in_words(self.cache.info['splits'][self.split], unfit=unfit, after=after)
+
   def summarize(self) -> dict:
-    borders = self.stream.places.search(np.arange(self.rows_per_epoch + 1) * self.width)
-    targets = np.diff(self.stream.starts[borders]) + np.diff(borders) + 1
+    targets = self._targets(np.arange(self.rows_per_epoch))
     return {'pieces': self.rows_per_epoch, 'encoder_slots_used': self.rows_per_epoch * self.width,
             'decoder_slots_used': int(np.minimum(targets, self.room[1]).sum()),
             'truncated': int((targets > self.room[1]).sum()), 'too_short': self.left_out}

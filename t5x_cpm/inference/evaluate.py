@@ -24,6 +24,7 @@ from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, row_features, to_dict
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import reader as reader_lib
+from t5x_cpm.data import report, rows
 from t5x_cpm.inference import engine as engine_lib
 from t5x_cpm.inference import text
 from t5x_cpm.tasks import caches
@@ -124,16 +125,18 @@ def evaluate_text(engine: engine_lib.Engine, config: Config, row: Mapping[str, i
   """
   # The form of the model's own training; one that was trained on pairs has none for text.
   forms = [name for name in (engine.config.task.objective, config.task.objective, 'isolated') if name != 'pairs']
-  rows, size = config.eval.max_examples, engine.whole(config.eval.batch_size)
+  most, size = config.eval.max_examples, engine.whole(config.eval.batch_size)
   config = dataclasses.replace(config, task=dataclasses.replace(config.task, objective=forms[0]),
                                train=dataclasses.replace(config.train, batch_size=size))
   reader = reader_lib.open_reader(caches.build(config), config, config.eval.split, vocabulary=engine.vocabulary,
                                   row=row_features.defaults(config) if row is None else row)
+  for line in report.of_evaluation(reader, most, f'EvalConfig.max_examples = {most}'):
+    print(f'eval: {line}', file=sys.stderr, flush=True)
   totals: dict[str, np.ndarray] = {}
   marks = np.asarray([*engine.vocabulary.sentinels, engine.vocabulary.eos_id])
-  for number, batch in enumerate(reader.eval_batches(-(-rows // size))):
-    if rows:
-      batch['decoder_loss_weights'][rows - number * size:] = 0.0
+  for number, batch in enumerate(reader.eval_batches(-(-most // size))):
+    if most:
+      batch['decoder_loss_weights'][most - number * size:] = 0.0
     batch['is_text'] = batch['decoder_loss_weights'] * ~np.isin(batch['decoder_target_tokens'], marks)
     for name, pair in jax.device_get(engine.program.score(_sums, batch)).items():
       totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
@@ -164,7 +167,7 @@ def _example(task: Any, features: Mapping[str, Any], codec: text.Codec) -> Examp
 
 
 def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Mapping[str, int]) -> list[Example]:
-  """The examples of a SeqIO task in order, their inputs cut to TaskConfig.encoder_length as in training."""
+  """The examples of a SeqIO task in order, their inputs cut to TaskConfig.encoder_length as in training; says what was cut."""
   import seqio
   import tensorflow as tf
 
@@ -173,14 +176,21 @@ def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Map
   tf.random.set_seed(0)  # for preprocessors that draw; a function data source need not take a seed
   seed = None if isinstance(task.source, seqio.FunctionDataSource) else 0
   limits = dataclasses.replace(config.infer, input_length=config.task.encoder_length, truncate=True)
-  codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task), row)
-  examples = []
+  codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task), row,
+                     engine.info)
+  examples: list[Example] = []
+  rest = ''
   with sources.errors():
     for features in task.get_dataset(None, config.eval.split, shuffle=False, seed=seed).as_numpy_iterator():
-      examples.append(_example(task, features, codec))
-      if len(examples) == config.eval.max_examples:
+      if len(examples) == config.eval.max_examples > 0:
+        rest = f'; EvalConfig.max_examples = {config.eval.max_examples} leaves out the rest'
         break
+      examples.append(_example(task, features, codec))
   text.tell_notes((example.request for example in examples), config.task.name)
+  cut = sum(example.request.is_cut for example in examples)
+  after = (f', the inputs of {cut:,} cut to {limits.input_length:,} tokens' if cut else '') + rest
+  found = {'documents': len(examples), 'skipped': getattr(task.source, 'skipped', {})}
+  print(f'eval: {config.eval.split}: {rows.in_words(found, "example", after=after)}', file=sys.stderr, flush=True)
   return examples
 
 

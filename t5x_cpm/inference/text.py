@@ -1,8 +1,10 @@
 """How a text becomes what the model reads, and how what the model writes becomes a text. Pure Python.
 
-A model that was trained by span corruption fills blanks. All its training inputs end with a masked span, because T5's rule
-masks the end of every piece. So an input that does not end with a blank gets one more, which asks for what would follow, and
-the answer is cut where the model reaches it. An input without any blank is continued.
+A model that was trained by span corruption fills blanks, and an input without any blank is continued. T5's rule masks the end
+of every piece, so that all training inputs end with a masked span. Therefore an input that does not end with a blank gets one
+more, which asks for what would follow, and the answer is cut where the model reaches it. 'isolated' masks anywhere: its inputs
+end with a blank or, like a whole document, with the end of document. (Runs of 'isolated' that began in an earlier version
+followed T5's rule.)
 
 A model that was trained on inputs and targets knows no blanks: whatever is written in its inputs is text.
 """
@@ -11,10 +13,11 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.config.fields import shown
+from t5x_cpm.data.pieces import SPANS
 from t5x_cpm.vocabularies import BLANK, Vocabulary
 
 _SENTINEL = re.compile(r'<(?:s|extra_id)_\d+>')  # as people and T5's files write it
@@ -38,6 +41,7 @@ class Request(NamedTuple):
     row: what the row carries besides tokens, by the names of config.row_features.
     prefix: tokens that the decoder reads before it writes, at least one.
     note: what its writer should know, '' for nothing.
+    is_cut: whether the text was too long and its end is not among the tokens.
   """
 
   text: str
@@ -47,6 +51,7 @@ class Request(NamedTuple):
   row: Mapping[str, int]
   prefix: tuple[int, ...]
   note: str = ''
+  is_cut: bool = False
 
 
 def fill(text: str, texts: Sequence[str]) -> str:
@@ -103,21 +108,25 @@ class Codec:
     prefix: tokens that the decoder reads before it writes.
     end: tokens with which inputs and targets end.
     is_pairs: whether the model was trained on inputs and targets; else it fills blanks.
+    masks_anywhere: whether training inputs need not end with a masked span.
   """
 
-  def __init__(self, vocabulary: Vocabulary, config: Config, row: Mapping[str, int] | None = None):
+  def __init__(self, vocabulary: Vocabulary, config: Config, row: Mapping[str, int] | None = None,
+               info: Mapping[str, Any] | None = None):
     """The codec of a run.
 
     Args:
       vocabulary: the model's vocabulary.
       config: the run's configuration; TaskConfig.objective, and input_length and truncate of InferConfig, are read.
       row: what rows carry besides tokens; by default what the configuration says.
+      info: what a checkpoint says about its run beside the configuration (`RunInfo.info`), such as by which rule it masked.
     """
     self.vocabulary, self.limits = vocabulary, config.infer
     self.row = row_features.defaults(config) if row is None else row
     self.prefix = (vocabulary.bos_id,)
     self.is_pairs = config.task.objective == 'pairs'
     self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') else []
+    self.masks_anywhere = config.task.objective == 'isolated' and SPANS in (info or {}).get('data', {})
     self._number = {token: k for k, token in enumerate(vocabulary.sentinels)}
 
   def check(self, text: str, what: str) -> None:
@@ -163,7 +172,7 @@ class Codec:
     closing = vocabulary.sentinels[blanks]
     ids = vocabulary.encode_blanks(form)
     if ids[-1] not in self._number:
-      ids = [*ids, closing]
+      ids = [*ids, vocabulary.eos_id if self.masks_anywhere else closing]
     found = like_blank(text)
     note = f'{found!r} is read as plain text; a blank is written {BLANK}.' if found else ''
     return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.row, self.prefix, note))
@@ -190,7 +199,7 @@ class Codec:
     if lost:
       raise ConfigError(f'{given}; cut to InferConfig.input_length = {limit} it would lose {lost} of its {request.blanks} '
                         'blanks: raise InferConfig.input_length.')
-    return request._replace(ids=ids)
+    return request._replace(ids=ids, is_cut=True)
 
   def targets(self, request: Request, target: str | Sequence[str]) -> list[int]:
     """The tokens of a given answer.

@@ -12,6 +12,7 @@ from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.cluster.group import Group
 from t5x_cpm.config import Config, gin
 from t5x_cpm.data import reader as reader_lib
+from t5x_cpm.data import report
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.tasks import caches
 from t5x_cpm.training import batches, before, host_memory, metrics, optimizer, plots, start, validation
@@ -53,6 +54,8 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
   reader = reader_lib.open_reader(caches.build(config), config, 'train')
+  for line in report.of_reader(reader) if group.first else ():
+    say(f'data: {line}')
   held_out = validation.open_reader(config, say)
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
 

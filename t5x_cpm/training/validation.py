@@ -7,6 +7,7 @@ import jax
 
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import reader as reader_lib
+from t5x_cpm.data import report
 from t5x_cpm.tasks import caches
 from t5x_cpm.training import batches, host_memory
 from t5x_cpm.training.gradients import means
@@ -30,12 +31,16 @@ def open_reader(config: Config, say: Callable[[str], None]) -> reader_lib.Reader
     ConfigError: checkpoints are to be ranked by evaluations, and the task has none.
   """
   try:
-    return reader_lib.open_reader(caches.build(config), config, 'validation')
+    reader = reader_lib.open_reader(caches.build(config), config, 'validation')
   except reader_lib.EmptySplitError as error:
     if config.checkpoint.keep_best:
       raise ConfigError(f'CheckpointConfig.keep_best = {config.checkpoint.keep_best} needs evaluations, but {error}') from error
     say(f'The run is not evaluated: {error}')
     return None
+  limit = config.train.eval_batches * config.train.batch_size
+  for line in report.of_evaluation(reader, limit, f'TrainConfig.eval_batches = {config.train.eval_batches}'):
+    say(f'data: {line}')
+  return reader
 
 
 def evaluate(step: Step, state: State, frozen: Frozen, reader: reader_lib.Reader, max_batches: int) -> dict[str, float]:
