@@ -158,6 +158,7 @@ def test_any_gin_text_is_a_config_or_a_config_error(content):
 
 @settings(EXAMPLES, max_examples=150)
 @given(st.lists(st.sampled_from(GIN_WORDS), max_size=8).map(''.join) | st.text(max_size=20))
+@example('3\n\x00')  # a number that is refused as one, and as a text
 def test_any_flag_is_a_config_or_a_config_error(text):
   for flag in (text, f'TrainConfig.steps={text}', f'LocalTaskConfig.files={text}'):
     try:

@@ -250,7 +250,10 @@ def _typed(binding: _Binding, value: Any, text: str | None) -> Any:
       check_type(value, kind)
     except TypeError:
       with contextlib.suppress(TypeError):
-        value = check_type(text, kind)
+        try:
+          value = check_type(text, kind)
+        except ValueError:
+          value = text  # told below
     except ValueError:
       pass  # told below
   try:
