@@ -12,7 +12,7 @@ import typing
 import numpy as np
 import pytest
 import small_data
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from t5x_cpm import vocabularies
