@@ -30,7 +30,6 @@ _BYTE_ORDER_MARKS = {  # that of UTF-16 begins that of UTF-32
 _ORDINARY = re.compile('[\t\r\n -~\xa0-\u04ff\u2010-\u2027\u3000-\u30ff\u4e00-\u9fff\uff00-\uffee]')
 _PAUSES = re.compile('[\n ,、。，]')
 _HIGH_PAIR = re.compile(rb'[\xa1-\xfe][\xa1-\xfe]')
-_LIST = 'a JSON array, where a JSON object with {wanted} is expected: write one object a line'
 
 
 class MalformedError(Exception):
@@ -203,6 +202,13 @@ def _is_gbk(raw: bytes) -> bool:
   return 2 * len(pairs) >= 0.9 * high and 2 * len(frequent) > len(pairs) and (len(pairs) < 8 or max(frequent)[0] > 0xc8)
 
 
+def hint(raw: bytes) -> str:
+  """What the first bytes of something that is not UTF-8 look like, if that is clear, as the end of an error; otherwise ''."""
+  if what := _what_instead(raw[:_HEAD]):
+    return f'; it is {what}'
+  return '; it looks like GBK: convert it to UTF-8 with `iconv -f GB18030 -t UTF-8`' if _is_gbk(raw[:1 << 16]) else ''
+
+
 def decode(raw: bytes) -> str:
   """The text of one or several lines, with line feeds between them and no line end around them.
 
@@ -214,29 +220,46 @@ def decode(raw: bytes) -> str:
   except UnicodeDecodeError as error:
     line = raw.count(b'\n', 0, error.start)
     column = error.start - (raw.rfind(b'\n', 0, error.start) + 1) + 1
-    hint = '; it looks like GBK: convert it to UTF-8 with `iconv -f GB18030 -t UTF-8`' if _is_gbk(raw[:1 << 16]) else ''
-    raise MalformedError(f'byte {column} of the line (0x{raw[error.start]:02x}) is not valid UTF-8{hint}', line) from None
+    raise MalformedError(f'byte {column} of the line (0x{raw[error.start]:02x}) is not valid UTF-8{hint(raw)}', line) from None
 
 
-# ---- JSON lines ----
+# ---- JSON ----
+
+
+def _from_json(text: str) -> Any:
+  """A value. Raises MalformedError if the text is not JSON."""
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    rest = f' of line {error.lineno}' if error.lineno > 1 else ''
+    rest += '; an object must end on its line' if text.strip() == '{' else ''
+    raise MalformedError(f'malformed JSON ({error.msg.removesuffix(" starting at")} at column {error.colno}{rest})') from None
+  except RecursionError:
+    raise MalformedError('malformed JSON (nested too deeply)') from None
+  except ValueError:  # Python limits the digits of an integer
+    raise MalformedError('malformed JSON (a number of too many digits)') from None
+
+
+def json_file(path: Any, name: str) -> dict[str, Any]:
+  """The JSON object in a file, which errors call `name`. Raises ConfigError if the file cannot be read or holds none."""
+  check(path, name)
+  with opened(path, name) as file:
+    raw = file.read()
+  try:
+    value = _from_json(decode(raw.removeprefix(codecs.BOM_UTF8)))
+  except MalformedError as error:
+    raise ConfigError(f'{name}: {error}.') from None
+  if not isinstance(value, dict):
+    raise ConfigError(f'{name}: expected a JSON object, got {shown(value)}.')
+  return value
 
 
 def json_object(line: str, fields: tuple[str, ...]) -> dict[str, Any]:
   """The JSON object of a line, of which `fields` are wanted. Raises MalformedError if the line holds no object."""
   wanted = ' and '.join(map(repr, fields))
-  try:
-    value = json.loads(line)
-  except json.JSONDecodeError as error:
-    if line.lstrip().startswith('['):  # the first line of an array that was written for people
-      raise MalformedError(_LIST.format(wanted=wanted)) from None
-    rest = '; an object must end on its line' if line.strip() == '{' else ''
-    raise MalformedError(f'malformed JSON ({error.msg} at column {error.colno}{rest})') from None
-  except RecursionError:
-    raise MalformedError('malformed JSON (nested too deeply)') from None
-  except ValueError:  # Python limits the digits of an integer
-    raise MalformedError('malformed JSON (a number of too many digits)') from None
-  if isinstance(value, list):
-    raise MalformedError(_LIST.format(wanted=wanted))
+  if line.lstrip().startswith('['):  # which may end on another line
+    raise MalformedError(f'a JSON array, where a JSON object with {wanted} is expected: write one object a line')
+  value = _from_json(line)
   if not isinstance(value, dict):
     raise MalformedError(f'expected a JSON object with {wanted}, got {shown(value)}')
   return value

@@ -238,7 +238,7 @@ def test_standard_input_is_read_as_a_file(run, model_dir, tmp_path, monkeypatch,
     (b'{"text": "a"}\n\n{"words": "a"}\n', '.jsonl', r'in\.jsonl:3: no field .text. among .*words.*InferConfig.text_field'),
     (b'{"text": "a"}\n{"text": "\\ud83d"}\n', '.jsonl', r'in\.jsonl:2: .text. holds half of a surrogate pair'),
     (b'{"text": "a"}\n{"text": "a", "id": ' + b'9' * 5000 + b'}\n', '.jsonl', r'in\.jsonl:2: .*number of too many digits'),
-    (b'{"text": "a"}\n' + b'[' * 100_000 + b'\n', '.jsonl', r'in\.jsonl:2: .*nested too deeply'),
+    (b'{"text": "a"}\n{"text": ' + b'[' * 100_000 + b'\n', '.jsonl', r'in\.jsonl:2: .*nested too deeply'),
     (b'abc\n\xff\xfe\n', '.txt', r'in\.txt:2: byte 1 of the line \(0xff\) is not valid UTF-8'),
     ('ok\n' + '一' * 61, '.txt', r'in\.txt:2: the input has 62 tokens and InferConfig.input_length = 60'),
 ])

@@ -73,7 +73,7 @@ def test_shards_hold_every_document_once(tmp_path, monkeypatch, suffix, document
     ('{"text": 3}\n', 1, "'text' is not a text"),
     ('{"text": "a"}\n{"text": "\\ud800"}\n', 2, 'half of a surrogate pair'),
     (b'{"text": "a"}\n{"text": "b\xff"}\n', 2, 'byte 12 of the line \\(0xff\\) is not valid UTF-8'),
-    ('{"text": "a"}\n' + '[' * 100_000 + '\n', 2, 'malformed JSON'),
+    ('{"text": "a"}\n{"text": ' + '[' * 100_000 + '\n', 2, 'malformed JSON'),
     ('{"text": "a"}\n{"text": "a", "id": ' + '9' * 5000 + '}\n', 2, 'number of too many digits'),
 ])
 def test_a_malformed_line_is_named_or_skipped_if_told(tmp_path, content, line, complaint):

@@ -4,7 +4,8 @@ import errno
 import sys
 
 # Errors of the machine, not of the program: the message is enough.
-OF_THE_MACHINE = ('ENOSPC', 'EDQUOT', 'EROFS', 'EACCES', 'EPERM', 'ENOENT', 'EISDIR', 'ENOTDIR')
+OF_THE_MACHINE = (
+    'ENOSPC', 'EDQUOT', 'EROFS', 'EACCES', 'EPERM', 'ENOENT', 'EISDIR', 'ENOTDIR', 'EEXIST', 'ELOOP', 'ENAMETOOLONG', 'EIO')
 
 
 def is_users(error: Exception) -> bool:
