@@ -232,7 +232,6 @@ def _from_json(text: str) -> Any:
     return json.loads(text)
   except json.JSONDecodeError as error:
     rest = f' of line {error.lineno}' if error.lineno > 1 else ''
-    rest += '; an object must end on its line' if text.strip() == '{' else ''
     raise MalformedError(f'malformed JSON ({error.msg.removesuffix(" starting at")} at column {error.colno}{rest})') from None
   except RecursionError:
     raise MalformedError('malformed JSON (nested too deeply)') from None
@@ -259,6 +258,8 @@ def json_object(line: str, fields: tuple[str, ...]) -> dict[str, Any]:
   wanted = ' and '.join(map(repr, fields))
   if line.lstrip().startswith('['):  # which may end on another line
     raise MalformedError(f'a JSON array, where a JSON object with {wanted} is expected: write one object a line')
+  if line.strip() == '{':
+    raise MalformedError('a JSON object that does not end on its line: write one object a line')
   value = _from_json(line)
   if not isinstance(value, dict):
     raise MalformedError(f'expected a JSON object with {wanted}, got {shown(value)}')

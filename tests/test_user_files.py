@@ -49,8 +49,7 @@ BAD = {
                     'expected: write one object a line'),
     'lines_of_array.jsonl': ('[\n' + JSON.strip().replace('\n', ',\n') + '\n]\n', ':1: a JSON array'),
     'array_from_line_1.jsonl': ('[' + JSON.strip().replace('\n', ',\n') + ']\n', ':1: a JSON array'),
-    'pretty.jsonl': ('{\n "text": "a"\n}\n', ':1: malformed JSON (Expecting property name enclosed in double quotes at '
-                     'column 2; an object must end on its line)'),
+    'pretty.jsonl': ('{\n "text": "a"\n}\n', ':1: a JSON object that does not end on its line: write one object a line'),
     'text.jsonl': (PLAIN, ':1: malformed JSON (Expecting value at column 1)'),
     'field.jsonl': ('{"body": "a"}\n', ":1: no field 'text' among ['body']"),
     'whole.json': (JSON, '.jsonl'), 'folder.txt': (None, 'is a folder'), 'named.txt.gz': (PLAIN, 'gz'),
