@@ -7,6 +7,7 @@ such files reads them with these functions, so that all accept the same and refu
 import codecs
 import contextlib
 import errno
+import functools
 import glob
 import gzip
 import json
@@ -183,13 +184,14 @@ def lines(file: BinaryIO, name: str, size: int = -1) -> Iterator[bytes]:
     ConfigError: a line is longer than LONGEST bytes.
   """
   is_first = file.tell() == 0 if file.seekable() else True
-  while line := file.readline(LONGEST):
-    if len(line) == LONGEST and not line.endswith(b'\n') and file.read(1):
+  for line in iter(functools.partial(file.readline, LONGEST), b''):
+    length = len(line)
+    if length == LONGEST and not line.endswith(b'\n') and file.read(1):
       raise ConfigError(f'{name} has a line of more than {LONGEST:,} bytes: cut it into lines.')
     yield line.removeprefix(codecs.BOM_UTF8) if is_first else line
     is_first = False
-    size -= len(line)
-    if size == 0:
+    size -= length
+    if not size:
       return
 
 
