@@ -92,6 +92,10 @@ def _refuse(constant: str) -> NoReturn:
   raise ValueError(f'{constant} is not JSON')
 
 
+def _accept(constant: str) -> float:
+  return float(constant)
+
+
 def content(path: Any, remedy: str) -> bytes:
   """What is in a file that the project wrote.
 
@@ -109,13 +113,14 @@ def content(path: Any, remedy: str) -> bytes:
     raise ConfigError(f'{path} cannot be read: {error.strerror or error}.') from None
 
 
-def parse(path: Any, remedy: str, signed: str = '') -> dict[str, Any]:
+def parse(path: Any, remedy: str, signed: str = '', *, finite: bool = True) -> dict[str, Any]:
   """The object in a JSON file, of any form; its digest has been compared and is left out.
 
   Args:
     path: the file.
     remedy: what errors tell the user to do.
     signed: a field that is as new as digests are: an object that has it must have a digest.
+    finite: whether NaN and infinite numbers, which JSON does not have, are refused. The metrics of a checkpoint may be so.
 
   Raises:
     DamagedError: it is missing, not a file, no JSON object, or not what was written.
@@ -123,11 +128,11 @@ def parse(path: Any, remedy: str, signed: str = '') -> dict[str, Any]:
   """
   raw = content(path, remedy)
   try:
-    value = json.loads(raw.decode(), parse_constant=_refuse)
+    value = json.loads(raw.decode(), parse_constant=_refuse if finite else _accept)
     if not isinstance(value, dict):
       raise DamagedError(path, f'expected a JSON object, got {_short(value)}', remedy)
     expected = value.pop('digest', None)
-    found = digest(value)
+    is_changed = digest(value) != expected if expected is not None else signed in value
   except UnicodeDecodeError as error:
     raise DamagedError(path, f'byte {error.start} is not UTF-8', remedy) from None
   except RecursionError:
@@ -136,7 +141,7 @@ def parse(path: Any, remedy: str, signed: str = '') -> dict[str, Any]:
     raise
   except ValueError as error:
     raise DamagedError(path, f'malformed JSON: {error}', remedy) from None
-  if expected != found and (expected is not None or signed in value):
+  if is_changed:
     raise DamagedError(path, 'its content does not have the digest that it was written with', remedy)
   return value
 

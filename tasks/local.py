@@ -5,10 +5,11 @@ One glob is one task. A dict of globs is a mixture of the tasks 'local:NAME', ea
 
 import collections
 import dataclasses
-import glob
 import os
 
+from t5x_cpm import user_files
 from t5x_cpm.config import Config, ConfigError, LocalTaskConfig
+from t5x_cpm.config.fields import shown
 from t5x_cpm.tasks import text_files
 from t5x_cpm.tasks.documents import Documents
 from t5x_cpm.tasks.table import MixtureRow, Row
@@ -56,10 +57,7 @@ def find(pattern: str, field: str, pairs: bool) -> list[str]:
   Raises:
     ConfigError: no file matches, or one is of a kind that cannot be read.
   """
-  pattern = os.path.expanduser(pattern)
-  files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-  if not files:
-    raise ConfigError(f'LocalTaskConfig.{field} = {pattern!r} matches no file (current folder: {os.getcwd()}).')
+  files = user_files.find(pattern, f'LocalTaskConfig.{field} = {shown(pattern)}')
   for path in files:
     if not path.endswith(SUFFIXES):
       raise ConfigError(f'LocalTaskConfig.{field}: {path} ends in none of {", ".join(SUFFIXES)}.')
@@ -95,7 +93,8 @@ def documents(name: str, config: Config) -> Documents:
       if own.validation_files or text_files.held_out(document, own.validation_fraction) == (split == 'validation'):
         yield document
 
-  patterns = [os.path.abspath(os.path.expanduser(pattern)) for pattern in (own.files, own.validation_files) if pattern]
+  patterns = [user_files.literal(os.path.abspath(os.path.expanduser(pattern)))
+              for pattern in (own.files, own.validation_files) if pattern]
   shards = {split: len(cuts) for split, cuts in ranges.items() if cuts}
   every = sorted({path for paths in found.values() for path in paths})
   return Documents(read, shards, ['inputs', 'targets'] if pairs else ['targets'], every, patterns)

@@ -1,31 +1,31 @@
 """Reads documents from .txt and .jsonl files, plain or .gz: strictly, by byte range, and every error names file and line."""
 
 import collections
-import gzip
 import hashlib
-import json
 import re
-import zlib
 from collections.abc import Iterator
-from typing import Any
 
-from t5x_cpm.config import LocalTaskConfig
+from t5x_cpm import user_files
+from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data.cache import DataError
 from t5x_cpm.data.rows import BLANK_FILES
 
 UNIT_BYTES = 4 << 20  # how many bytes of a file are about one shard
-_BOM = b'\xef\xbb\xbf'
 _BLANK_LINE = re.compile(rb'\n[ \t\r]*\n')
+OR_WHOLE = ", or if it is one document set LocalTaskConfig.text_document = 'file'"
 
 
 def _end_of_match(f, pattern: re.Pattern) -> int:
   """How many bytes there are from here to the end of the first match, or of the file."""
-  seen = b''
+  read, before = 0, b''
   while block := f.read(1 << 16):
-    seen += block
+    seen = before + block
     if match := pattern.search(seen):
-      return match.end()
-  return len(seen)
+      return read - len(before) + match.end()
+    read += len(block)
+    # The next block may end a blank line that this one begins.
+    before = b'\n' if b'\n' in seen and not seen[seen.rfind(b'\n'):].strip() else b''
+  return read
 
 
 def ranges(files: list[str], document: str) -> list[tuple[str, int, int]]:
@@ -34,13 +34,16 @@ def ranges(files: list[str], document: str) -> list[tuple[str, int, int]]:
   Args:
     files: paths.
     document: LocalTaskConfig.text_document.
+
+  Raises:
+    ConfigError: a file cannot be read, or is not text in UTF-8.
   """
   result = []
   for path in files:
-    if path.endswith('.gz'):
-      result.append((path, 0, -1))
-      continue
-    with open(path, 'rb') as f:
+    with user_files.opened(path) as f:
+      if path.endswith('.gz'):
+        result.append((path, 0, -1))
+        continue
       size = f.seek(0, 2)
       borders = [0]
       if '.jsonl' in path or document != 'file':
@@ -52,36 +55,11 @@ def ranges(files: list[str], document: str) -> list[tuple[str, int, int]]:
   return result
 
 
-class MalformedError(Exception):
-  """A document that cannot be read. The message does not say where it is; `line` is the line of it at fault, from 0."""
-
-  def __init__(self, text: str, line: int = 0):
-    super().__init__(text)
-    self.line = line
-
-
-class _CarriageReturnsError(Exception):
-  """A file is one line, with carriage returns in it."""
-
-
-def _lines(f, size: int, whole: bool) -> Iterator[bytes]:
-  """The lines of `size` bytes from here on, or of all that follow. `whole`: the file is one document, so nothing is checked."""
-  first = f.tell() == 0
-  for line in f:
-    if first and not whole and b'\r' in line.strip(b'\r\n') and not f.peek(1):
-      raise _CarriageReturnsError
-    yield line.removeprefix(_BOM) if first else line
-    first = False
-    size -= len(line)
-    if size == 0:
-      return
-
-
 def _newlines(path: str, end: int) -> int:
   """How many lines end before byte `end`, which is 0 in .gz files."""
   count = 0
   if end:
-    with open(path, 'rb') as f:
+    with user_files.opened(path) as f:
       while end and (block := f.read(min(end, 1 << 20))):
         count += block.count(b'\n')
         end -= len(block)
@@ -114,57 +92,9 @@ def _texts(lines: Iterator[bytes], config: LocalTaskConfig) -> Iterator[tuple[in
     yield number - len(block) + 1, b''.join(block)
 
 
-def _decode(raw: bytes) -> str:
-  try:
-    return raw.decode().replace('\r\n', '\n').strip('\r\n')
-  except UnicodeDecodeError as error:
-    line = raw.count(b'\n', 0, error.start)
-    column = error.start - (raw.rfind(b'\n', 0, error.start) + 1) + 1
-    raise MalformedError(f'byte {column} of the line (0x{raw[error.start]:02x}) is not valid UTF-8', line) from None
-
-
-def json_object(line: str, fields: tuple[str, ...]) -> dict[str, Any]:
-  """The JSON object of a line, of which `fields` are wanted. Raises MalformedError if the line holds no object."""
-  try:
-    value = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise MalformedError(f'malformed JSON ({error.msg} at column {error.colno})') from None
-  except RecursionError:
-    raise MalformedError('malformed JSON (nested too deeply)') from None
-  except ValueError:  # Python limits the digits of an integer
-    raise MalformedError('malformed JSON (a number of too many digits)') from None
-  if not isinstance(value, dict):
-    raise MalformedError(f'expected a JSON object with {" and ".join(map(repr, fields))}, got {line[:40]!r}')
-  return value
-
-
-def texts_of(value: dict[str, Any], fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
-  """The texts in some fields of a JSON object.
-
-  Args:
-    value: the object.
-    fields: names of the fields.
-    hint: says which fields of the configuration name them.
-
-  Raises:
-    MalformedError: a field is missing or not a text, or its text cannot be written in UTF-8.
-  """
-  for field in fields:
-    if not isinstance(value.get(field), str):
-      given = f'{field!r} is not a text' if field in value else f'no field {field!r} among {sorted(value)[:8]}'
-      raise MalformedError(f'{given} ({hint})')
-    if any('\ud800' <= c <= '\udfff' for c in value[field]):
-      raise MalformedError(f'{field!r} holds half of a surrogate pair')
-  return tuple(value[field] for field in fields)
-
-
-def json_texts(line: str, fields: tuple[str, ...], hint: str) -> tuple[str, ...]:
-  """The texts in some fields of a JSON object. Arguments and errors are those of `json_object` and `texts_of`."""
-  return texts_of(json_object(line, fields), fields, hint)
-
-
 def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
-  return json_texts(_decode(raw), fields, 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields')
+  hint = 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields'
+  return user_files.json_texts(user_files.decode(raw), fields, hint)
 
 
 def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple[str, ...],
@@ -180,21 +110,21 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
     skipped: counts the documents that are left out, by reason; and under BLANK_FILES the files that hold nothing but blanks.
 
   Raises:
-    DataError: a line is not UTF-8, or not a JSON object with these fields, and is not to be skipped; or lines end with CR
-      alone.
+    DataError: the file cannot be read, or its lines end with CR alone; or a line is not UTF-8, or not a JSON object with these
+      fields, and is not to be skipped.
   """
   found = False
   reader = _json_lines if '.jsonl' in path.rsplit('/', 1)[-1] else _texts
-  opener = gzip.open if path.endswith('.gz') else open
   try:
-    with opener(path, 'rb') as f:
+    with user_files.opened(path) as f:
       f.seek(begin)
       whole = reader is _texts and config.text_document == 'file'
-      for number, raw in reader(_lines(f, end - begin if end >= 0 else -1, whole), config):
+      lines = user_files.lines(f, path, end - begin if end >= 0 else -1, whole=whole, or_else=OR_WHOLE)
+      for number, raw in reader(lines, config):
         found = True
         try:
-          document = _parse(raw, fields) if reader is _json_lines else (_decode(raw),)
-        except MalformedError as error:
+          document = _parse(raw, fields) if reader is _json_lines else (user_files.decode(raw),)
+        except user_files.MalformedError as error:
           if not config.skip_malformed:
             line = number + error.line + _newlines(path, begin)
             raise DataError(f'{path}:{line}: {error}. Mend the line, or set LocalTaskConfig.skip_malformed = True to leave '
@@ -207,11 +137,8 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
           skipped['empty'] += 1
       if not found and begin == 0 and not f.read(1):
         skipped[BLANK_FILES] += 1
-  except _CarriageReturnsError:
-    raise DataError(f'{path}: its lines end with CR alone, so that the whole file would be read as one line. Convert it with '
-                    "`tr '\\r' '\\n'`, or if it is one document set LocalTaskConfig.text_document = 'file'.") from None
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise DataError(f'{path}: the file is damaged or not in gzip format ({error}).') from None
+  except ConfigError as error:
+    raise DataError(str(error)) from None
 
 
 def held_out(document: tuple[str, ...], fraction: float) -> bool:

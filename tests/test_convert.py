@@ -1,5 +1,7 @@
 """`convert import`: which files it takes, which it refuses in a line, and what it says."""
 
+import gzip
+import itertools
 import json
 import pathlib
 import pickle
@@ -84,6 +86,55 @@ class Program:
 
   def __reduce__(self):
     return print, ('this program ran',)
+
+
+def test_files_that_are_something_else_are_refused_in_a_line(folder, tensors, spiece, capsys):
+  convert.write_tensors(folder, iter(tensors.items()))
+  (folder / 'spiece.model').write_bytes(spiece.read_bytes())
+  described = (folder / 'config.json').read_text()
+  for file in ('config.json', 'model.safetensors', 'spiece.model'):
+    path = folder / file
+    good = path.read_bytes()
+    kinds: list = [b'', gzip.compress(good), good[:len(good) // 2], b'[1]', 'folder', folder / 'gone', path]
+    if file == 'config.json':
+      kinds += [described.encode(codec) for codec in ('utf-16', 'utf-32-be')] + [
+          described.replace('t5', '今天').encode('gbk'), b'[' * 100_000, b'{"d_model": ' + b'9' * 5000 + b'}', b'null']
+    for kind in kinds:
+      path.unlink()
+      if kind == 'folder':
+        path.mkdir()
+      elif isinstance(kind, bytes):
+        path.write_bytes(kind)
+      else:
+        path.symlink_to(kind)
+      assert convert_in(folder) == 2, (file, kind)
+      error = capsys.readouterr().err
+      assert error.startswith('error: ') and error.count('\n') == 1 and str(path) in error, (file, kind, error)
+      path.rmdir() if kind == 'folder' else path.unlink()
+      path.write_bytes(good)
+  (folder / 'config.json').write_text('\ufeff' + described)
+  assert convert_in(folder) == 0
+  capsys.readouterr()
+  (folder / 'circle').symlink_to(folder / 'circle')
+  for output in ('config.json', 'config.json/x', 'circle', 'x' * 300):
+    assert main(['convert', 'export', f'--model_dir={folder.parent / "run"}', f'--hf={folder / output}']) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: {folder / output} cannot be written: ') and error.count('\n') == 1
+
+
+def test_any_value_in_config_json_is_taken_or_refused_in_a_line(model):
+  good = huggingface.write_config(model)
+  names = [*good, 'num_experts', 'num_sparse_encoder_layers', 'router_bias', 'router_jitter_noise', 'scale_decoder_outputs']
+  values = (None, True, -1, 0, 1.5, 'x', '512', [], [1], {}, 10**30, float('inf'), float('nan'))
+  refused = 0
+  for base in (good, good | {'model_type': huggingface.SWITCH, 'dense_act_fn': 'relu', 'num_experts': 2}):
+    for name, value in itertools.product(names, values):
+      try:
+        huggingface.read_config(base | {name: value}).validate()
+      except ConfigError as error:
+        assert '\n' not in str(error)
+        refused += 1
+  assert refused > 200
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ ORDER = (
     r't5x_cpm\.config\.describe',
     r't5x_cpm\.config\.gin',
     r't5x_cpm\.config',
-    r't5x_cpm\.(files|progress|stored|trees)',
+    r't5x_cpm\.(files|progress|stored|trees|user_files)',
     r't5x_cpm\.(backend|chips|mesh)',
     r't5x_cpm\.cluster(\.\w+)?',
     r't5x_cpm\.vocabularies(\.\w+)?',

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from small_run import INFO, config, saved, tmpfs
 
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.arrays import load_params
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.checkpoints.run_directory import CheckpointError, read_run
@@ -19,6 +21,15 @@ def test_read_run(tmp_path):
   assert (run.config, run.step, run.info, run.steps, run.metrics) == (cfg, 3, INFO, [1, 3], {'eval/loss': 2.5})
   assert read_run(tmp_path, 1).step == 1
   assert json.loads((tmp_path / 'config.json').read_text())['info'] == INFO
+
+
+def test_a_start_reads_each_description_once(tmp_path, monkeypatch):
+  saved(tmp_path, (1, 2, 3), None, {2: {'eval/loss': math.nan}, 3: {'eval/loss': math.inf}})  # neither of which JSON has
+  assert [math.isfinite(read_run(tmp_path, step).metrics['eval/loss']) for step in (2, 3)] == [False, False]
+  calls, real = [], run_directory.read_meta
+  monkeypatch.setattr(run_directory, 'read_meta', lambda model_dir, step: (calls.append(step), real(model_dir, step))[1])
+  Manager(tmp_path, config(), info=INFO).close()
+  assert calls == [3, 1, 2, 3]  # the last is compared with the configuration first
 
 
 @pytest.mark.parametrize('make, reason', [

@@ -51,12 +51,23 @@ def test_a_size_that_the_text_does_not_give_is_refused(tmp_path):
   (tmp_path / 'bytes.txt').write_bytes(b'ok\n\xff\n')
   (tmp_path / 'lines.jsonl').write_text('{"text": "a"}\n{"text": 3}\n')
   (tmp_path / 'not.txt.gz').write_bytes(b'plain')
-  for name, message in (('bytes.txt', 'not UTF-8 text .*0xff'), ('not.txt.gz', 'not in gzip format'),
-                        ('lines.jsonl', "lines.jsonl:2: the field 'text' is not a text")):
+  for name, message in (('bytes.txt', r'bytes.txt:2: byte 1 of the line \(0xff\)'), ('not.txt.gz', 'not in gzip format'),
+                        ('lines.jsonl', "lines.jsonl:2: 'text' is not a text .--field")):
     with pytest.raises(ConfigError, match=message):
       list(texts.read([str(tmp_path / name)], 'text'))
   with pytest.raises(ConfigError, match='--sentinels=0: expected at least 1'):
     train.run([f'{CORPUS}/zh.txt'], str(tmp_path / 'vocab.txt'), sentinels=0)
+  with pytest.raises(ConfigError, match='--sentinels=70000000: expected fewer than there are pieces, --size=8000'):
+    train.run([f'{CORPUS}/zh.txt'], str(tmp_path / 'vocab.txt'), sentinels=70_000_000)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_text_is_read(tmp_path):
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'circle').symlink_to(tmp_path / 'circle')
+  for name in ('', 'file/x', 'circle/x', 'x' * 300, 'y/' * 2500 + 'z'):
+    with pytest.raises(ConfigError, match='^--output=.* cannot be written: ') as error:
+      train.run([f'{tmp_path}/gone'], f'{tmp_path}/{name}')
+    assert '\n' not in str(error.value)
 
 
 def test_bytes_make_room_for_few_pieces_of_many_characters(tmp_path):

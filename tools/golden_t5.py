@@ -9,12 +9,16 @@ right. `tests/test_parity.py` compares this project with the file, and where tor
 the figures anew.
 """
 
-import argparse
+import importlib.util
 import json
 import pathlib
 from typing import Any
 
 import numpy as np
+
+from t5x_cpm.cli.errors import run_script
+from t5x_cpm.cli.parse import Parser
+from t5x_cpm.config import ConfigError
 
 CONFIG = {
     'vocab_size': 67, 'd_model': 32, 'd_kv': 12, 'd_ff': 48, 'num_layers': 3, 'num_decoder_layers': 2, 'num_heads': 2,
@@ -64,6 +68,31 @@ def draw(model: Any, rng: np.random.Generator) -> None:
       value.copy_(torch.from_numpy(drawn.astype(np.float32)))
 
 
+def draw_batch(config: dict[str, Any], rng: np.random.Generator, rows: int, S: int, T: int) -> tuple[np.ndarray, ...]:
+  """input_ids and attention_mask [rows, S], labels [rows, T]; rows must be 4 or more."""
+  switch = config.get('model_type') == 'switch_transformers'
+  V = config['vocab_size']
+  input_ids = rng.integers(2, V, (rows, S))
+  attention_mask = np.ones((rows, S), np.int64)
+  if not switch:  # Switch's routers and auxiliary losses would count padding
+    attention_mask[1, S - 7:] = 0
+    attention_mask[2, :5] = 0
+  input_ids[attention_mask == 0] = 0
+  labels = rng.integers(1, V, (rows, T))
+  if not switch:
+    labels[1, T - 4:] = -100
+    labels[3, T - 9:] = -100
+  return input_ids, attention_mask, labels
+
+
+def generate(model: Any, encoder: dict[str, Any], settings: dict[str, Any]) -> tuple[np.ndarray, Any]:
+  """Answers [rows, n] without the start token, padded after their end, and all that transformers found."""
+  found = model.generate(**encoder, **settings, do_sample=False, return_dict_in_generate=True, output_scores=True)
+  tokens, end = found.sequences.numpy()[:, 1:], model.config.eos_token_id
+  ended = np.cumsum(tokens == end, axis=1) - (tokens == end) > 0
+  return np.where(ended, model.config.pad_token_id, tokens), found  # what follows the end depends on the version
+
+
 def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int = 21) -> dict[str, Any]:
   """Weights, inputs and results of one model, float32.
 
@@ -91,17 +120,7 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
   draw(model, rng)
   weights = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
 
-  V = config['vocab_size']
-  input_ids = rng.integers(2, V, (rows, S))
-  attention_mask = np.ones((rows, S), np.int64)
-  if not switch:  # Switch's routers and auxiliary losses would count padding
-    attention_mask[1, S - 7:] = 0
-    attention_mask[2, :5] = 0
-  input_ids[attention_mask == 0] = 0
-  labels = rng.integers(1, V, (rows, T))
-  if not switch:
-    labels[1, T - 4:] = -100
-    labels[3, T - 9:] = -100
+  input_ids, attention_mask, labels = draw_batch(config, rng, rows, S, T)
   encoder = {'input_ids': torch.from_numpy(input_ids), 'attention_mask': torch.from_numpy(attention_mask)}
   out = model(**encoder, labels=torch.from_numpy(labels))
   out.loss.backward()
@@ -122,26 +141,21 @@ def make(config: dict[str, Any], seed: int, rows: int = 4, S: int = 24, T: int =
   for name, value in model.named_parameters():
     assert value.grad is not None, name
     result[f'gradient/{name}'] = value.grad.numpy()
-
-  def generate(settings: dict[str, Any]) -> tuple[np.ndarray, Any]:
-    found = model.generate(**encoder, **settings, do_sample=False, return_dict_in_generate=True, output_scores=True)
-    tokens = found.sequences.numpy()[:, 1:]  # without the start token
-    ended = np.cumsum(tokens == config['eos_token_id'], axis=1) - (tokens == config['eos_token_id']) > 0
-    return np.where(ended, config['pad_token_id'], tokens), found  # what follows the end depends on the version
-
-  result['greedy'] = generate(GREEDY)[0]
+  result['greedy'] = generate(model, encoder, GREEDY)[0]
   for index, settings in enumerate(BEAMS):
-    result[f'beam/{index}/tokens'], found = generate(settings)
+    result[f'beam/{index}/tokens'], found = generate(model, encoder, settings)
     result[f'beam/{index}/settings'] = np.asarray(json.dumps(settings))
     result[f'beam/{index}/scores'] = found.sequences_scores.numpy()
   return {name: value.astype(np.int32) if value.dtype == np.int64 else value for name, value in result.items()}
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   default = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'golden'
   parser.add_argument('--output', type=pathlib.Path, default=default, help='folder')
   given = parser.parse_args()
+  if missing := [name for name in ('torch', 'transformers') if not importlib.util.find_spec(name)]:
+    raise ConfigError(f'{" and ".join(missing)} must be installed: pip install -e .[torch]')
   given.output.mkdir(parents=True, exist_ok=True)
   for name, (config, seed) in GOLDEN.items():
     result, file = make(config, seed), given.output / f'{name}_parity.npz'
@@ -152,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  run_script(main)

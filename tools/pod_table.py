@@ -3,16 +3,28 @@
   python tools/pod_table.py plans/*.json
 """
 
-import json
 import pathlib
 import sys
+
+from t5x_cpm import stored, user_files
+from t5x_cpm.cli.errors import run_script
+from t5x_cpm.config import ConfigError
 
 GiB = 2**30
 HEAD = '| model | slice | step | mesh (data x model x expert) | GiB of a chip | bound by | MFU at most | tokens a day |'
 
 
+# What is read of a plan; it has more.
+FORM = {
+    'step': str, 'topology': str, 'mesh': {'data': int, 'model': int, 'expert': int, 'sharding': str, str: lambda value: True},
+    'argument_bytes': float, 'temporary_bytes': float, 'host_bytes': float, 'fits': bool, 'missing_bytes': float,
+    'tokens': float, **dict.fromkeys(('step_seconds', 'mfu', 'bound'), lambda value: True)}  # null where the step does not fit
+
+
 def row(path: pathlib.Path) -> str:
-  plan = json.loads(path.read_text())
+  plan = user_files.json_file(path, str(path))
+  if wrong := stored.mismatch({name: value for name, value in plan.items() if name in FORM}, FORM):
+    raise ConfigError(f'{path}: not a plan that `t5x_cpm compile --output` wrote ({wrong}).')
   mesh = plan['mesh']
   text = f'{mesh["data"]} x {mesh["model"]} x {mesh["expert"]}' + (f", '{mesh['sharding']}'" if plan['step'] == 'train' else '')
   memory = f'{(plan["argument_bytes"] + plan["temporary_bytes"]) / GiB:.1f}'
@@ -29,11 +41,12 @@ def row(path: pathlib.Path) -> str:
 
 def main() -> None:
   paths = [pathlib.Path(name) for name in sys.argv[1:]]
-  if not paths or not all(path.exists() for path in paths):
-    sys.exit(__doc__)
+  if not paths:
+    raise ConfigError('expected the plans: python tools/pod_table.py plans/*.json')
+  rows = [row(path) for path in paths]
   print(HEAD + '\n|---|---|---|---|---:|---|---:|---:|')
-  print('\n'.join(row(path) for path in paths))
+  print('\n'.join(rows))
 
 
 if __name__ == '__main__':
-  main()
+  run_script(main)

@@ -4,7 +4,6 @@ It is run by tools/quickstart.sh, which sets up the environment. Every step is a
 environment; it is printed before it runs.
 """
 
-import argparse
 import json
 import pathlib
 import shlex
@@ -13,6 +12,9 @@ import subprocess
 import sys
 import time
 
+from t5x_cpm.cli.errors import run_script
+from t5x_cpm.cli.parse import Parser, at_least
+from t5x_cpm.config import ConfigError
 from t5x_cpm.tasks import stories
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,7 +39,9 @@ def show(command: list[str]) -> list[str]:
 
 
 def run(*command: str) -> None:
-  subprocess.run(show(list(command)), cwd=ROOT, check=True)
+  code = subprocess.run(show(list(command)), cwd=ROOT).returncode
+  if code:  # it has said why
+    raise SystemExit(code)
 
 
 def train_until_stopped(command: list[str], metrics: pathlib.Path, at_step: int) -> None:
@@ -50,7 +54,7 @@ def train_until_stopped(command: list[str], metrics: pathlib.Path, at_step: int)
       break
     time.sleep(0.2)
   if process.wait() != 0:
-    raise SystemExit(f'training ended with exit code {process.returncode}')
+    raise SystemExit(process.returncode)
 
 
 def answers(path: pathlib.Path) -> list[str]:
@@ -70,15 +74,15 @@ def accuracy(model_dir: pathlib.Path) -> float:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = Parser(description=__doc__)
   parser.add_argument('--output', type=pathlib.Path, default=ROOT / 'runs' / 'quickstart', help='where everything is written')
-  parser.add_argument('--steps', type=int, default=0, help='training steps; 0 is what gin/runs/quickstart.gin says')
+  parser.add_argument('--steps', type=at_least(0), default=0, help='training steps; 0 is what gin/runs/quickstart.gin says')
   args = parser.parse_args()
   started = time.monotonic()
   output = args.output.resolve()
   trained, untrained = output / 'model', output / 'untrained'
   if trained.exists():
-    raise SystemExit(f'{trained} exists: remove {output}, or give another --output.')
+    raise ConfigError(f'{trained} exists: remove {output}, or give another --output.')
   output.mkdir(parents=True, exist_ok=True)
 
   print('1. A vocabulary from the shipped corpus and some generated stories. The result is the file that ships.')
@@ -122,4 +126,4 @@ What to do next: ask it something (a blank is <span>), see what there is, and tr
 
 
 if __name__ == '__main__':
-  main()
+  run_script(main)

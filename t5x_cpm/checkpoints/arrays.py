@@ -68,7 +68,7 @@ def stored(model_dir: epath.Path, step: int, meta: Mapping[str, Any]) -> dict[st
     meta: its description.
 
   Raises:
-    DamagedError: what Orbax has written of them is damaged, or says something else than the description.
+    DamagedCheckpointError: what Orbax has written of them is damaged, or says something else than the description.
   """
   import orbax.checkpoint as ocp
 
@@ -103,7 +103,7 @@ def read(model_dir: epath.Path, step: int, meta: Mapping[str, Any], abstract: An
     abstract: tree of ShapeDtypeStruct with shardings. Nothing else that is stored is read.
 
   Raises:
-    DamagedError: names the first array that is not what was saved, or what cannot be read.
+    DamagedCheckpointError: names the first array that is not what was saved, or what cannot be read.
   """
   path = model_dir / 'checkpoints' / str(step) / 'state'
   preparing = digests.prepare() if 'arrays' in meta else None

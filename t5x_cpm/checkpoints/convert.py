@@ -4,6 +4,7 @@ Parameters are converted in memory, in float32 unless the configuration of the r
 """
 
 import json
+import os
 import pathlib
 import shutil
 import warnings
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_cpm import vocabularies
+from t5x_cpm import user_files, vocabularies
 from t5x_cpm.checkpoints import arrays, huggingface, run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.config import Config, ConfigError, TaskConfig
@@ -37,11 +38,17 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
   result: dict[str, np.ndarray] = {}
   safe, binary = sorted(folder.glob('model*.safetensors')), sorted(folder.glob('pytorch_model*.bin'))
+  for file in safe + binary * (not safe):
+    user_files.check(file, str(file))
   for file in safe:
     try:
       result |= safetensors.numpy.load_file(file)
     except safetensors.SafetensorError as error:
       raise ConfigError(f'{file} is damaged: {error}.') from None
+    except OSError as error:
+      raise ConfigError(f'{file} cannot be read: {error.strerror or error}.') from None
+    except (AttributeError, KeyError) as error:
+      raise ConfigError(f'{file} has tensors of a type that NumPy lacks ({error}): save it in float32 or bfloat16.') from None
   if safe:
     return result
   if not binary:
@@ -103,24 +110,18 @@ def write_tensors(folder: pathlib.Path, pairs: Iterator[tuple[str, np.ndarray]],
 def read_description(folder: pathlib.Path) -> dict[str, Any]:
   """The config.json of a folder. Raises ConfigError where it is missing or not a JSON object."""
   path = folder / 'config.json'
-  if not path.is_file():
+  if not os.path.lexists(path):
     raise ConfigError(f'--hf={folder}: there is no config.json in it.')
-  try:
-    described = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ConfigError(f'{path}: malformed JSON ({error}).') from None
-  if not isinstance(described, dict):
-    raise ConfigError(f'{path}: expected a JSON object.')
-  return described
+  return user_files.json_file(path, str(path))
 
 
 def _vocabulary(folder: pathlib.Path, given: str) -> vocabularies.Vocabulary:
   """The vocabulary that is given, or what lies beside the weights."""
   if given:
     return vocabularies.load(given)
-  if (folder / 'vocabulary').exists():
+  if os.path.lexists(folder / 'vocabulary'):
     return vocabularies.load_saved(folder / 'vocabulary')
-  if (folder / 'spiece.model').exists():
+  if os.path.lexists(folder / 'spiece.model'):
     return vocabularies.load(f'sentencepiece:{folder / "spiece.model"}')
   raise ConfigError(f'--hf={folder} has no spiece.model and no vocabulary/: give --vocabulary=KIND:FILE, such as '
                     'sentencepiece:FILE.')
@@ -174,13 +175,14 @@ def to_huggingface(model_dir: str, hf: str, *, step: int | None = None) -> None:
   run_directory.check_vocabulary(model_dir, run.info, words.fingerprint)
   described = huggingface.write_config(run.config.model) | {
       'pad_token_id': words.pad_id, 'eos_token_id': words.eos_id, 'decoder_start_token_id': words.bos_id}
-  if folder.exists() and any(folder.iterdir()):
-    raise ConfigError(f'--hf={hf} is not empty: give a new directory.')
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
-  write_tensors(folder, huggingface.from_params(run.config.model, arrays.load_params(model_dir, step=run.step)))
-  shutil.copytree(saved, folder / 'vocabulary')
-  if words.kind == 'sentencepiece':  # where transformers' tokenizer looks for it
-    shutil.copyfile(saved / pathlib.Path(words.files[0]).name, folder / 'spiece.model')
+  with run_directory.writing(folder):
+    if folder.exists() and any(folder.iterdir()):
+      raise ConfigError(f'--hf={hf} is not empty: give a new directory.')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+    write_tensors(folder, huggingface.from_params(run.config.model, arrays.load_params(model_dir, step=run.step)))
+    shutil.copytree(saved, folder / 'vocabulary')
+    if words.kind == 'sentencepiece':  # where transformers' tokenizer looks for it
+      shutil.copyfile(saved / pathlib.Path(words.files[0]).name, folder / 'spiece.model')
   print(f'{hf}: {encoder_decoder.build(run.config.model).num_parameters():,} parameters of step {run.step}, in '
         f'{", ".join(sorted(file.name for file in folder.iterdir()))}', flush=True)

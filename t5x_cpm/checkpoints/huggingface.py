@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig
+from t5x_cpm.config.fields import shown
 
 SWITCH = 'switch_transformers'
 UNTIED = 'without it SwitchTransformers gives encoder and decoder an embedding table each, and here they share one.'
@@ -94,6 +95,8 @@ def read_experts(theirs: Mapping[str, Any]) -> MoEConfig:
   for stack, layers, sparse in (('encoder', 'num_layers', 'num_sparse_encoder_layers'),
                                 ('decoder', 'num_decoder_layers', 'num_sparse_decoder_layers')):
     number, of = theirs.get(sparse, 3), theirs.get(layers, 12)
+    if not isinstance(number, int) or not isinstance(of, int):
+      raise ConfigError(f'config.json: {sparse} = {shown(number)}, {layers} = {shown(of)}: expected whole numbers.')
     if number and of % number:
       raise ConfigError(f'config.json: {sparse} = {number} does not divide {layers} = {of}.')
     every[f'{stack}_every'] = of // number if number else 0
@@ -114,11 +117,11 @@ def read_config(theirs: Mapping[str, Any]) -> ModelConfig:
   """
   kind = theirs.get('model_type')
   if kind not in ('t5', 'mt5', SWITCH):
-    raise ConfigError(f"config.json: model_type = {kind!r}: expected 't5', 'mt5' or '{SWITCH}'.")
+    raise ConfigError(f"config.json: model_type = {shown(kind)}: expected 't5', 'mt5' or '{SWITCH}'.")
   key = 'dense_act_fn' if kind == SWITCH else 'feed_forward_proj'
   activation = theirs.get(key, 'gated-gelu' if kind == 'mt5' else 'relu')
-  if activation not in ACTIVATIONS:
-    raise ConfigError(f'config.json: {key} = {activation!r}: expected one of {", ".join(ACTIVATIONS)}.')
+  if activation not in tuple(ACTIVATIONS):  # which may be of any type
+    raise ConfigError(f'config.json: {key} = {shown(activation)}: expected one of {", ".join(ACTIVATIONS)}.')
   values: dict[str, Any] = {}
   for ours, key in FIELDS.items():
     value = theirs.get(key, DEFAULTS.get(key))

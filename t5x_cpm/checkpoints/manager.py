@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
-from t5x_cpm import files, trees
+from t5x_cpm import files, stored, trees
 from t5x_cpm.checkpoints import arrays, digests, quiet, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, resolve
-from t5x_cpm.config import CheckpointConfig, Config
+from t5x_cpm.config import CheckpointConfig, Config, ConfigError
 
 DELETED = '.deleted'  # folder of checkpoints that are being deleted
 
@@ -78,7 +78,8 @@ class Manager:
       _wait_for_all('checked')
       if self._primary:
         self._clear_partial()
-        self._mend_metrics()
+      self._read_metrics()
+      if self._primary:
         text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
         with run_directory.writing(self.model_dir / 'config.json'):
           files.write_atomically(self.model_dir / 'config.json', text.encode())
@@ -98,9 +99,6 @@ class Manager:
                 preservation_policy=_Keep(config.checkpoint),
                 # A checkpoint that a kill left half deleted could look complete, so it is moved away first.
                 todelete_subdir=DELETED))
-      for step in run_directory.scan(self.model_dir)[0]:
-        with contextlib.suppress(CheckpointError):  # a damaged one is told of where it is restored
-          self._note(run_directory.read_meta(self.model_dir, step)['metrics'])
       self._claim = claim.pop_all()
 
   def _clear_partial(self) -> None:
@@ -113,18 +111,23 @@ class Manager:
         path.rmtree()
     self._purge()
 
-  def _mend_metrics(self) -> None:
-    """Writes the metrics by which Orbax ranks checkpoints anew where they are not those of the description."""
+  def _read_metrics(self) -> None:
+    """Notes the metrics of every checkpoint, and mends those by which Orbax ranks it where they are others."""
     for step in run_directory.scan(self.model_dir)[0]:
-      path = self.model_dir / 'checkpoints' / str(step) / 'metrics' / 'metrics'
       with contextlib.suppress(CheckpointError):  # a damaged description: told when this checkpoint is read
         metrics = run_directory.read_meta(self.model_dir, step)['metrics']
-        with contextlib.suppress(ValueError):
-          if json.dumps(run_directory.read_json(path)) == json.dumps(metrics):
-            continue
-        print(f'{path} is damaged: written anew from the description of the checkpoint.', file=sys.stderr, flush=True)
-        with run_directory.writing(path):
-          files.write_atomically(path, json.dumps(metrics).encode())
+        self._note(metrics)
+        if self._primary:
+          self._mend(self.model_dir / 'checkpoints' / str(step) / 'metrics' / 'metrics', metrics)
+
+  def _mend(self, path: Any, metrics: dict[str, float]) -> None:
+    """Writes the file that Orbax ranks a checkpoint by anew where it does not hold the metrics of the description."""
+    with contextlib.suppress(ConfigError):
+      if json.dumps(stored.parse(path, '', finite=False)) == json.dumps(metrics):
+        return
+    print(f'{path} is damaged: written anew from the description of the checkpoint.', file=sys.stderr, flush=True)
+    with run_directory.writing(path):
+      files.write_atomically(path, json.dumps(metrics).encode())
 
   def _check_writable(self) -> None:
     """Raises CheckpointError where a save would fail at once: Orbax would find it out in a thread that nobody waits for."""

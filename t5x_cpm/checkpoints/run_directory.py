@@ -39,7 +39,7 @@ class CheckpointError(ConfigError):
   """A checkpoint or model_dir that cannot be used or written. The message says which, why, and what to do."""
 
 
-class DamagedError(CheckpointError):
+class DamagedCheckpointError(CheckpointError):
   """A checkpoint of which some part is not what was saved. What reads it adds which other one to use; see `offering`."""
 
 
@@ -137,9 +137,9 @@ def describe(config: Config, info: dict[str, Any]) -> dict[str, Any]:
       'started': {'folder': os.getcwd(), 'import': tasks.imported()}, 'info': json.loads(json.dumps(info))}
 
 
-def damaged(model_dir: epath.Path, step: int, what: str) -> DamagedError:
+def damaged(model_dir: epath.Path, step: int, what: str) -> DamagedCheckpointError:
   """The error about a checkpoint of which `what`, a file or an array, is not as it was saved."""
-  return DamagedError(f'The checkpoint {model_dir / "checkpoints" / str(step)} is damaged: {what}.')
+  return DamagedCheckpointError(f'The checkpoint {model_dir / "checkpoints" / str(step)} is damaged: {what}.')
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def offering(model_dir: epath.Path, step: int, read: Callable[[int], object], ki
   """
   try:
     yield
-  except DamagedError as error:
+  except DamagedCheckpointError as error:
     for other in reversed(scan(model_dir)[0]):
       try:
         if other == step:
@@ -169,19 +169,6 @@ def offering(model_dir: epath.Path, step: int, read: Callable[[int], object], ki
     raise CheckpointError(f'{error} {advice}') from error
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-  """A JSON object. Raises ValueError with a reason in one line, whatever is wrong with the file."""
-  try:
-    value = json.loads(path.read_bytes().decode())
-  except OSError as error:
-    raise ValueError(error.strerror or str(error)) from error
-  except RecursionError as error:
-    raise ValueError('nested too deeply') from error
-  if not isinstance(value, dict):
-    raise ValueError(f'a JSON object is expected, not {type(value).__name__}')
-  return value
-
-
 def seal(meta: Mapping[str, Any]) -> str:
   """The digest of a description, by which a changed one is told."""
   return stored.digest({name: value for name, value in meta.items() if name != 'seal'})
@@ -191,13 +178,15 @@ def read_meta(model_dir: epath.Path, step: int) -> dict[str, Any]:
   """The description of a complete checkpoint. One that was written before there were digests has no 'arrays' and no 'seal'.
 
   Raises:
-    DamagedError: it is damaged, or that of another step.
-    CheckpointError: a later version of t5x_cpm wrote it in another format.
+    DamagedCheckpointError: it is damaged, or that of another step.
+    CheckpointError: it cannot be read, or a later version of t5x_cpm wrote it in another format.
   """
   try:
-    meta = read_json(model_dir / 'checkpoints' / str(step) / 'meta' / 'metadata')
-  except ValueError as error:
-    raise damaged(model_dir, step, f'meta/metadata: {error}') from error
+    meta = stored.parse(model_dir / 'checkpoints' / str(step) / 'meta' / 'metadata', '', finite=False)
+  except stored.DamagedError as error:
+    raise damaged(model_dir, step, f'meta/metadata: {error.what}') from error
+  except ConfigError as error:  # for want of permission, say
+    raise CheckpointError(str(error)) from error
   version = meta.get('format_version')
   if isinstance(version, int) and version > FORMAT_VERSION:
     raise CheckpointError(

@@ -2,9 +2,12 @@
 
 import errno
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 # Errors of the machine, not of the program: the message is enough.
-OF_THE_MACHINE = ('ENOSPC', 'EDQUOT', 'EROFS', 'EACCES', 'EPERM', 'ENOENT', 'EISDIR', 'ENOTDIR')
+OF_THE_MACHINE = (
+    'ENOSPC', 'EDQUOT', 'EROFS', 'EACCES', 'EPERM', 'ENOENT', 'EISDIR', 'ENOTDIR', 'EEXIST', 'ELOOP', 'ENAMETOOLONG', 'EIO')
 
 
 def is_users(error: Exception) -> bool:
@@ -22,3 +25,12 @@ def tell(error: BaseException) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 1 if isinstance(error, FloatingPointError) else 2
   raise error
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+  """Runs a script and ends the program, with the words and the exit codes of the modes."""
+  try:
+    main()
+  except (Exception, KeyboardInterrupt) as error:
+    sys.exit(tell(error))
+  sys.exit(0)

@@ -82,11 +82,22 @@ class Arguments:
     return self.values.get(name, '')
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
   """Raises ConfigError instead of ending the program."""
 
   def error(self, message: str) -> Any:
     raise ConfigError(message)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+  """The type of an argument that is a whole number from `least`."""
+
+  def read(text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+      raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number from {least}')
+    return int(text)
+
+  return read
 
 
 class _Once(argparse.Action):
@@ -109,7 +120,7 @@ def _epilog(mode: Mode) -> str:
 
 
 def _parser(mode: Mode) -> argparse.ArgumentParser:
-  parser = _Parser(
+  parser = Parser(
       prog=f't5x_cpm {mode.name}', description=mode.text[0].upper() + mode.text[1:] + '.', epilog=_epilog(mode), add_help=False,
       allow_abbrev=False, exit_on_error=False,
       usage=f't5x_cpm {mode.name}{f" {mode.word.value}" if mode.word else ""}{" [--flag=value ...]" if mode.flags else ""}'

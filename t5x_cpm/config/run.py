@@ -8,10 +8,11 @@ A field is *identity* unless it is declared with ``free()``: a run may be resume
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from t5x_cpm.config.fields import ConfigError, choice, free, in_range
+from t5x_cpm.config.fields import ConfigError, choice, free, in_range, shown
 from t5x_cpm.config.model import ModelConfig
 from t5x_cpm.config.typed import Typed
 
@@ -94,6 +95,8 @@ class LocalTaskConfig(Typed):
       value = getattr(self, field)
       if isinstance(value, dict) and not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
         raise ConfigError(f'LocalTaskConfig.{field} = {value!r}: expected a glob, or a dict of name -> glob.')
+      if isinstance(value, str) and re.fullmatch(r"""[\[(]\s*['"].*['"],?\s*[\])]""", value):  # as a flag gives a list
+        raise ConfigError(f'LocalTaskConfig.{field} = {shown(value)} is a list; expected one glob, or a dict of name -> glob.')
     if isinstance(self.validation_files, dict):
       if not isinstance(self.files, dict):
         raise ConfigError(f'LocalTaskConfig.validation_files = {self.validation_files!r}: expected one glob, as '

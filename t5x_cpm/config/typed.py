@@ -9,6 +9,8 @@ from typing import Any
 from t5x_cpm.config.fields import ConfigError, shown
 
 LARGEST = 2**63 - 1  # what NumPy and JAX take for a whole number
+# What errors call a type; by default its name. The fields of the last one name files.
+_EXPECTED: dict[Any, str] = {bool: 'True or False', str | dict[str, str]: 'one glob, or a dict of name -> glob'}
 
 
 def _plain(value: Any, kind: type) -> Any:
@@ -70,7 +72,7 @@ def checked(name: str, value: Any, kind: Any) -> Any:
   try:
     return check_type(value, kind)
   except TypeError:
-    expected = 'True or False' if kind is bool else kind.__name__ if type(kind) is type else str(kind)
+    expected = _EXPECTED.get(kind, kind.__name__ if type(kind) is type else str(kind))
     raise ConfigError(f'{name} = {shown(value)} is of type {type(value).__name__}; expected {expected}.') from None
   except ValueError as error:
     raise ConfigError(f'{name} = {shown(value)}: {error}.') from None

@@ -23,9 +23,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from t5x_cpm import config as config_lib
-from t5x_cpm import stored, vocabularies
+from t5x_cpm import stored, user_files, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config.fields import shown
 from t5x_cpm.inference import lines as lines_lib
 from t5x_cpm.inference import prompt, text
 from t5x_cpm.inference.lines import Line
@@ -162,6 +163,8 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   if first:
     print(f'{output} has {first:,} of {total:,} lines: going on from there' if first < total else
           f'{output} has all {total:,} lines: nothing to do', file=sys.stderr, flush=True)
+  if not total:
+    print(f'{name} is empty: there is nothing to answer.', file=sys.stderr, flush=True)
   if first >= total:
     return {'answered': 0, 'empty': 0, 'refused': 0}
 
@@ -169,7 +172,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
 
   engine = inference.load(model_dir, step=about.step, config=config)
   started = time.monotonic()
-  lines = lines_lib.checked(lines_lib.read_lines(path, config.infer.text_field), codec)
+  lines = lines_lib.checked(lines_lib.read_lines(path, name, config.infer.text_field), codec)
   with open(output, 'a', encoding='utf-8') if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
     counts = answer_file(engine, lines, first, total, out, as_text if is_text else as_json)
   told = ''.join(f', {count} {what}' for what, count in counts.items() if count and what != 'answered')
@@ -189,11 +192,10 @@ def input_file(given: str) -> Iterator[tuple[pathlib.Path, str]]:
       yield copy, 'standard input'
     return
   path = pathlib.Path(given)
+  user_files.check(path, f'--input={shown(given)}')
   if path.suffix not in lines_lib.SUFFIXES:
     raise ConfigError(f'--input={path}: expected a file that ends in {" or ".join(lines_lib.SUFFIXES)}, or '
                       f'{" or ".join(STDIN)} for standard input.')
-  if not path.is_file():
-    raise ConfigError(f'--input={path}: no such file.')
   yield path, str(path)
 
 

@@ -1,15 +1,14 @@
 """The input of `infer`: each line of a file is a text to answer, or else something is wrong with it."""
 
-import codecs
 import pathlib
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from t5x_cpm import user_files
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.inference import text
-from t5x_cpm.tasks import text_files
 
 SUFFIXES = ('.txt', '.jsonl')
 
@@ -30,32 +29,30 @@ class Line(NamedTuple):
   others: Mapping[str, Any] = types.MappingProxyType({})
 
 
-def _from_json(number: int, line: str, field: str) -> Line:
+def from_bytes(number: int, raw: bytes, field: str = '') -> Line:
+  """A line of .txt, or, where a field is named, of .jsonl."""
   others: dict[str, Any] = {}
   try:
-    value = text_files.json_object(line, (field,))
+    line = user_files.decode(raw)
+    if not field or not line.strip():
+      return Line(number, line if line.strip() else '')
+    value = user_files.json_object(line, (field,))
     others = {name: other for name, other in value.items() if name != field}
-    given, = text_files.texts_of(value, (field,), 'InferConfig.text_field names the field')
-  except text_files.MalformedError as error:
+    given, = user_files.texts_of(value, (field,), 'InferConfig.text_field names the field')
+  except user_files.MalformedError as error:
     return Line(number, '', str(error), others)
   return Line(number, given if given.strip() else '', '', others)
 
 
-def read_lines(path: pathlib.Path, field: str) -> Iterator[Line]:
-  """The inputs of a .txt file, one per line, or of a .jsonl file, in `field` of each object."""
-  with path.open('rb') as file:
-    for number, raw in enumerate(file, 1):
-      if number == 1:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-      try:
-        line = raw.decode().strip('\r\n')
-      except UnicodeDecodeError as error:
-        yield Line(number, '', f'byte {error.start} of the line, {raw[error.start]:#04x}, is not UTF-8')
-        continue
-      if path.suffix == '.jsonl' and line.strip():
-        yield _from_json(number, line, field)
-      else:
-        yield Line(number, line if line.strip() else '')
+def read_lines(path: pathlib.Path, name: str, field: str) -> Iterator[Line]:
+  """The inputs of a file, which errors call `name`: of .txt one per line, of .jsonl in `field` of each object.
+
+  Raises:
+    ConfigError: it cannot be read, or is not text in UTF-8.
+  """
+  with user_files.opened(path, name) as file:
+    for number, raw in enumerate(user_files.lines(file, name), 1):
+      yield from_bytes(number, raw, field if path.suffix == '.jsonl' else '')
 
 
 def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
@@ -82,13 +79,14 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config)
     The number of lines.
 
   Raises:
-    ConfigError: the first bad line, with its number, unless InferConfig.skip_malformed.
+    ConfigError: the file cannot be read; or the first bad line, with its number, unless InferConfig.skip_malformed.
   """
   count, noted, first = 0, 0, ''
-  for line, request in checked(read_lines(path, config.infer.text_field), codec):
+  for line, request in checked(read_lines(path, name, config.infer.text_field), codec):
     count += 1
     if line.error and not config.infer.skip_malformed:
-      raise ConfigError(f'{name}:{line.number}: {line.error}\nInferConfig.skip_malformed = True leaves such lines unanswered.')
+      raise ConfigError(f'{name}:{line.number}: {line.error.rstrip(".")}. InferConfig.skip_malformed = True leaves such lines '
+                        'unanswered.')
     if request and request.note:
       noted, first = noted + 1, first or f'{name}:{line.number}: {request.note}'
   if first:

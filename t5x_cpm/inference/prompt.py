@@ -1,12 +1,13 @@
 """`infer` without a file: a prompt, or lines from a pipe, each answered as it comes."""
 
+import codecs
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from t5x_cpm import vocabularies
 from t5x_cpm.config import ConfigError
-from t5x_cpm.inference.lines import Line
+from t5x_cpm.inference.lines import Line, from_bytes
 
 if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
@@ -30,10 +31,7 @@ def prompts(stdin: BinaryIO, is_terminal: bool) -> Iterator[Line]:
     raw = stdin.readline()
     if not raw:
       return
-    try:
-      yield Line(number, raw.decode().strip('\r\n'))
-    except UnicodeDecodeError as error:
-      yield Line(number, '', f'byte {error.start} of the line is not UTF-8')
+    yield from_bytes(number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
 
 
 def refuse(number: int, error: str, is_terminal: bool) -> None:

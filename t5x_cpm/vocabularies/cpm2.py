@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
+from t5x_cpm import user_files
 from t5x_cpm.config import ConfigError
 from t5x_cpm.vocabularies import word_cut
 from t5x_cpm.vocabularies.base import LINE_FEED, MARKS, SPACE, SPECIALS, UNMARKS, Vocabulary, Words, no_options, read
@@ -48,7 +49,8 @@ def _read_pieces(path: str) -> list[str]:
     text = content.decode('utf-8')
   except UnicodeDecodeError as error:
     line = content.count(b'\n', 0, error.start) + 1
-    raise ConfigError(f'{path}:{line}: not UTF-8; expected one piece a line. Check TaskConfig.vocabulary.') from None
+    raise ConfigError(f'{path}:{line}: not UTF-8{user_files.hint(content)}; expected one piece a line. Check '
+                      'TaskConfig.vocabulary.') from None
   text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as some editors save it
   pieces = text.removesuffix('\n').split('\n')  # not splitlines(): a piece may be another kind of line break
   if len(pieces) > ord(_SEPARATOR_TOKEN):

@@ -95,7 +95,7 @@ def run(vocabulary: str, patterns: Sequence[str], *, field: str = 'text', compar
     ConfigError: no such vocabulary, or no text.
   """
   vocab = vocabularies.load(vocabulary)
-  rows, changed = measure(vocab, [text.rstrip('\n') for text in texts_lib.read(patterns, field)])
+  rows, changed = measure(vocab, list(texts_lib.read(patterns, field)))
   for name, value in rows:
     print(f'{name:<22}{value}')
   causes: dict[str, list[str]] = collections.defaultdict(list)

@@ -8,13 +8,17 @@ The result is used as TaskConfig.vocabulary = 'cpm2:FILE'. The same text gives t
 """
 
 import collections
+import contextlib
+import errno
 import io
 import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
+from t5x_cpm import files
 from t5x_cpm.config import ConfigError
+from t5x_cpm.config.fields import shown
 from t5x_cpm.vocabularies import texts, word_cut
 from t5x_cpm.vocabularies.base import LINE_FEED, SPACE
 
@@ -106,6 +110,15 @@ def assemble(pieces: collections.Counter[str], counts: collections.Counter[str],
   return [*SPECIALS, *sorted(chosen, key=lambda piece: (-pieces[piece], piece)), *tail]
 
 
+@contextlib.contextmanager
+def _writing(output: str) -> Iterator[None]:
+  """Turns an error of the system in writing the vocabulary into a ConfigError."""
+  try:
+    yield
+  except OSError as error:
+    raise ConfigError(f'--output={shown(output)} cannot be written: {error.strerror or error}.') from None
+
+
 def run(patterns: Sequence[str], output: str, *, field: str = 'text', size: int = 8000, sentinels: int = 100,
         byte_fallback: bool = False) -> None:
   """Trains a vocabulary and writes it.
@@ -119,18 +132,22 @@ def run(patterns: Sequence[str], output: str, *, field: str = 'text', size: int 
     byte_fallback: add the 256 bytes, with which every text can be written without loss.
 
   Raises:
-    ConfigError: no text, or a text that does not give so many pieces.
+    ConfigError: no text, or a text that does not give so many pieces, or a file that cannot be written.
   """
   if sentinels < 1:
     raise ConfigError(f'--sentinels={sentinels}: expected at least 1.')
+  if sentinels >= size:
+    raise ConfigError(f'--sentinels={sentinels}: expected fewer than there are pieces, --size={size}.')
+  path = pathlib.Path(output)
+  with _writing(output):  # before the text is read, which may take long
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+      raise IsADirectoryError(errno.EISDIR, 'it is a folder; expected a file')
   counts = count_words(texts.read(patterns, field))
   if not counts:
     raise ConfigError('there is no word in the input.')
   print(f'{sum(counts.values()):,} words, {len(counts):,} different', file=sys.stderr)
   lines = assemble(unigram_pieces(counts, size), counts, size=size, sentinels=sentinels, byte_fallback=byte_fallback)
-  path = pathlib.Path(output)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-  temporary.replace(path)
+  with _writing(output):
+    files.write_atomically(path, ''.join(f'{line}\n' for line in lines).encode())
   print(f'wrote {path}: {len(lines):,} pieces, {sentinels} of them sentinels', file=sys.stderr)

@@ -19,6 +19,8 @@ import time
 import numpy as np
 
 from t5x_cpm import vocabularies
+from t5x_cpm.cli.errors import run_script
+from t5x_cpm.cli.parse import Parser, at_least
 from t5x_cpm.config import Config, TaskConfig, TrainConfig
 from t5x_cpm.data import cache, reader
 from t5x_cpm.tasks import caches
@@ -76,13 +78,17 @@ def measure(arguments) -> None:
 def run(folder: str, objective: str, batch_size: int, mean_span: float) -> dict:
   command = [sys.executable, __file__, f'--folder={folder}', f'--objective={objective}', f'--batch_size={batch_size}',
              f'--mean_span={mean_span}']
-  return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+  if done.returncode:  # it has said why
+    raise SystemExit(done.returncode)
+  return json.loads(done.stdout)
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--documents', type=int, default=100_000_000, help='documents of the simulated cache; 0 leaves it out')
-  parser.add_argument('--batch_size', type=int, default=32)
+  parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--documents', type=at_least(0), default=100_000_000,
+                      help='documents of the simulated cache; 0 leaves it out')
+  parser.add_argument('--batch_size', type=at_least(1), default=32)
   parser.add_argument('--folder', help=argparse.SUPPRESS)
   parser.add_argument('--objective', default='isolated', help=argparse.SUPPRESS)
   parser.add_argument('--mean_span', type=float, default=3.0, help=argparse.SUPPRESS)
@@ -118,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  run_script(main)
