@@ -74,3 +74,15 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
   monkeypatch.setattr(files.fcntl, 'flock', no_locks)
   with files.lock(tmp_path / 'lock', wait=False), files.lock(tmp_path / 'lock', wait=True):
     pass
+
+
+def test_only_files_are_read(tmp_path):
+  """A pipe would be waited for, and a device has no end."""
+  os.mkfifo(tmp_path / 'pipe')
+  (tmp_path / 'device').symlink_to('/dev/zero')
+  (tmp_path / 'file').write_bytes(b'a')
+  (tmp_path / 'link').symlink_to('file')
+  for name in ('pipe', 'device'):
+    with pytest.raises(OSError, match='not a regular file'):
+      files.read_bytes(tmp_path / name)
+  assert files.read_bytes(tmp_path / 'link') == b'a'

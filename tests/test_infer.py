@@ -308,6 +308,9 @@ def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r'out\.jsonl\.run\.json beside it.* is damaged.*Remove both'):
       run(content)
   note.unlink()
+  os.mkfifo(tmp_path / 'pipe.jsonl')
+  with pytest.raises(ConfigError, match='is not a regular file'):
+    infer.continue_or_start(tmp_path / 'pipe.jsonl', {}, 1, 1)
   with pytest.raises(ConfigError, match='not from `infer`'):
     run(content)
 

@@ -82,6 +82,8 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
   note = output.with_name(output.name + '.run.json')
   remedy = 'Remove it, or give another --output.'
   try:
+    if output.exists() and not output.is_file():
+      raise ConfigError(f'--output={output} is not a regular file. {remedy}')
     if output.exists() and output.stat().st_size:
       if not os.path.lexists(note):
         raise ConfigError(f'--output={output} is there, but not from `infer` ({note.name} is missing). {remedy}')
