@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from t5x_cpm.inference import engine as engine_lib
 from t5x_cpm.inference import text
 from t5x_cpm.tasks import caches
 from t5x_cpm.training import losses
+from t5x_cpm.training.records import set_aside
 
 Metrics = dict[str, float]
 
@@ -287,7 +289,12 @@ def write(model_dir: Any, step: int, config: Config, results: Mapping[str, tuple
   try:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'metrics.json'
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = {}
+    if os.path.lexists(path) or path.exists():
+      try:
+        known = run_directory.read_json(path)
+      except ValueError as error:
+        set_aside(path, f'is damaged ({error})')
     for task, (metrics, records) in results.items():
       known[task] = {'metrics': metrics, 'EvalConfig': to_dict(config.eval), 'DecodeConfig': to_dict(config.decode)}
       if records:
