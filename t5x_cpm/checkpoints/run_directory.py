@@ -14,8 +14,10 @@ read. Nothing here imports JAX or Orbax.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ from etils import epath
 import t5x_cpm
 from t5x_cpm import files, stored, tasks
 from t5x_cpm.config import Config, ConfigError, from_dict, identity_differences, to_dict
+from t5x_cpm.config.fields import as_count, one_line
 
 FORMAT_VERSION = 1
 COMMIT_MARK = 'commit_success.txt'  # Orbax writes it last
@@ -56,11 +59,17 @@ class RunInfo:
 
 def resolve(model_dir: Any) -> epath.Path:
   """An absolute path: Orbax accepts no relative ones, and a program may change its working directory."""
-  path = epath.Path(model_dir)
   try:
-    return path if '://' in str(path) else path.expanduser().resolve()
-  except (OSError, RuntimeError) as error:  # pathlib's own error about a loop of links is a RuntimeError before Python 3.13
-    raise CheckpointError(f'--model_dir={path} cannot be used: {str(error)[:200]}.') from error
+    path = epath.Path(model_dir)
+    if '://' in str(path):
+      return path
+    path = path.expanduser().resolve()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # told by what needs it
+      os.stat(path)
+    return path
+  except Exception as error:  # a loop of links, what is no path, what libraries of buckets say: errors of many kinds
+    reason = one_line(str(error) or type(error).__name__)
+    raise CheckpointError(f'--model_dir={one_line(str(model_dir))} cannot be used: {reason}.') from error
 
 
 @contextlib.contextmanager
@@ -89,7 +98,7 @@ def scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
   for path in found:
     if '.orbax-checkpoint-tmp' in path.name:
       partial.append(path)
-    elif path.name.isdigit():
+    elif str(as_count(path.name)) == path.name:  # not 007, of which nothing else would find the folder
       if (path / COMMIT_MARK).exists() and (path / 'meta' / 'metadata').exists():
         complete.append(int(path.name))
       else:
@@ -103,13 +112,18 @@ def _did_you_mean(folder: epath.Path) -> str:
   return f'; did you mean {" or ".join(runs[:3])}?' if runs else '.'
 
 
+@functools.cache  # once
+def _tell_of_incomplete(path: epath.Path) -> None:
+  print(f'Ignoring a checkpoint that is not complete: {path}', file=sys.stderr, flush=True)
+
+
 def choose(model_dir: epath.Path, step: int | None) -> int:
   """The given step, or the last.
 
   Raises:
     CheckpointError: there is no such checkpoint; says why, or which there are.
   """
-  steps, _ = scan(model_dir)
+  steps, partial = scan(model_dir)
   if not steps:
     if not model_dir.exists():
       reason = 'the directory does not exist.'
@@ -119,6 +133,9 @@ def choose(model_dir: epath.Path, step: int | None) -> int:
       reason = 'it is not the model_dir of a run (no config.json)' + _did_you_mean(model_dir)
     raise CheckpointError(f'No checkpoint in {model_dir}: {reason}')
   if step is None:
+    for path in partial:
+      if (as_count(path.name) or 0) > steps[-1]:
+        _tell_of_incomplete(path)
     return steps[-1]
   if step not in steps:
     raise CheckpointError(f'No checkpoint of step {step} in {model_dir}: it has {", ".join(map(str, steps))}.')
@@ -135,6 +152,28 @@ def describe(config: Config, info: dict[str, Any]) -> dict[str, Any]:
 def damaged(model_dir: epath.Path, step: int, what: str) -> DamagedError:
   """The error about a checkpoint of which `what`, a file or an array, is not as it was saved."""
   return DamagedError(f'The checkpoint {model_dir / "checkpoints" / str(step)} is damaged: {what}.')
+
+
+def _strange(folder: str) -> Iterator[str]:
+  """Paths in a local folder, at any depth, that are neither files nor folders."""
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if entry.is_dir(follow_symlinks=False):
+        yield from _strange(entry.path)
+      elif not (entry.is_file() or entry.is_dir()):
+        yield entry.path
+
+
+def check_files(model_dir: epath.Path, step: int) -> None:
+  """Raises DamagedError if not all that lies in a checkpoint can be read as files: Orbax would wait for a pipe for ever."""
+  path = model_dir / 'checkpoints' / str(step)
+  if '://' in str(path):
+    return
+  try:
+    for name in _strange(str(path)):
+      raise damaged(model_dir, step, f'{os.path.relpath(name, path)} is not a regular file')
+  except OSError as error:
+    raise damaged(model_dir, step, f'{error.filename or path}: {error.strerror or error}') from error
 
 
 @contextlib.contextmanager
@@ -167,11 +206,9 @@ def offering(model_dir: epath.Path, step: int, read: Callable[[int], object], ki
 def read_json(path: epath.Path) -> dict[str, Any]:
   """A JSON object. Raises ValueError with a reason in one line, whatever is wrong with the file."""
   try:
-    value = json.loads(path.read_bytes().decode())
+    value = stored.loads(files.read_bytes(path))
   except OSError as error:
     raise ValueError(error.strerror or str(error)) from error
-  except RecursionError as error:
-    raise ValueError('nested too deeply') from error
   if not isinstance(value, dict):
     raise ValueError(f'a JSON object is expected, not {type(value).__name__}')
   return value
