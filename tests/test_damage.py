@@ -270,7 +270,7 @@ def test_metrics_that_were_cut_short_are_told(tmp_path, capsys):
   saved(tmp_path, (6,), Config(metrics=MetricsConfig(every=2)))
   test_metrics.run(tmp_path, 0, 6)
   whole = (tmp_path / 'metrics.jsonl').read_bytes().splitlines(keepends=True)
-  for kept, gap in ((len(whole), ''), (2, 'has no records of steps 3 to 6: it was cut short'), (0, 'of steps 1 to 6')):
+  for kept, gap in ((len(whole), ''), (2, 'has no records of train of steps 3 to 6: it was cut short'), (0, 'of steps 1 to 6')):
     (tmp_path / 'metrics.jsonl').write_bytes(b''.join(whole[:kept]))
     capsys.readouterr()
     test_metrics.run(tmp_path, 6, 6)

@@ -83,7 +83,8 @@ def test_all_checkpoints_or_one(model_dir):
   assert one == {3: results[3]}
 
 
-@pytest.mark.parametrize('damaged', [b'{"a": ', b'[]', b'\xff', b'{"a": "\\ud800"}', b'[' * 10**5, None])
+@pytest.mark.parametrize('damaged', [b'{"a": ', b'[]', b'{"a": 1}', b'{"a": {"metrics": []}}', b'\xff', b'{"a": "\\ud800"}',
+                                     b'[' * 10**5, None])
 def test_results_that_are_damaged_are_set_aside(tmp_path, capsys, damaged):
   path = tmp_path / 'eval' / '3' / 'metrics.json'
   path.parent.mkdir(parents=True)

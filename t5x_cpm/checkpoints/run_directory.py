@@ -92,9 +92,15 @@ def scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
     found = list(root.iterdir())
   except FileNotFoundError:
     found = []
-  except OSError as error:
-    raise CheckpointError(f'{root} cannot be read: {error.strerror or error}. {ADVICE.get(error.errno or 0, "Mend this")}.'
-                          ) from error
+  except Exception as error:  # libraries of buckets have classes of their own
+    if type(error).__name__ == 'NotFoundError':
+      return [], []
+    if isinstance(error, OSError):
+      advice = ADVICE.get(error.errno or 0, 'Mend this')
+      raise CheckpointError(f'{root} cannot be read: {error.strerror or error}. {advice}.') from error
+    if '://' not in str(root):
+      raise
+    raise CheckpointError(f'{root} cannot be read: {one_line(str(error))}.') from error
   for path in found:
     if '.orbax-checkpoint-tmp' in path.name:
       partial.append(path)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_cpm import backend, files, tasks, vocabularies
+from t5x_cpm import backend, files, stored, tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, row_features, to_dict
 from t5x_cpm.data import cache as cache_lib
@@ -293,7 +293,11 @@ def write(model_dir: Any, step: int, config: Config, results: Mapping[str, tuple
     if os.path.lexists(path) or path.exists():
       try:
         known = run_directory.read_json(path)
+        if wrong := stored.mismatch(known, {str: {'metrics': {str: lambda value: value is None or type(value) in (int, float)},
+                                                  str: dict}}):
+          raise ValueError(wrong)
       except ValueError as error:
+        known = {}
         set_aside(path, f'is damaged ({error})')
     for task, (metrics, records) in results.items():
       known[task] = {'metrics': metrics, 'EvalConfig': to_dict(config.eval), 'DecodeConfig': to_dict(config.decode)}

@@ -66,12 +66,13 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
   return scalars
 
 
-def _last_written(model_dir: epath.Path, step: int) -> int:
-  """The last step up to this one, that of a checkpoint, of which metrics were written; 0 if there is no such checkpoint."""
+def _last_written(model_dir: epath.Path, step: int) -> dict[str, int]:
+  """For splits, the last step up to this one, that of a checkpoint, of which metrics were written."""
   if step not in scan(model_dir)[0]:
-    return 0
-  every = read_run(model_dir, step).config.metrics.every
-  return step // every * every or min(step, 1)
+    return {}
+  run = read_run(model_dir, step)
+  every = run.config.metrics.every
+  return {'train': step // every * every or min(step, 1), 'eval': step if run.metrics else 0}
 
 
 class Writers:

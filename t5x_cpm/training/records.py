@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 import time
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def _bytes(path: epath.Path) -> bytes | None:
     return None
 
 
-def cut_jsonl(path: epath.Path, step: int, expected: int = 0) -> None:
+def cut_jsonl(path: epath.Path, step: int, expected: Mapping[str, int] = types.MappingProxyType({})) -> None:
   """Removes the records of later steps, and a last line that a kill cut off, in one atomic replacement.
 
   Where another line is no record, the file as it was is kept under another name.
@@ -68,7 +69,7 @@ def cut_jsonl(path: epath.Path, step: int, expected: int = 0) -> None:
   Args:
     path: metrics.jsonl, which may not be there.
     step: updates done.
-    expected: the last step of which there should be a record of training; says so if there is none.
+    expected: for splits, the last step of which there should be a record; says so if there is none.
   """
   data = _bytes(path) or b''
   lines = data.decode(errors='replace').split('\n')
@@ -81,11 +82,11 @@ def cut_jsonl(path: epath.Path, step: int, expected: int = 0) -> None:
     set_aside(path, f'holds what is no record in line {numbers}')
   if bad or data != kept:
     files.write_atomically(path, kept)
-  steps = [record['step'] for record in records if record and record['split'] == 'train' and record['step'] <= step]
-  last = max(steps, default=0)
-  if last < expected and not bad:
-    print(f'{path} has no records of steps {last + 1} to {step}: it was cut short or removed, and the curves have a gap there.',
-          file=sys.stderr, flush=True)
+  last = {record['split']: record['step'] for record in records if record and record['step'] <= step}
+  missing = [split for split, wanted in expected.items() if last.get(split, 0) < wanted]
+  if missing and not bad:
+    print(f'{path} has no records of {missing[0]} of steps {last.get(missing[0], 0) + 1} to {step}: it was cut short or '
+          'removed, and the curves have a gap there.', file=sys.stderr, flush=True)
 
 
 def cut_events(path: epath.Path, step: int) -> None:
