@@ -57,18 +57,25 @@ class RunInfo:
   started: dict[str, Any]  # 'folder': where it was started, to which relative paths belong; 'import': modules of --import
 
 
+@functools.cache  # once
+def _reach(path: epath.Path) -> None:
+  """Raises whatever the library of a bucket raises where there is no network, or no such kind of bucket."""
+  path.exists()
+
+
 def resolve(model_dir: Any) -> epath.Path:
   """An absolute path: Orbax accepts no relative ones, and a program may change its working directory."""
   try:
     path = epath.Path(model_dir)
     if '://' in str(path):
+      _reach(path)
       return path
     path = path.expanduser().resolve()
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # told by what needs it
       os.stat(path)
     return path
   except Exception as error:  # a loop of links, what is no path, what libraries of buckets say: errors of many kinds
-    reason = one_line(str(error) or type(error).__name__)
+    reason = one_line(' '.join(str(error).split()) or type(error).__name__)
     raise CheckpointError(f'--model_dir={one_line(str(model_dir))} cannot be used: {reason}.') from error
 
 
@@ -100,7 +107,7 @@ def scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
       raise CheckpointError(f'{root} cannot be read: {error.strerror or error}. {advice}.') from error
     if '://' not in str(root):
       raise
-    raise CheckpointError(f'{root} cannot be read: {one_line(str(error))}.') from error
+    raise CheckpointError(f'{root} cannot be read: {one_line(" ".join(str(error).split()))}.') from error
   for path in found:
     if '.orbax-checkpoint-tmp' in path.name:
       partial.append(path)

@@ -7,7 +7,7 @@ A cache is a folder:
   *.crc                      digests of the blocks of these files (`data.blocks`)
   vocabulary/                the vocabulary that made the tokens
   index/                     look-up tables of the reader
-  cache.json                 facts about all these, written last: a folder without it is not a cache yet
+  cache.json                 facts about all these, and the name of the folder; written last: without it it is no cache yet
   damaged                    there only if a damaged file was found while it was read: its name
 
 A mixture is a folder whose cache.json names the folders of its tasks and their rates. The same cache serves every objective
