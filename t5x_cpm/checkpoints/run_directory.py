@@ -125,8 +125,9 @@ def _did_you_mean(folder: epath.Path) -> str:
   return f'; did you mean {" or ".join(runs[:3])}?' if runs else '.'
 
 
-@functools.cache  # once
-def _tell_of_incomplete(path: epath.Path) -> None:
+@functools.cache  # once, until something changes there
+def _tell_of_incomplete(path: epath.Path, changed: int) -> None:
+  del changed
   print(f'Ignoring a checkpoint that is not complete: {path}', file=sys.stderr, flush=True)
 
 
@@ -148,7 +149,7 @@ def choose(model_dir: epath.Path, step: int | None) -> int:
   if step is None:
     for path in partial:
       if (as_count(path.name) or 0) > steps[-1]:
-        _tell_of_incomplete(path)
+        _tell_of_incomplete(path, 0 if '://' in str(path) else os.lstat(path).st_mtime_ns)
     return steps[-1]
   if step not in steps:
     raise CheckpointError(f'No checkpoint of step {step} in {model_dir}: it has {", ".join(map(str, steps))}.')
