@@ -30,15 +30,16 @@ def is_running(process: int) -> bool:
   return True
 
 
-def read_bytes(path: Any) -> bytes:
-  """The content of a file.
-
-  Raises:
-    OSError: it cannot be read, or is none: a pipe would be waited for, and a device has no end.
-  """
+def check_regular(path: Any) -> None:
+  """Raises OSError unless a path is that of a file or folder: a pipe would be waited for, and a device has no end."""
   kind = stat.S_IFREG if '://' in str(path) else stat.S_IFMT(os.stat(path).st_mode)
-  if kind not in (stat.S_IFREG, stat.S_IFDIR):  # of a folder the system says so itself
+  if kind not in (stat.S_IFREG, stat.S_IFDIR):  # of a folder the system says so itself when it is opened
     raise OSError(errno.EISDIR, 'not a regular file', str(path))
+
+
+def read_bytes(path: Any) -> bytes:
+  """The content of a file. Raises OSError if it cannot be read, or is none."""
+  check_regular(path)
   return path.read_bytes()
 
 

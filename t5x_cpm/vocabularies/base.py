@@ -1,6 +1,7 @@
 """What every vocabulary offers: attributes, encoding with blanks, decoding, saving."""
 
 import abc
+import contextlib
 import functools
 import hashlib
 import pathlib
@@ -123,7 +124,10 @@ class Vocabulary(abc.ABC):
     try:
       directory.mkdir(parents=True, exist_ok=True)
       target = directory / name
-      if not (target.is_file() and target.read_bytes() == content):
+      found = None
+      with contextlib.suppress(OSError):
+        found = files.read_bytes(target)
+      if found != content:
         files.write_atomically(target, content)
       stored.write(directory / 'vocabulary.json', {'kind': self.kind, 'file': name, 'options': self.options,
                                                    'fingerprint': self.fingerprint})
