@@ -129,7 +129,7 @@ def test_a_newer_checkpoint_that_is_not_complete_is_told(tmp_path, capsys):
   saved(tmp_path, (1, 3))
   (tmp_path / 'checkpoints' / '3' / 'commit_success.txt').unlink()
   assert read_run(tmp_path).step == 1
-  assert f'Ignoring a checkpoint that is not complete: {tmp_path}/checkpoints/3\n' == capsys.readouterr().err
+  assert f'Ignoring a checkpoint that is being written, or was damaged: {tmp_path}/checkpoints/3\n' == capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['a\0b', 'a\ud800b', '://', 'nowhere://a', 'x' * 5000])

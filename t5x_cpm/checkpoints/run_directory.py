@@ -128,7 +128,7 @@ def _did_you_mean(folder: epath.Path) -> str:
 @functools.cache  # once, until something changes there
 def _tell_of_incomplete(path: epath.Path, changed: int) -> None:
   del changed
-  print(f'Ignoring a checkpoint that is not complete: {path}', file=sys.stderr, flush=True)
+  print(f'Ignoring a checkpoint that is being written, or was damaged: {path}', file=sys.stderr, flush=True)
 
 
 def choose(model_dir: epath.Path, step: int | None) -> int:
