@@ -5,10 +5,12 @@ complete and nothing can be locked.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -26,6 +28,19 @@ def is_running(process: int) -> bool:
   except OSError:
     pass  # it is another user's
   return True
+
+
+def check_regular(path: Any) -> None:
+  """Raises OSError unless a path is that of a file or folder: a pipe would be waited for, and a device has no end."""
+  kind = stat.S_IFREG if '://' in str(path) else stat.S_IFMT(os.stat(path).st_mode)
+  if kind not in (stat.S_IFREG, stat.S_IFDIR):  # of a folder the system says so itself when it is opened
+    raise OSError(errno.EISDIR, 'not a regular file', str(path))
+
+
+def read_bytes(path: Any) -> bytes:
+  """The content of a file. Raises OSError if it cannot be read, or is none."""
+  check_regular(path)
+  return path.read_bytes()
 
 
 def move(temporary: Any, path: Any) -> None:

@@ -7,8 +7,7 @@ import errno
 import hashlib
 import json
 import math
-import os
-import stat
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from t5x_cpm import files
@@ -92,8 +91,19 @@ def _refuse(constant: str) -> NoReturn:
   raise ValueError(f'{constant} is not JSON')
 
 
-def _accept(constant: str) -> float:
-  return float(constant)
+def loads(raw: bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
+  """The JSON value in the content of a file. Raises ValueError, with a reason in one line, where there is none."""
+  try:
+    value = json.loads(raw.decode(), parse_constant=parse_constant)
+  except UnicodeDecodeError as error:
+    raise ValueError(f'byte {error.start} is not UTF-8') from None
+  except RecursionError:
+    raise ValueError('nested too deeply') from None
+  except ValueError as error:
+    raise ValueError(f'malformed JSON: {error}') from None
+  if b'\\ud' in raw.lower() and any('\ud800' <= char <= '\udfff' for char in json.dumps(value, ensure_ascii=False)):
+    raise ValueError('half of a surrogate pair, which UTF-8 cannot write')
+  return value
 
 
 def content(path: Any, remedy: str) -> bytes:
@@ -104,9 +114,7 @@ def content(path: Any, remedy: str) -> bytes:
     ConfigError: it cannot be read, for want of permission for example.
   """
   try:
-    if '://' not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):
-      raise DamagedError(path, 'not a regular file', remedy)
-    return path.read_bytes()
+    return files.read_bytes(path)
   except OSError as error:
     if error.errno in OF_THE_FILE:
       raise DamagedError(path, error.strerror or 'it cannot be read', remedy) from None
@@ -128,19 +136,16 @@ def parse(path: Any, remedy: str, signed: str = '', *, finite: bool = True) -> d
   """
   raw = content(path, remedy)
   try:
-    value = json.loads(raw.decode(), parse_constant=_refuse if finite else _accept)
-    if not isinstance(value, dict):
-      raise DamagedError(path, f'expected a JSON object, got {_short(value)}', remedy)
-    expected = value.pop('digest', None)
-    is_changed = digest(value) != expected if expected is not None else signed in value
-  except UnicodeDecodeError as error:
-    raise DamagedError(path, f'byte {error.start} is not UTF-8', remedy) from None
-  except RecursionError:
-    raise DamagedError(path, 'nested too deeply', remedy) from None
-  except DamagedError:
-    raise
+    value = loads(raw, _refuse if finite else None)
   except ValueError as error:
-    raise DamagedError(path, f'malformed JSON: {error}', remedy) from None
+    raise DamagedError(path, str(error), remedy) from None
+  if not isinstance(value, dict):
+    raise DamagedError(path, f'expected a JSON object, got {_short(value)}', remedy)
+  expected = value.pop('digest', None)
+  try:
+    is_changed = digest(value) != expected if expected is not None else signed in value
+  except ValueError as error:  # a number of thousands of digits
+    raise DamagedError(path, str(error), remedy) from None
   if is_changed:
     raise DamagedError(path, 'its content does not have the digest that it was written with', remedy)
   return value

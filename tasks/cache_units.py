@@ -66,6 +66,7 @@ class Unit:
     """
     file, found = path / f'{self.name}.{name}', [0, 0]
     try:
+      files.check_regular(file)
       with open(file, 'rb') as own:
         while chunk := own.read(1 << 22):
           found = [found[0] + len(chunk), zlib.crc32(chunk, found[1])]

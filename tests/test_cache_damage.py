@@ -358,6 +358,12 @@ def test_a_damaged_mixture_is_made_again(tmp_path, capfd):
   config = dataclasses.replace(config, local_task=dataclasses.replace(config.local_task, files={
       'a': str(tmp_path / 'a.txt'), 'b': str(tmp_path / 'a.jsonl')}, text_field='inputs'))
   path = caches.build(config, progress=False)
+  a, b = (component.path for _, component in cache.components(path))
+  a.rename(tmp_path / 'c')
+  b.rename(a)
+  (tmp_path / 'c').rename(b)
+  assert caches.build(config, progress=False) == path
+  assert capfd.readouterr().err.count('folders were exchanged or renamed') == 2
   good = (path / 'cache.json').read_text()
   for bad in (good.replace('1.0', '1.5', 1), good[:-20], good.replace('"directory": "', '"directory": "../'), '[]'):
     (path / 'cache.json').write_text(bad)

@@ -1,6 +1,7 @@
 """Damaged files of a model_dir are refused by name or set aside; what is read is what was saved."""
 
 import collections
+import gc
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from t5x_cpm.checkpoints import arrays, digests, run_directory
 from t5x_cpm.checkpoints.arrays import load_params
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.checkpoints.run_directory import CheckpointError, read_run
+from t5x_cpm.config import Config, MetricsConfig
 from t5x_cpm.training import metrics, records, stability
 
 
@@ -237,6 +239,43 @@ def test_a_save_fails_at_once(tmp_path, capfd):
       os.seteuid(user)
       os.chmod(folder / 'b' / 'checkpoints', 0o755)
   assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['_CHECKPOINT_METADATA', 'state/_METADATA', 'state/d/x', 'meta/metadata'])
+def test_nothing_waits_for_a_pipe_in_a_checkpoint(tmp_path, name):
+  saved(tmp_path, (1, 2))
+  path = tmp_path / 'checkpoints' / '2' / name
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  for read in (load_params, lambda folder: Manager(folder, config(), info=INFO)):
+    with pytest.raises(CheckpointError, match=f'checkpoints/2 is damaged: .*{path.name}.* not a regular file'):
+      read(tmp_path)
+
+
+def test_what_a_failed_read_leaves_behind_is_not_printed(tmp_path, capfd):
+  """Coroutines of Orbax that nobody waited for, when they are collected at some later time."""
+  saved(tmp_path, (1,))
+  for path in (tmp_path / 'checkpoints' / '1' / 'state').rglob('d/*'):
+    path.unlink()
+  for _ in range(3):
+    with pytest.raises(CheckpointError) as error:
+      load_params(tmp_path)
+    assert len(str(error.value)) < 600
+  del error
+  gc.collect()
+  assert not capfd.readouterr().err
+
+
+def test_metrics_that_were_cut_short_are_told(tmp_path, capsys):
+  saved(tmp_path, (6,), Config(metrics=MetricsConfig(every=2)))
+  test_metrics.run(tmp_path, 0, 6)
+  whole = (tmp_path / 'metrics.jsonl').read_bytes().splitlines(keepends=True)
+  for kept, gap in ((len(whole), ''), (2, 'has no records of train of steps 3 to 6: it was cut short'), (0, 'of steps 1 to 6')):
+    (tmp_path / 'metrics.jsonl').write_bytes(b''.join(whole[:kept]))
+    capsys.readouterr()
+    test_metrics.run(tmp_path, 6, 6)
+    said = capsys.readouterr().err
+    assert gap in said and bool(gap) == ('metrics.jsonl' in said)
 
 
 def test_metrics_that_are_damaged_are_set_aside(tmp_path, capsys):

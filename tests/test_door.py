@@ -200,8 +200,10 @@ def test_the_secret_is_a_file_that_nobody_else_reads(tmp_path, capsys, monkeypat
   path.chmod(0o644)
   secret_lib.find(folder, 0, config)
   assert 'can be read by others: chmod 600' in capsys.readouterr().out
-  path.write_text('')  # cut short
-  assert secret_lib.find(folder, 0, config).value != made.value
+  for bad in (b'', made.value[:32], bytes(64)):  # cut short, zeros
+    path.write_bytes(bad)
+    value = secret_lib.find(folder, 0, config).value
+    assert value not in (made.value, bad) and len(value) == 64
   path.unlink()
   path.mkdir()
   with pytest.raises(ProcessError, match=r'\.processes_secret, the secret of the processes, cannot be used: Is a directory'):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import jax
@@ -13,7 +14,7 @@ import small_model
 
 from t5x_cpm import inference, vocabularies
 from t5x_cpm.checkpoints import run_directory
-from t5x_cpm.config import ConfigError, LocalTaskConfig, MoEConfig
+from t5x_cpm.config import Config, ConfigError, LocalTaskConfig, MoEConfig
 from t5x_cpm.inference import evaluate, text
 from t5x_cpm.tasks import caches
 
@@ -81,6 +82,19 @@ def test_all_checkpoints_or_one(model_dir):
   assert results[3]['wiki_zh']['loss'] != results[5]['wiki_zh']['loss']
   one = evaluate.run(config_of(model_dir, checkpoints='3', max_examples=4, batch_size=2), str(model_dir), ['wiki_zh'])
   assert one == {3: results[3]}
+
+
+@pytest.mark.parametrize('damaged', [b'{"a": ', b'[]', b'{"a": 1}', b'{"a": {"metrics": []}}', b'\xff', b'{"a": "\\ud800"}',
+                                     b'[' * 10**5, None])
+def test_results_that_are_damaged_are_set_aside(tmp_path, capsys, damaged):
+  path = tmp_path / 'eval' / '3' / 'metrics.json'
+  path.parent.mkdir(parents=True)
+  path.write_bytes(damaged) if damaged is not None else os.mkfifo(path)
+  for name in ('a', 'b'):
+    evaluate.write(tmp_path, 3, Config(), {name: ({'loss': 1.0}, [])})
+  assert list(json.loads(path.read_text())) == ['a', 'b']
+  said = capsys.readouterr().err
+  assert said.count('\n') == 1 and said.startswith(f'{path} is damaged (') and 'set aside as metrics.json.damaged' in said
 
 
 def test_a_number_of_rows_does_not_depend_on_the_batch(model_dir, capsys):

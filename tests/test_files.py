@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import small_data
 from etils import epath
 
-from t5x_cpm import files
+from t5x_cpm import files, vocabularies
 
 
 def test_a_file_is_replaced_whole_and_an_error_leaves_nothing_behind(tmp_path):
@@ -74,3 +75,26 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
   monkeypatch.setattr(files.fcntl, 'flock', no_locks)
   with files.lock(tmp_path / 'lock', wait=False), files.lock(tmp_path / 'lock', wait=True):
     pass
+
+
+def test_only_files_are_read(tmp_path):
+  """A pipe would be waited for, and a device has no end."""
+  os.mkfifo(tmp_path / 'pipe')
+  (tmp_path / 'device').symlink_to('/dev/zero')
+  (tmp_path / 'file').write_bytes(b'a')
+  (tmp_path / 'link').symlink_to('file')
+  for name in ('pipe', 'device'):
+    with pytest.raises(OSError, match='not a regular file'):
+      files.read_bytes(tmp_path / name)
+  assert files.read_bytes(tmp_path / 'link') == b'a'
+
+
+@pytest.mark.parametrize('place', ['pipe', 'device', 'loop'])
+def test_a_vocabulary_is_saved_in_the_place_of_anything(tmp_path, place):
+  file = small_data.vocabulary_file(tmp_path)
+  vocabulary = vocabularies.load(f'cpm2:{file}')
+  path = tmp_path / 'saved' / 'vocab.txt'
+  path.parent.mkdir()
+  os.mkfifo(path) if place == 'pipe' else path.symlink_to('/dev/zero' if place == 'device' else path.name)
+  vocabulary.save(path.parent)
+  assert path.read_bytes() == file.read_bytes() and not path.is_symlink()

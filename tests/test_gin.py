@@ -162,13 +162,17 @@ FLAG_MISTAKES = [
     ("LocalTaskConfig.files={'zh': 'a.txt'", r'a bracket or a quote is missing'),
     ('LocalTaskConfig.files={"zh": 3}', r'is of type dict'),
     ('TaskConfig.name=@x', r'@x is a gin reference'),
+    ('TrainConfig.steps=\x1b[2J\n5', r'--gin\.TrainConfig\.steps=\\x1b\[2J\\n5: TrainConfig.steps = .* is of type str'),
+    ('TrainConfig\ud800.steps=5', r'expected --gin\.CLASS\.FIELD'),
+    ('TrainConfig.steps=%' + 'x' * 5000, r'macro %x+\.\.\. \(5,000 characters\) is used but not defined'),
 ]
 
 
 @pytest.mark.parametrize('flag, message', FLAG_MISTAKES, ids=[flag for flag, _ in FLAG_MISTAKES])
 def test_mistakes_in_flags(load, flag, message):
-  with pytest.raises(ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message) as error:
     load('STEPS = 1\nTrainConfig.steps = %STEPS\n', flag)
+  assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
 def test_missing_file_names_the_places_and_the_neighbours(tmp_path, monkeypatch):

@@ -283,7 +283,7 @@ def test_records_are_printed_without_an_output(model_dir, engine, tmp_path, capf
 # Restart.
 
 
-def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path):
+def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path, capsys):
   content = '\n'.join(f'line {i}' + '<span>' * (i % 2) for i in range(11))
   run(content)
   out = tmp_path / 'out.jsonl'
@@ -293,6 +293,11 @@ def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path):
     out.write_bytes(whole[:cut])
     run(content)
     assert out.read_bytes() == whole, cut
+  for line, place in ((1, 3), (5, ends[3] + 20), (11, ends[9] + 5)):  # a changed bit
+    out.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+    run(content)
+    assert out.read_bytes() == whole and f'out.jsonl: line {line} is not as it was written' in capsys.readouterr().err
+  (tmp_path / 'out.jsonl.crc').unlink()  # as an earlier version left it
   out.write_bytes(whole[:ends[4]])
   for change in ({'content': content + '\nmore'}, {'truncate': True}, {'decode': {'rule': 'sample'}}):
     with pytest.raises(ConfigError, match='made from something else'):
@@ -309,15 +314,17 @@ def test_a_cut_file_is_continued_and_another_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r'out\.jsonl\.run\.json beside it.* is damaged.*Remove both'):
       run(content)
   note.unlink()
+  with pytest.raises(ConfigError, match='is not a regular file'):
+    infer.continue_or_start(pathlib.Path('/dev/null'), {}, 1, 1)
   with pytest.raises(ConfigError, match='not from `infer`'):
     run(content)
 
 
 def test_what_a_file_is_made_from_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
   written = []
-  monkeypatch.setattr(files, 'write_atomically', lambda path, data: written.append((path.name, json.loads(data))))
+  monkeypatch.setattr(files, 'write_atomically', lambda path, data: written.append((path.name, json.loads(data or 'null'))))
   run('a')
-  assert [name for name, _ in written] == ['out.jsonl.run.json'] and written[0][1]['step'] == 3
+  assert [name for name, _ in written] == ['out.jsonl.run.json', 'out.jsonl.crc'] and written[0][1]['step'] == 3
 
 
 def command(model_dir, *flags):

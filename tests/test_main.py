@@ -211,7 +211,7 @@ def test_dry_run_says_what_a_run_would_be(call):
   assert re.search(r'^ +3,\d{3},\d{3}$', facts, re.MULTILINE)
   slots = 4 * (resolved.task.encoder_length + resolved.task.decoder_length)
   assert f'tokens per step   {slots:,} ' in facts
-  assert 'the task is not cached' in facts
+  assert 'the task has no cache' in facts
   assert re.search(r'learning rate +[\d.e-]+ at step 0, .* at step 50\b', facts, re.MULTILINE)
   assert sorted(os.listdir()) == ['resolved.gin']  # nothing was cached or made
 
@@ -250,6 +250,14 @@ def test_own_tasks_are_imported_from_the_current_folder(call):
   pathlib.Path('other_module.py').write_text('open("imported", "w").close()\n')
   assert call('tasks', '--import=other_module')[0] == 0
   assert pathlib.Path('imported').exists()
+
+
+@pytest.mark.parametrize('flag', [
+    '--import=.x', '--import=a..b', '--import=\ud800', '--import=a\x1bb', '--import=--', '--init_from=a\0b', '--init_from=--',
+    '--init_from=\x1b[31m', '--gin_file=a\nb', '--profile_steps=²:³', '--gin.x\ny=1', '--init_from=' + 'x' * 5000])
+def test_what_is_typed_comes_back_in_a_printable_line(call, flag):
+  code, _, error = call('train', '--dry_run', flag)
+  assert code == 2 and error.startswith('error: ') and error[-1] == '\n' and error[:-1].isprintable() and len(error) < 1000
 
 
 def test_a_module_that_registers_a_name_twice_is_refused(call):

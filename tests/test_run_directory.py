@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 from small_run import INFO, config, saved, tmpfs
@@ -124,3 +125,26 @@ def test_config_of_a_checkpoint_survives_new_fields(tmp_path):
   path.write_text(json.dumps(meta))
   assert read_run(tmp_path).config == config()
   assert dataclasses.asdict(read_run(tmp_path).config)['model']['remat'] == 'none'
+
+
+def test_folders_with_numbers_that_are_no_steps(tmp_path):
+  saved(tmp_path, (1, 3))
+  for name in ('³', '٣', '007', '1_0', '9' * 200):
+    shutil.copytree(tmp_path / 'checkpoints' / '3', tmp_path / 'checkpoints' / name)
+  assert read_run(tmp_path).steps == [1, 3]
+  with Manager(tmp_path, config(), info=INFO) as manager:
+    assert manager.latest_step() == 3
+
+
+def test_a_newer_checkpoint_that_is_not_complete_is_told(tmp_path, capsys):
+  saved(tmp_path, (1, 3))
+  (tmp_path / 'checkpoints' / '3' / 'commit_success.txt').unlink()
+  assert read_run(tmp_path).step == 1
+  assert f'Ignoring a checkpoint that is being written, or was damaged: {tmp_path}/checkpoints/3\n' == capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['a\0b', 'a\ud800b', '://', 'nowhere://a', 'x' * 5000])
+def test_what_is_no_path_is_refused_in_a_line(name):
+  with pytest.raises(CheckpointError, match='cannot be used') as error:
+    read_run(name)
+  assert str(error.value).isprintable() and len(str(error.value)) < 500

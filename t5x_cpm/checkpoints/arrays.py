@@ -72,6 +72,7 @@ def stored(model_dir: epath.Path, step: int, meta: Mapping[str, Any]) -> dict[st
   """
   import orbax.checkpoint as ocp
 
+  run_directory.check_files(model_dir, step)
   path = model_dir / 'checkpoints' / str(step) / 'state'
   with _reading(model_dir, step, 'the list of arrays in state'):
     found = trees.named(ocp.PyTreeCheckpointHandler().metadata(path).tree)

@@ -78,6 +78,8 @@ class Manager:
       _wait_for_all('checked')
       if self._primary:
         self._clear_partial()
+        for step in run_directory.scan(self.model_dir)[0]:
+          run_directory.check_files(self.model_dir, step)
       self._read_metrics()
       if self._primary:
         text = json.dumps(self._meta, ensure_ascii=False, indent=2) + '\n'
@@ -105,7 +107,7 @@ class Manager:
     """Reports the half-written checkpoints that a killed run left, and deletes them, or renames those that look copied."""
     for path in run_directory.scan(self.model_dir)[1]:
       print(f'Ignoring a half-written checkpoint, left by a run that was stopped: {path}', file=sys.stderr, flush=True)
-      if path.name.isdigit():  # copied in part, perhaps by hand: kept, under another name
+      if path.name.isascii() and path.name.isdecimal():  # copied in part, perhaps by hand: kept, under another name
         path.rename(path.parent / f'incomplete-{path.name}')
       else:
         path.rmtree()

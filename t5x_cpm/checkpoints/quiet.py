@@ -8,6 +8,7 @@ import contextlib
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,11 @@ def _ignore_closed_loops() -> None:
   before = sys.unraisablehook
 
   def hook(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != 'Event loop is closed':
+    left = getattr(unraisable.object, 'cr_code', None)  # a coroutine that failed and that nobody waited for
+    if str(unraisable.exc_value) != 'Event loop is closed' and not (left and 'orbax' in left.co_filename):
       before(unraisable)
 
+  warnings.filterwarnings('ignore', r"coroutine '_\w+' was never awaited", RuntimeWarning)  # reads that were not begun
   _hooks.append(hook)
   sys.unraisablehook = hook
   logging.getLogger('asyncio').addFilter(_not_of_orbax)
@@ -54,6 +57,9 @@ def reason(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror:
     return f'{error.strerror}: {error.filename}' if error.filename else error.strerror
   text = ' '.join(str(error).split()) or type(error).__name__
+  if ' See full TensorStore details' in text:  # pages of them
+    text = text.partition(' See full TensorStore details')[0]
+    return reason(error.__cause__) if error.__cause__ else text
   if 'No space left' in text:
     return 'no space left on the device'
   text = re.split(r' \[(?:tensorstore_spec|source locations)', text)[0]

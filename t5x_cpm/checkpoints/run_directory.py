@@ -14,8 +14,10 @@ read. Nothing here imports JAX or Orbax.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +26,7 @@ from etils import epath
 import t5x_cpm
 from t5x_cpm import files, stored, tasks
 from t5x_cpm.config import Config, ConfigError, from_dict, identity_differences, to_dict
-from t5x_cpm.config.fields import shown
+from t5x_cpm.config.fields import as_count, one_line, shown
 
 FORMAT_VERSION = 1
 COMMIT_MARK = 'commit_success.txt'  # Orbax writes it last
@@ -55,17 +57,29 @@ class RunInfo:
   started: dict[str, Any]  # 'folder': where it was started, to which relative paths belong; 'import': modules of --import
 
 
+@functools.cache  # once
+def _reach(path: epath.Path) -> None:
+  """Raises whatever the library of a bucket raises where there is no network, or no such kind of bucket."""
+  path.exists()
+
+
 def resolve(model_dir: Any) -> epath.Path:
   """An absolute path: Orbax accepts no relative ones, and a program may change its working directory."""
   try:
     path = epath.Path(model_dir)
     if b'\0' in os.fsencode(str(path)):
       raise ValueError('it has a NUL in it')
-    return path if '://' in str(path) else path.expanduser().resolve()
-  # pathlib's own error about a loop of links is a RuntimeError before Python 3.13; others are for what no path can be.
-  except (OSError, RuntimeError, TypeError, ValueError) as error:
-    given = model_dir if isinstance(model_dir, str | os.PathLike) else shown(model_dir)
-    raise CheckpointError(f'--model_dir={given} cannot be used: {" ".join(str(error)[:200].split())}.') from error
+    if '://' in str(path):
+      _reach(path)
+      return path
+    path = path.expanduser().resolve()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # told by what needs it
+      os.stat(path)
+    return path
+  except Exception as error:  # a loop of links, what is no path, what libraries of buckets say: errors of many kinds
+    reason = one_line(' '.join(str(error).split()) or type(error).__name__)
+    given = one_line(str(model_dir)) if isinstance(model_dir, str | os.PathLike) else shown(model_dir)
+    raise CheckpointError(f'--model_dir={given} cannot be used: {reason}.') from error
 
 
 @contextlib.contextmanager
@@ -88,13 +102,19 @@ def scan(model_dir: epath.Path) -> tuple[list[int], list[epath.Path]]:
     found = list(root.iterdir())
   except FileNotFoundError:
     found = []
-  except OSError as error:
-    raise CheckpointError(f'{root} cannot be read: {error.strerror or error}. {ADVICE.get(error.errno or 0, "Mend this")}.'
-                          ) from error
+  except Exception as error:  # libraries of buckets have classes of their own
+    if type(error).__name__ == 'NotFoundError':
+      return [], []
+    if isinstance(error, OSError):
+      advice = ADVICE.get(error.errno or 0, 'Mend this')
+      raise CheckpointError(f'{root} cannot be read: {error.strerror or error}. {advice}.') from error
+    if '://' not in str(root):
+      raise
+    raise CheckpointError(f'{root} cannot be read: {one_line(" ".join(str(error).split()))}.') from error
   for path in found:
     if '.orbax-checkpoint-tmp' in path.name:
       partial.append(path)
-    elif path.name.isdigit():
+    elif str(as_count(path.name)) == path.name:  # not 007, of which nothing else would find the folder
       if (path / COMMIT_MARK).exists() and (path / 'meta' / 'metadata').exists():
         complete.append(int(path.name))
       else:
@@ -108,13 +128,19 @@ def _did_you_mean(folder: epath.Path) -> str:
   return f'; did you mean {" or ".join(runs[:3])}?' if runs else '.'
 
 
+@functools.cache  # once, until something changes there
+def _tell_of_incomplete(path: epath.Path, changed: int) -> None:
+  del changed
+  print(f'Ignoring a checkpoint that is being written, or was damaged: {path}', file=sys.stderr, flush=True)
+
+
 def choose(model_dir: epath.Path, step: int | None) -> int:
   """The given step, or the last.
 
   Raises:
     CheckpointError: there is no such checkpoint; says why, or which there are.
   """
-  steps, _ = scan(model_dir)
+  steps, partial = scan(model_dir)
   if not steps:
     if not model_dir.exists():
       reason = 'the directory does not exist.'
@@ -124,6 +150,9 @@ def choose(model_dir: epath.Path, step: int | None) -> int:
       reason = 'it is not the model_dir of a run (no config.json)' + _did_you_mean(model_dir)
     raise CheckpointError(f'No checkpoint in {model_dir}: {reason}')
   if step is None:
+    for path in partial:
+      if (as_count(path.name) or 0) > steps[-1]:
+        _tell_of_incomplete(path, 0 if '://' in str(path) else os.lstat(path).st_mtime_ns)
     return steps[-1]
   if step not in steps:
     raise CheckpointError(f'No checkpoint of step {step} in {model_dir}: it has {", ".join(map(str, steps))}.')
@@ -140,6 +169,28 @@ def describe(config: Config, info: dict[str, Any]) -> dict[str, Any]:
 def damaged(model_dir: epath.Path, step: int, what: str) -> DamagedCheckpointError:
   """The error about a checkpoint of which `what`, a file or an array, is not as it was saved."""
   return DamagedCheckpointError(f'The checkpoint {model_dir / "checkpoints" / str(step)} is damaged: {what}.')
+
+
+def _strange(folder: str) -> Iterator[str]:
+  """Paths in a local folder, at any depth, that are neither files nor folders."""
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if entry.is_dir(follow_symlinks=False):
+        yield from _strange(entry.path)
+      elif not (entry.is_file() or entry.is_dir()):
+        yield entry.path
+
+
+def check_files(model_dir: epath.Path, step: int) -> None:
+  """Raises DamagedError if not all that lies in a checkpoint can be read as files: Orbax would wait for a pipe for ever."""
+  path = model_dir / 'checkpoints' / str(step)
+  if '://' in str(path):
+    return
+  try:
+    for name in _strange(str(path)):
+      raise damaged(model_dir, step, f'{os.path.relpath(name, path)} is not a regular file')
+  except OSError as error:
+    raise damaged(model_dir, step, f'{error.filename or path}: {error.strerror or error}') from error
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 from t5x_cpm.cli.parse import Arguments
 from t5x_cpm.config import Config, ConfigError, MeshConfig, TaskConfig
+from t5x_cpm.config.fields import as_count, one_line
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -26,12 +27,15 @@ def import_modules(names: Sequence[str]) -> None:
     sys.path.insert(0, os.getcwd())  # a console script, unlike `python -m`, does not look there
   for name in names:
     try:
+      if not all(part and part.isprintable() for part in name.split('.')):
+        raise ModuleNotFoundError(name=name)
       with backend.quiet():  # it imports TensorFlow
         importlib.import_module(name)
     except ModuleNotFoundError as error:
       if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
         raise  # the module is there and fails in an import of its own
-      raise ConfigError(f'--import={name}: there is no module {error.name} here ({os.getcwd()}) or installed.') from None
+      missing = one_line(error.name or name)
+      raise ConfigError(f'--import={one_line(name)}: there is no module {missing} here ({os.getcwd()}) or installed.') from None
     except ValueError as error:
       if 'duplicate provider' not in str(error):  # what SeqIO says
         raise
@@ -61,10 +65,11 @@ def checkpoint_step(arguments: Arguments) -> int | None:
   step = arguments.get('step')
   if not step or (step == 'all' and arguments.mode.name == 'eval'):
     return None
-  if not step.isdigit():
+  number = as_count(step)
+  if number is None:
     or_all = ' or all' if arguments.mode.name == 'eval' else ''
-    raise ConfigError(f'--step={step}: expected the number of a checkpoint{or_all}.')
-  return int(step)
+    raise ConfigError(f'--step={one_line(step)}: expected the number of a checkpoint{or_all}.')
+  return number
 
 
 def vocabulary_of(model_dir: str) -> str:
@@ -112,8 +117,8 @@ def make_config(arguments: Arguments) -> Config:
   overrides = list(arguments.overrides)
   if profile := arguments.get('profile_steps'):
     start, _, count = profile.partition(':')
-    if not (start.isdigit() and count.isdigit()):
-      raise ConfigError(f'--profile_steps={profile}: expected START:COUNT, as in --profile_steps=100:5.')
+    if as_count(start) is None or as_count(count) is None:
+      raise ConfigError(f'--profile_steps={one_line(profile)}: expected START:COUNT, as in --profile_steps=100:5.')
     overrides += [f'MetricsConfig.profile_start={start}', f'MetricsConfig.profile_steps={count}']
   if arguments.mode.name == 'eval' and arguments.get('step'):
     overrides.append(f'EvalConfig.checkpoints={arguments.get("step")}')
@@ -160,6 +165,7 @@ def dry_run(config: Config) -> None:
     for line in report.of_cache(caches.directory(config), config):
       print(f'data              {line}')
   else:
-    print('epochs            unknown, the task is not cached; `t5x_cpm cache` with the same gin files and flags does it')
+    print('epochs            unknown, the task has no cache that is intact and up to date; `t5x_cpm cache` with the same gin '
+          'files and flags makes it')
   rates = ', '.join(f'{rate:.3g} at step {step:,}' for step, rate in facts['learning rate'].items())
   print(f'learning rate     {rates}')

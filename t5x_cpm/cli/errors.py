@@ -1,9 +1,12 @@
 """Which errors are reported in one line, and with which exit code."""
 
 import errno
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from t5x_cpm.config.fields import printable
 
 # Errors of the machine, not of the program: the message is enough.
 OF_THE_MACHINE = (
@@ -17,12 +20,18 @@ def is_users(error: Exception) -> bool:
   return isinstance(error, ValueError) and type(error).__module__.split('.')[0] == 't5x_cpm'
 
 
+def _readable(text: str) -> str:
+  """A message whose quotations do not move the cursor, can be written as UTF-8, and fill no screen."""
+  short = re.sub(r'\S{500,}', lambda word: f'{word[0][:100]}... ({len(word[0]):,} characters)', text)
+  return '\n'.join(map(printable, short.split('\n')))
+
+
 def tell(error: BaseException) -> int:
   """Prints an error whose message is enough, and returns the exit code: 2 for bad input. Raises any other."""
   if isinstance(error, KeyboardInterrupt):
     return 130
   if isinstance(error, FloatingPointError) or (isinstance(error, Exception) and is_users(error)):
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {_readable(str(error))}', file=sys.stderr)
     return 1 if isinstance(error, FloatingPointError) else 2
   raise error
 

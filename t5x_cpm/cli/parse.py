@@ -259,4 +259,8 @@ def parse(argv: Sequence[str], modes: Mapping[str, Mode]) -> Arguments | None:
     raise _explain(error, mode) from None
   if unknown:
     raise _refuse(unknown[0], mode, modes)
+  for flag in mode.flags:
+    value = getattr(values, flag.name)
+    if flag.value and not all(isinstance(given, str | int) for given in (value if flag.repeat else [value])):
+      raise ConfigError(f'--{flag.name} needs a value: --{flag.name}={flag.value}.')  # of '--' argparse makes an empty list
   return Arguments(mode, vars(values), [word.removeprefix('--gin.') for word in overrides])

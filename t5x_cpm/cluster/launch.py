@@ -16,6 +16,7 @@ from t5x_cpm.cluster.hub import Hub
 from t5x_cpm.cluster.secret import Secret
 from t5x_cpm.cluster.spoke import Spoke
 from t5x_cpm.config import ProcessesConfig
+from t5x_cpm.config.fields import as_count, one_line
 
 SECONDS_TO_CONNECT = 120  # what JAX may take to connect once all have come, and to disconnect at the end
 
@@ -36,9 +37,10 @@ class Member:
 
 
 def _number(name: str, text: str) -> int | None:
-  if text and not text.isdigit():
-    raise ProcessError(f'{name}={text}: expected a number.')
-  return int(text) if text else None
+  number = as_count(text)
+  if text and number is None:
+    raise ProcessError(f'{name}={one_line(text)}: expected a number.')
+  return number
 
 
 def _launched(coordinator: str | None) -> tuple[Member | None, str]:
@@ -95,8 +97,9 @@ def find_member(coordinator: str = '', num_processes: str = '', process_id: str 
         'environment says what they are. Every process needs all three, as in --coordinator=HOST:PORT --num_processes=2 '
         '--process_id=0.')
   assert count is not None and index is not None
-  if not coordinator.rpartition(':')[0] or not coordinator.rpartition(':')[2].isdigit():
-    raise ProcessError(f'--coordinator={coordinator}: expected HOST:PORT, a host that all processes reach and its free port.')
+  if not coordinator.rpartition(':')[0] or as_count(coordinator.rpartition(':')[2]) is None:
+    raise ProcessError(f'--coordinator={one_line(coordinator)}: expected HOST:PORT, a host that all processes reach and its '
+                       'free port.')
   if index >= count:
     raise ProcessError(f'--process_id={index}: expected a number below --num_processes={count}; the first is 0.')
   return Member(coordinator, count, index)

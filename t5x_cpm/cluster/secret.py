@@ -8,6 +8,7 @@ hash of both, and the listener answers that with another hash of both. So each k
 import contextlib
 import hmac
 import os
+import re
 import secrets
 import time
 from typing import Any, NamedTuple
@@ -68,12 +69,12 @@ def _make(path: Any) -> None:
 
 
 def _read(path: Any) -> bytes:
-  """The content of the file; b'' if there is none, or not all of it yet."""
+  """The content of the file; b'' if there is none, or it is not what `_make` writes: process 0 makes it again."""
   try:
-    text = path.read_bytes().strip()
+    text = files.read_bytes(path).strip()
   except FileNotFoundError:
     return b''
-  return text if len(text) >= SHORTEST else b''
+  return text if re.fullmatch(rb'[0-9a-f]{64}', text) else b''
 
 
 def find(model_dir: str, index: int, config: ProcessesConfig) -> Secret:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from t5x_cpm.config.fields import ConfigError, did_you_mean
+from t5x_cpm.config.fields import ConfigError, did_you_mean, one_line
 from t5x_cpm.config.run import Config
 
 
@@ -46,7 +46,7 @@ def find(name: str) -> type:
   """The class with this name. Raises ConfigError, with similar names, if there is none."""
   known = {cls.__name__: cls for cls in classes()}
   if name not in known:
-    raise ConfigError(f'unknown class {name}: expected one of {", ".join(known)}.{did_you_mean(name, known)}')
+    raise ConfigError(f'unknown class {one_line(name)}: expected one of {", ".join(known)}.{did_you_mean(name, known)}')
   return known[name]
 
 

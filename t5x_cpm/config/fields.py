@@ -15,13 +15,29 @@ def free(default: Any) -> Any:
   return dataclasses.field(default=default, metadata={'free': True})
 
 
+def printable(text: str) -> str:
+  """A text with escapes, such as \\x1b, for what does not print or belongs to no line: control characters, lone surrogates."""
+  return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)
+
+
+def one_line(text: str) -> str:
+  """A text that somebody typed as an error repeats it: printable, and not much longer than a line."""
+  return printable(text) if len(text) <= 200 else f'{printable(text[:100])}... ({len(text):,} characters)'
+
+
 def shown(value: object) -> str:
   """A value as an error quotes it: in one line, and not much longer than that."""
   try:
-    text = repr(value).replace('\n', ' ')
-  except Exception:  # thousands of digits, or of brackets; or a type of the user's that fails
-    text = f'({type(value).__name__} without end)'
-  return text if len(text) <= 200 else f'{text[:100]}... ({len(text):,} characters)'
+    text = repr(value)
+  except Exception:  # thousands of digits, or of brackets; or a class whose own repr() fails
+    text = f'(a {type(value).__name__} that cannot be shown)'
+  return one_line(text)
+
+
+def as_count(text: str) -> int | None:
+  """The whole number that a text of decimal digits stands for; None where it is no such text."""
+  # int() would take '٣' and ' 3', and cannot take '³', for which str.isdigit() holds, or thousands of digits.
+  return int(text) if len(text) < 20 and text.isascii() and text.isdecimal() else None
 
 
 def choice(owner: object, field: str, allowed: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from t5x_cpm.config.fields import ConfigError, did_you_mean, shown
+from t5x_cpm.config.fields import ConfigError, did_you_mean, one_line, shown
 from t5x_cpm.config.run import Config
 from t5x_cpm.config.typed import check_type, checked
 
@@ -199,7 +199,7 @@ def _read_file(path: str, included: bool = False) -> list[_Binding]:
 
 def _parse_flag(text: str) -> _Binding:
   """'TrainConfig.steps=3' as a binding; what is not a literal or a macro is a string."""
-  where = f'--gin.{text}' if len(text) < 200 else f'--gin.{text[:200]}...'
+  where = f'--gin.{one_line(text)}'
   key, equals, value_text = text.partition('=')
   match = _KEY.fullmatch(key.strip())
   if not equals or not match:
@@ -274,8 +274,8 @@ class _Macros:
     for name, where in used.items():
       if name not in definitions:
         raise ConfigError(
-            f'{where}: macro %{name} is used but not defined.{did_you_mean(name, definitions)} '
-            f'Define it: {name} = VALUE in a file, or --gin.{name}=VALUE.')
+            f'{where}: macro %{one_line(name)} is used but not defined.{did_you_mean(name, definitions)} Define it: NAME = '
+            'VALUE in a file, or --gin.NAME=VALUE.')
     for name, binding in definitions.items():
       if name not in used:
         fields = [f'{cls}.{field}' for cls in _PATHS for field in _TYPES[cls] if field == name.lower()]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from t5x_cpm.config.fields import ConfigError, choice, free, in_range, shown
+from t5x_cpm.config.fields import ConfigError, as_count, choice, free, in_range, shown
 from t5x_cpm.config.model import ModelConfig
 from t5x_cpm.config.typed import Typed
 
@@ -279,8 +279,8 @@ class EvalConfig(Typed):
   def validate(self) -> None:
     in_range(self, 'batch_size', 1)
     in_range(self, 'max_examples', 0)
-    if self.checkpoints not in ('last', 'all') and not self.checkpoints.isdigit():
-      raise ConfigError(f"EvalConfig.checkpoints = {self.checkpoints!r}: expected 'last', 'all' or a step number.")
+    if self.checkpoints not in ('last', 'all') and as_count(self.checkpoints) is None:
+      raise ConfigError(f"EvalConfig.checkpoints = {shown(self.checkpoints)}: expected 'last', 'all' or a step number.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
 def _read_sums(path: pathlib.Path, facts: dict[str, Any], damaged: Damaged) -> np.ndarray:
   beside = _sums_file(path)
   try:
-    content = beside.read_bytes()
+    content = files.read_bytes(beside)
   except OSError as error:
     raise damaged(beside, error.strerror or 'it cannot be read') from None
   if (hashlib.blake2b(content, digest_size=12).hexdigest() != facts['digest'] or

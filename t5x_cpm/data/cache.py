@@ -7,7 +7,7 @@ A cache is a folder:
   *.crc                      digests of the blocks of these files (`data.blocks`)
   vocabulary/                the vocabulary that made the tokens
   index/                     look-up tables of the reader
-  cache.json                 facts about all these, written last: a folder without it is not a cache yet
+  cache.json                 facts about all these, and the name of the folder; written last: without it it is no cache yet
   damaged                    there only if a damaged file was found while it was read: its name
 
 A mixture is a folder whose cache.json names the folders of its tasks and their rates. The same cache serves every objective
@@ -53,11 +53,11 @@ def _is_rate(value: Any) -> bool:
   return not stored.mismatch(value, float) and value > 0
 
 
-_FORM = {'format': int, 'task': str, 'features': (['targets'], ['inputs', 'targets']), 'dtype': ('uint16', 'uint32'),
-         'checksum': str, 'vocabulary': str,
+_FORM = {'format': int, 'task': str, 'folder?': str, 'features': (['targets'], ['inputs', 'targets']),
+         'dtype': ('uint16', 'uint32'), 'checksum': str, 'vocabulary': str,
          'splits': {str: {'documents': stored.COUNT, 'tokens': {str: stored.COUNT}, 'skipped?': {str: stored.COUNT}}},
          'source': {'patterns': [str], 'files': [_is_state], 'vocabulary': [_is_state]}, 'files?': {str: blocks.FACTS}}
-_MIXTURE_FORM = {'format': int, 'task': str, 'components': [
+_MIXTURE_FORM = {'format': int, 'task': str, 'folder?': str, 'components': [
     {'name': str, 'rate': _is_rate, 'directory': stored.is_plain_name}]}
 
 
@@ -74,6 +74,8 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
   if type(number) is int and number != FORMAT:
     raise FormatError(path, number)
   stored.require(file, info, _MIXTURE_FORM if 'components' in info else _FORM, REMEDY)
+  if info.get('folder', path.name) != path.name:  # whose name says what determined the tokens
+    raise stored.DamagedError(file, f'it belongs to a cache named {info["folder"]}: folders were exchanged or renamed', REMEDY)
   if 'components' not in info:
     for split, facts in info['splits'].items():
       if split not in SPLITS or sorted(facts['tokens']) != sorted(info['features']):
@@ -191,13 +193,13 @@ def finish(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, s
   names = [f'{split}.{feature}.{kind}' for split in splits for feature in features for kind in KINDS]
   known = {'files': {name: blocks.describe(path / name) for name in names}} if digests else {}
   stored.write(path / 'cache.json', {
-      'format': FORMAT, 'task': task, 'features': features, 'dtype': token_dtype(vocabulary), 'checksum': checksum,
-      'vocabulary': vocabulary.fingerprint, 'splits': splits,
+      'format': FORMAT, 'task': task, 'folder': path.name, 'features': features, 'dtype': token_dtype(vocabulary),
+      'checksum': checksum, 'vocabulary': vocabulary.fingerprint, 'splits': splits,
       'source': source or {'patterns': [], 'files': [], 'vocabulary': []}, **known})
 
 
 def finish_mixture(path: pathlib.Path, task: str, caches: list[tuple[str, float, pathlib.Path]]) -> None:
   """Makes the cache of a mixture from those of its tasks, which lie beside it: (name, rate, folder) of each."""
   path.mkdir(exist_ok=True)
-  stored.write(path / 'cache.json', {'format': FORMAT, 'task': task, 'components': [
+  stored.write(path / 'cache.json', {'format': FORMAT, 'task': task, 'folder': path.name, 'components': [
       {'name': name, 'rate': rate, 'directory': folder.name} for name, rate, folder in caches]})

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_cpm import backend, files, tasks, vocabularies
+from t5x_cpm import backend, files, stored, tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, row_features, to_dict
 from t5x_cpm.data import cache as cache_lib
@@ -29,8 +30,11 @@ from t5x_cpm.inference import engine as engine_lib
 from t5x_cpm.inference import text
 from t5x_cpm.tasks import caches
 from t5x_cpm.training import losses
+from t5x_cpm.training.records import set_aside
 
 Metrics = dict[str, float]
+# The form of a file of results: a number or None for each metric of each task, and how they were made.
+RESULTS = {str: {'metrics': {str: lambda value: value is None or type(value) in (int, float)}, str: dict}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +305,14 @@ def write(model_dir: Any, step: int, config: Config, results: Mapping[str, tuple
   try:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'metrics.json'
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = {}
+    if os.path.lexists(path) or path.exists():
+      try:
+        known = stored.parse(path, '', finite=False)
+        stored.require(path, known, RESULTS, '')
+      except stored.DamagedError as error:
+        known = {}
+        set_aside(path, f'is damaged ({error.what})')
     for task, (metrics, records) in results.items():
       known[task] = {'metrics': metrics, 'EvalConfig': to_dict(config.eval), 'DecodeConfig': to_dict(config.decode)}
       if records:

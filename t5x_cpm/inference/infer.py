@@ -6,7 +6,8 @@ where its input has a mark that was probably meant as a blank. In .txt it is the
 the two characters \\n (a carriage return as \\r); an empty or refused line gives an empty one.
 
 Beside the file OUT lies OUT.run.json, which says what the answers are a function of: a file of answers is continued only with
-the same input, checkpoint and decoding.
+the same input, checkpoint and decoding. OUT.crc holds the CRC-32 of each line: from the first that was changed on, lines are
+answered again.
 """
 
 import contextlib
@@ -16,14 +17,16 @@ import json
 import os
 import pathlib
 import shutil
+import struct
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from t5x_cpm import config as config_lib
-from t5x_cpm import stored, user_files, vocabularies
+from t5x_cpm import files, stored, user_files, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.config.fields import shown
@@ -63,6 +66,64 @@ def identity(path: pathlib.Path, run: run_directory.RunInfo, config: Config) -> 
       'DecodeConfig': dataclasses.asdict(config.decode), 'InferConfig': infer}
 
 
+def _sums_file(output: pathlib.Path) -> pathlib.Path:
+  return output.with_name(output.name + '.crc')
+
+
+def _as_bytes(sums: list[int]) -> bytes:
+  return struct.pack(f'<{len(sums)}I', *sums)
+
+
+def _intact_lines(output: pathlib.Path) -> tuple[list[int], list[int]]:
+  """Bytes and CRC-32 of each line of a file of answers, up to the first that is not as it was written, which is told.
+
+  A file of an earlier version has no sums to compare with.
+  """
+  wanted = None
+  with contextlib.suppress(FileNotFoundError):
+    content = files.read_bytes(_sums_file(output))
+    wanted = struct.unpack(f'<{len(content) // 4}I', content[:len(content) // 4 * 4])
+  sizes: list[int] = []
+  sums: list[int] = []
+  with output.open('rb') as file:
+    for raw in file:
+      if not raw.endswith(b'\n') or (wanted is not None and len(sums) == len(wanted)):
+        break  # a kill came between the line and its sum
+      found = zlib.crc32(raw)
+      if wanted is not None and found != wanted[len(sums)]:
+        print(f'{output}: line {len(sums) + 1} is not as it was written: answered again, and all after it', file=sys.stderr,
+              flush=True)
+        break
+      sizes.append(len(raw))
+      sums.append(found)
+  return sizes, sums
+
+
+class _Summed:
+  """A file of answers that is written together with the sums of its lines."""
+
+  def __init__(self, output: pathlib.Path):
+    self._file, self._sums_file, self._sums = open(output, 'ab'), open(_sums_file(output), 'ab'), b''  # noqa: SIM115
+
+  def __enter__(self) -> '_Summed':
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._file.close()
+    self._sums_file.close()
+
+  def write(self, line: str) -> None:
+    raw = line.encode()
+    self._file.write(raw)
+    self._sums += _as_bytes([zlib.crc32(raw)])
+
+  def flush(self) -> None:
+    self._file.flush()
+    self._sums_file.write(self._sums)
+    self._sums_file.flush()
+    self._sums = b''
+
+
 def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, batch_size: int) -> int:
   """Makes the output ready to be appended to.
 
@@ -83,6 +144,8 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
   note = output.with_name(output.name + '.run.json')
   remedy = 'Remove it, or give another --output.'
   try:
+    if output.exists() and not output.is_file():
+      raise ConfigError(f'--output={output} is not a regular file. {remedy}')
     if output.exists() and output.stat().st_size:
       if not os.path.lexists(note):
         raise ConfigError(f'--output={output} is there, but not from `infer` ({note.name} is missing). {remedy}')
@@ -95,26 +158,24 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
       if differences:
         lines = '\n  '.join(line.replace('in the checkpoint', 'in the file') for line in differences)
         raise ConfigError(f'--output={output} was made from something else:\n  {lines}\n{remedy}')
-      offsets = [0]
-      with output.open('rb') as file:
-        for raw in file:
-          if raw.endswith(b'\n'):
-            offsets.append(offsets[-1] + len(raw))
-      done = len(offsets) - 1
+      sizes, sums = _intact_lines(output)
+      done = len(sizes)
       if done < total:
         done -= done % batch_size
-      os.truncate(output, offsets[done])
+      os.truncate(output, sum(sizes[:done]))
+      files.write_atomically(_sums_file(output), _as_bytes(sums[:done]))
       return done
     output.parent.mkdir(parents=True, exist_ok=True)
     stored.write(note, wanted)
     output.write_bytes(b'')
+    files.write_atomically(_sums_file(output), b'')
   except OSError as error:
     raise ConfigError(f'--output={output} cannot be written: {error.strerror}.') from None
   return 0
 
 
 def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | None]], first: int, total: int,
-                out: TextIO, form: Callable[[dict[str, Any]], str]) -> dict[str, int]:
+                out: 'TextIO | _Summed', form: Callable[[dict[str, Any]], str]) -> dict[str, int]:
   """Answers lines from index `first` on, and writes a record for each, as `form` puts it, batch by batch."""
   counts = {'answered': 0, 'empty': 0, 'refused': 0}
   progress = Progress('infer', 'line', total, first)
@@ -173,7 +234,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   engine = inference.load(model_dir, step=about.step, config=config)
   started = time.monotonic()
   lines = lines_lib.checked(lines_lib.read_lines(path, name, config.infer.text_field), codec)
-  with open(output, 'a', encoding='utf-8') if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
+  with _Summed(output) if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
     counts = answer_file(engine, lines, first, total, out, as_text if is_text else as_json)
   told = ''.join(f', {count} {what}' for what, count in counts.items() if count and what != 'answered')
   print(f'{counts["answered"]} answered{told} in {time.monotonic() - started:.1f} s' + (f': {output}' if output else ''),

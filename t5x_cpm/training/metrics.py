@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from t5x_cpm.checkpoints.run_directory import resolve, writing
+from t5x_cpm.checkpoints.run_directory import read_run, resolve, scan, writing
 from t5x_cpm.config import Config, ConfigError, to_dict
 from t5x_cpm.progress import Progress
 from t5x_cpm.training import flops
@@ -66,6 +66,15 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
   return scalars
 
 
+def _last_written(model_dir: epath.Path, step: int) -> dict[str, int]:
+  """For splits, the last step up to this one, that of a checkpoint, of which metrics were written."""
+  if step not in scan(model_dir)[0]:
+    return {}
+  run = read_run(model_dir, step)
+  every = run.config.metrics.every
+  return {'train': step // every * every or min(step, 1), 'eval': step if run.metrics else 0}
+
+
 class Writers:
   """Writes the metrics of a run. Processes other than the first call the same methods, which then do nothing."""
 
@@ -95,7 +104,7 @@ class Writers:
     self._events: dict[str, EventFile] = {}
     self._event_dir = model_dir / 'tensorboard'
     with writing(model_dir):
-      cut_jsonl(self._path, start_step)
+      cut_jsonl(self._path, start_step, _last_written(model_dir, start_step))
       self._jsonl = self._path.open('a')
       cut_all_events(self._event_dir, start_step)
     self._peak = flops.peak_flops(jax.devices()[0], config.metrics.peak_flops)

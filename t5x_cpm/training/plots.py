@@ -1,10 +1,12 @@
 """Plots of a run, from its metrics.jsonl: the loss, and what its routers do."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from t5x_cpm import files
 from t5x_cpm.checkpoints.run_directory import resolve
 from t5x_cpm.config import ConfigError
 from t5x_cpm.training.records import read_jsonl
@@ -53,8 +55,9 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: epath.Path) -> epath.Path:
-  with path.open('wb') as file:
-    figure.savefig(file, format='png')
+  content = io.BytesIO()
+  figure.savefig(content, format='png')
+  files.write_atomically(path, content.getvalue())
   return path
 
 

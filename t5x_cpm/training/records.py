@@ -8,12 +8,13 @@ import socket
 import struct
 import sys
 import time
+import types
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from t5x_cpm.files import write_atomically
+from t5x_cpm import files
 
 
 def _numbers(value: Any) -> bool:
@@ -36,7 +37,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
   """The records of metrics.jsonl; a last line that a kill cut off, and any other that is no record, is left out."""
-  lines = path.read_bytes().decode(errors='replace').split('\n')
+  lines = files.read_bytes(path).decode(errors='replace').split('\n')
   return [record for line in lines if (record := _record(line))]
 
 
@@ -54,20 +55,23 @@ def _bytes(path: epath.Path) -> bytes | None:
   if not os.path.lexists(path) and not path.exists():  # of buckets, only the latter knows
     return None
   try:
-    return path.read_bytes()
+    return files.read_bytes(path)
   except OSError as error:
     set_aside(path, f'cannot be read ({error.strerror or error})')
     return None
 
 
-def cut_jsonl(path: epath.Path, step: int) -> None:
+def cut_jsonl(path: epath.Path, step: int, expected: Mapping[str, int] = types.MappingProxyType({})) -> None:
   """Removes the records of later steps, and a last line that a kill cut off, in one atomic replacement.
 
   Where another line is no record, the file as it was is kept under another name.
+
+  Args:
+    path: metrics.jsonl, which may not be there.
+    step: updates done.
+    expected: for splits, the last step of which there should be a record; says so if there is none.
   """
-  data = _bytes(path)
-  if data is None:
-    return
+  data = _bytes(path) or b''
   lines = data.decode(errors='replace').split('\n')
   records = [_record(line) for line in lines]
   bad = [number + 1 for number, (line, record) in enumerate(zip(lines[:-1], records)) if not record and line.strip()]
@@ -77,7 +81,12 @@ def cut_jsonl(path: epath.Path, step: int) -> None:
     numbers = ', '.join(map(str, bad[:5])) + (', ...' if len(bad) > 5 else '')
     set_aside(path, f'holds what is no record in line {numbers}')
   if bad or data != kept:
-    write_atomically(path, kept)
+    files.write_atomically(path, kept)
+  last = {record['split']: record['step'] for record in records if record and record['step'] <= step}
+  missing = [split for split, wanted in expected.items() if last.get(split, 0) < wanted]
+  if missing and not bad:
+    print(f'{path} has no records of {missing[0]} of steps {last.get(missing[0], 0) + 1} to {step}: it was cut short or '
+          'removed, and the curves have a gap there.', file=sys.stderr, flush=True)
 
 
 def cut_events(path: epath.Path, step: int) -> None:
@@ -109,7 +118,7 @@ def cut_events(path: epath.Path, step: int) -> None:
   if bad:
     set_aside(path, f'is damaged after {end:,} bytes')
   if end < len(data):
-    write_atomically(path, data[:end])
+    files.write_atomically(path, data[:end])
 
 
 def cut_all_events(folder: epath.Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """What every vocabulary offers: attributes, encoding with blanks, decoding, saving."""
 
 import abc
+import contextlib
 import functools
 import hashlib
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 
 from t5x_cpm import files, stored
 from t5x_cpm.config import ConfigError
+from t5x_cpm.config.fields import one_line
 
 BLANK = '<span>'
 SPACE, LINE_FEED = '\u2582', '\u2583'  # written for ' ' and '\n' in the files of CPM vocabularies
@@ -27,10 +29,10 @@ def read(path: str) -> bytes:
   from etils import epath
 
   try:
-    return epath.Path(path).expanduser().read_bytes()
-  except OSError as error:
-    raise ConfigError(
-        f'vocabulary file {path} cannot be read: {error.strerror or error}. Check TaskConfig.vocabulary.') from None
+    return files.read_bytes(epath.Path(path).expanduser())
+  except Exception as error:  # what is no path, and what libraries of buckets say, are errors of many kinds
+    raise ConfigError(f'vocabulary file {one_line(str(path))} cannot be read: {getattr(error, "strerror", "") or error}. Check '
+                      'TaskConfig.vocabulary.') from None
 
 
 def fingerprint(kind: str, options: dict[str, str], content: bytes) -> str:
@@ -128,7 +130,10 @@ class Vocabulary(abc.ABC):
     try:
       directory.mkdir(parents=True, exist_ok=True)
       target = directory / name
-      if not (target.is_file() and target.read_bytes() == content):
+      found = None
+      with contextlib.suppress(OSError):
+        found = files.read_bytes(target)
+      if found != content:
         files.write_atomically(target, content)
       stored.write(directory / 'vocabulary.json', {'kind': self.kind, 'file': name, 'options': self.options,
                                                    'fingerprint': self.fingerprint})
