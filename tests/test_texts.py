@@ -151,7 +151,7 @@ def check_pairs(vocabulary, texts, tmp_path):
 def read(tmp_path, texts, codec, wanted):
   """The file of `infer`, whose lines end where lines end."""
   (tmp_path / 'in.jsonl').write_text(''.join(infer.as_json({'text': line}) + '\n' for line in texts))
-  found = [request.ids for _, request in lines.checked(lines.read_lines(tmp_path / 'in.jsonl', 'text'), codec) if request]
+  found = [request.ids for _, request in lines.checked(lines.read_lines(tmp_path / 'in.jsonl', 'in.jsonl', 'text'), codec) if request]
   assert found == [ids for line, ids in zip(texts, wanted) if line.strip()]
 
 
@@ -233,7 +233,7 @@ def test_a_mark_that_was_meant_as_a_blank_is_noted_in_its_answer(load, tmp_path,
                                      '(2 lines have such marks.)\n')
   answer = engine_lib.Answer('七', ['七'], -1.0, 1, True, [7])
   engine = types.SimpleNamespace(config=config, answer_requests=lambda requests, *_: [answer] * len(requests))
-  infer.answer_file(engine, lines.checked(lines.read_lines(path, 'text'), codec), 0, 4, out, infer.as_json)
+  infer.answer_file(engine, lines.checked(lines.read_lines(path, str(path), 'text'), codec), 0, 4, out, infer.as_json)
   assert [json.loads(line).get('note') for line in out.getvalue().splitlines()] == [
       None, "'[MASK]' is read as plain text; a blank is written <span>.", 'empty line',
       "'＜span＞' is read as plain text; a blank is written <span>."]
