@@ -11,6 +11,15 @@ from t5x_cpm.config import Config, DecodeConfig, InferConfig, ModelConfig, MoECo
 from t5x_cpm.models import encoder_decoder
 
 
+def without_parameters(folder: pathlib.Path, vocabulary: vocabularies.Vocabulary) -> pathlib.Path:
+  """Writes a checkpoint that says everything but has no model, for what is refused before a parameter is read."""
+  config, path = Config(task=TaskConfig(vocabulary=vocabulary.spec)), folder / 'model'
+  with Manager(path, config, info={'vocabulary': vocabulary.fingerprint}) as manager:
+    manager.save(3, {'step': jnp.int32(3)})
+  vocabulary.save(path / 'vocabulary')
+  return path
+
+
 def model_dir(folder: pathlib.Path, vocabulary: vocabularies.Vocabulary, *, steps: tuple[int, ...] = (3,),
               objective: str = 'isolated', moe: MoEConfig | None = None, **task) -> pathlib.Path:
   """Writes checkpoints of a random model with logits far enough apart to decode in a stable way."""

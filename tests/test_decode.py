@@ -64,7 +64,7 @@ def drive(toy, rule, rows, prefixes=None, stop=(STOP,), driver='while', **option
   if driver == 'while':
     out = compiled(toy, rule)(toy.cache(rows), prefix_BP=prefix_BP, stop_BE=stop_BE, **options)
   else:
-    *_, state = decode.python_loop(toy.step, toy.cache(rows), rule, prefix_BP, stop_BE, take=take, **options)
+    *_, state = decode.python_loop(jax.jit(toy.step), toy.cache(rows), rule, prefix_BP, stop_BE, take=take, **options)
     out = rule.result(state)
   padded = np.asarray(out.tokens)
   return [t[:n].tolist() for t, n in zip(padded, out.length)], np.asarray(out.score), padded
@@ -194,7 +194,7 @@ def plain_distribution(log_probs, temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize(
-    ('temperature', 'top_k', 'top_p'), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.5, 4, 1.0), (1.0, 0, 0.7), (1.3, 6, 0.8)])
+    ('temperature', 'top_k', 'top_p'), [(0.6, 0, 1.0), (1.5, 4, 1.0), (1.0, 0, 0.7), (1.3, 6, 0.8)])
 def test_sampling_draws_from_the_cut_distribution(temperature, top_k, top_p):
   seed, draws = 20240, 20_000
   print(f'seed {seed}')
@@ -232,11 +232,11 @@ def test_sampling_does_not_depend_on_the_batch():
 
 def test_loop_ends_with_the_last_unfinished_row():
   toy = Toy(0, rows=6, length=64)
-  steps = []
+  step, steps = jax.jit(toy.step), []
 
   def counting(cache, tokens, positions):
     steps.append(tokens.shape)
-    return toy.step(cache, tokens, positions)
+    return step(cache, tokens, positions)
 
   prefix_BP, stop_BE = jnp.full((2, 1), START), jnp.tile(jnp.arange(2, 7), (2, 1))
   rule = decode.Greedy(max_new_tokens=60)

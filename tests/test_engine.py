@@ -65,7 +65,7 @@ def test_answers_on_a_mesh_are_those_of_one_device(tmp_path, moe):
 
 def test_a_mesh_that_cannot_hold_the_model_is_refused(tmp_path):
   vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}')
-  model_dir = small_model.model_dir(tmp_path, vocabulary)
+  model_dir = small_model.without_parameters(tmp_path, vocabulary)
   config = run_directory.read_run(model_dir).config
   with pytest.raises(ConfigError, match='data=1, model=2, expert=1: the sizes must multiply to the number of devices'):
     inference.load(model_dir, config=dataclasses.replace(config, mesh=MeshConfig(data=1, model=2)))

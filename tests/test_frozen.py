@@ -8,32 +8,34 @@ import numpy as np
 import pytest
 import test_step
 
-from t5x_cpm import mesh as mesh_lib
 from t5x_cpm import trees
 from t5x_cpm.checkpoints import arrays
 from t5x_cpm.checkpoints.manager import Manager
-from t5x_cpm.config import Config, ConfigError, MeshConfig, MoEConfig
+from t5x_cpm.config import Config, ConfigError, MoEConfig
 from t5x_cpm.training import host_memory, step
 
 
 def with_experts(**fields) -> Config:
-  moe = MoEConfig(num_experts=4, group_size=24, **fields)
+  moe = MoEConfig(num_experts=4, group_size=24, encoder_every=0, **fields)
   return dataclasses.replace(test_step.CONFIG, model=dataclasses.replace(test_step.CONFIG.model, moe=moe))
 
 
-def build(config: Config, trained, **mesh) -> tuple[step.Step, dict]:
+LOSS_FREE = with_experts(router='loss_free', bias_rate=0.5, capacity_factor=0.5)
+
+
+def in_two_parts(config: Config) -> Config:
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=2))
+
+
+def build(config: Config, trained) -> tuple[step.Step, dict]:
   """The step, and parameters of the whole model from another seed than its state has."""
-  sizes = MeshConfig(**({'data': 1} | mesh))
-  devices = jax.devices()[:sizes.data * sizes.model * sizes.expert]
-  built = step.build(dataclasses.replace(config, mesh=sizes), mesh_lib.make_mesh(sizes, devices), trained=trained)
-  return built, jax.jit(built.model.init)(jax.random.key(7))
+  built = test_step.build(dataclasses.replace(config, mesh=test_step.ONE_DEVICE), trained=trained)
+  return built, test_step.build(config).init(jax.random.key(7))['params']
 
 
 @pytest.mark.parametrize('config, trained', [
-    (test_step.CONFIG, ['lm_head']),
-    (dataclasses.replace(test_step.CONFIG, train=dataclasses.replace(test_step.CONFIG.train, microbatches=2)), ['decoder']),
-    (with_experts(router='loss_free', bias_rate=0.5, capacity_factor=0.5), ['decoder']),
-    (with_experts(router='random_projection'), ['lm_head', 'experts'])])
+    (test_step.CONFIG, ['lm_head']), (LOSS_FREE, ['decoder']),
+    (in_two_parts(with_experts(router='random_projection')), ['lm_head', 'experts'])])
 def test_a_part_is_trained_over_a_base_that_stays(tmp_path, config, trained):
   built, params = build(config, trained)
   frozen = {'base': {name: tree for name, tree in params.items() if name not in trained}}
@@ -63,7 +65,7 @@ def test_a_part_is_trained_over_a_base_that_stays(tmp_path, config, trained):
 
 
 def test_no_bias_moves_over_a_frozen_base():
-  config = with_experts(router='loss_free', bias_rate=0.5)
+  config = LOSS_FREE
   built, params = build(config, ['decoder'])
   frozen = {'base': {name: tree for name, tree in params.items() if name != 'decoder'}}
   state, _ = built.fn(built.init(jax.random.key(0), frozen), frozen, test_step.random_batch(config, 0))

@@ -34,9 +34,21 @@ def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
   return batch
 
 
-def run(config: Config, steps: int = 3, mesh: MeshConfig = MeshConfig(data=1)):  # noqa: B008
-  devices = jax.devices()[:mesh.data * mesh.model * mesh.expert]
-  built = step.build(config, mesh_lib.make_mesh(mesh, devices))
+ONE_DEVICE = MeshConfig(data=1)
+BUILT: dict[str, step.Step] = {}
+
+
+def build(config: Config, mesh: MeshConfig = ONE_DEVICE, **options) -> step.Step:
+  """The step of a configuration. It has no state, so that all tests of one may share what has been compiled."""
+  key = repr((config, mesh, options))
+  if key not in BUILT:
+    devices = jax.devices()[:mesh.data * mesh.model * mesh.expert]
+    BUILT[key] = step.build(config, mesh_lib.make_mesh(mesh, devices), **options)
+  return BUILT[key]
+
+
+def run(config: Config, steps: int = 3, mesh: MeshConfig = ONE_DEVICE):
+  built = build(config, mesh)
   state = built.init(jax.random.key(0))
   history = []
   for index in range(steps):
@@ -54,7 +66,7 @@ def test_accumulated_gradients_equal_one_large_batch(count):
 
 
 def test_loss_falls_on_a_repeated_batch():
-  built = step.build(CONFIG, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  built = build(CONFIG)
   state, batch = built.init(jax.random.key(0)), random_batch(CONFIG, 0)
   losses = []
   for _ in range(30):
@@ -65,7 +77,7 @@ def test_loss_falls_on_a_repeated_batch():
 
 
 def test_a_loss_that_is_not_finite_freezes_the_state_and_is_named():
-  built = step.build(CONFIG, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  built = build(CONFIG)
   state = built.init(jax.random.key(0))
   state['params']['experts']['decoder']['wo'] = state['params']['experts']['decoder']['wo'].at[1, 0, 0].set(jnp.nan)
   before = jax.device_get(state['params'])
@@ -114,14 +126,18 @@ def test_state_in_host_memory_changes_no_number(gib):
         leaf.nbytes for leaf in moments if leaf.sharding.memory_kind != 'pinned_host')
 
 
-@pytest.mark.parametrize(
-    'router, microbatches', [('', 2), ('hash', 1), pytest.param('loss_free', 1, marks=pytest.mark.slow)])
-def test_weights_in_host_memory_change_no_number(router, microbatches):
-  moe = MoEConfig(num_experts=4, router=router, decoder_every=2) if router else MoEConfig()
-  config = dataclasses.replace(
+def in_bfloat16(router: str, microbatches: int) -> Config:
+  moe = MoEConfig(num_experts=4, router=router, encoder_every=0, decoder_every=2) if router else MoEConfig()
+  return dataclasses.replace(
       CONFIG, model=dataclasses.replace(CONFIG.model, dtype='bfloat16', moe=moe),
       train=dataclasses.replace(CONFIG.train, microbatches=microbatches),
       optimizer=dataclasses.replace(CONFIG.optimizer, name='sgd', momentum=0.9, weight_decay=0.1))
+
+
+@pytest.mark.parametrize(
+    'router, microbatches', [('', 2), ('hash', 1), pytest.param('loss_free', 1, marks=pytest.mark.slow)])
+def test_weights_in_host_memory_change_no_number(router, microbatches):
+  config = in_bfloat16(router, microbatches)
   start = run(config, 0)[1]['params']
   built, plain, losses = run(config)
   away, hosted, hosted_losses = run(dataclasses.replace(config, mesh=MeshConfig(host_gib=-1.0)))
@@ -159,8 +175,7 @@ def test_some_weights_in_host_memory_are_the_largest():
 
 
 def test_a_halted_step_keeps_the_state_in_host_memory():
-  config = dataclasses.replace(
-      CONFIG, mesh=MeshConfig(host_gib=-1.0), model=dataclasses.replace(CONFIG.model, dtype='bfloat16'))
+  config = dataclasses.replace(in_bfloat16('', 2), mesh=MeshConfig(host_gib=-1.0))
   built, state, _ = run(config, 1)
   before = jax.device_get(state)
   batch = random_batch(config, 7)

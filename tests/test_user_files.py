@@ -8,14 +8,13 @@ import os
 import pathlib
 import random
 
-import jax.numpy as jnp
 import pytest
 import small_data
+import small_model
 
 from t5x_cpm import user_files, vocabularies
 from t5x_cpm.__main__ import main
-from t5x_cpm.checkpoints.manager import Manager
-from t5x_cpm.config import Config, ConfigError, LocalTaskConfig, TaskConfig
+from t5x_cpm.config import ConfigError, LocalTaskConfig
 from t5x_cpm.data import cache
 from t5x_cpm.data.cache import DataError
 from t5x_cpm.inference import infer
@@ -77,13 +76,7 @@ def home(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='module')
 def model_dir(home) -> pathlib.Path:
-  """A run without a model: bad input is refused before any parameter is read."""
-  vocabulary, path = vocabularies.load(f'cpm2:{home}/vocab.txt'), home / 'run'
-  config = Config(task=TaskConfig(vocabulary=vocabulary.spec))
-  with Manager(path, config, info={'vocabulary': vocabulary.fingerprint}) as manager:
-    manager.save(1, {'step': jnp.int32(1)})
-  vocabulary.save(path / 'vocabulary')
-  return path
+  return small_model.without_parameters(home, vocabularies.load(f'cpm2:{home}/vocab.txt'))
 
 
 @pytest.fixture
