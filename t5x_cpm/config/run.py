@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError, choice, free, in_range
 from t5x_cpm.config.model import ModelConfig
 from t5x_cpm.config.typed import Typed
@@ -295,6 +296,7 @@ class Config(Typed):
   decode: DecodeConfig = DecodeConfig()
   infer: InferConfig = InferConfig()
   eval: EvalConfig = EvalConfig()
+  delta: DeltaConfig = DeltaConfig()
 
   def validate(self) -> None:
     """Raises ConfigError for the first value that cannot work."""
@@ -302,6 +304,8 @@ class Config(Typed):
       getattr(self, field.name).validate()
     if self.mesh.host_gib and self.optimizer.name == 'adafactor':
       raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
+    if self.delta.method and self.mesh.host_gib:
+      raise ConfigError('MeshConfig.host_gib: the optimizer state of a delta is too small to be worth moving; set it to 0.')
     moe = self.model.moe
     if moe.uses('domain') and self.infer.domain >= moe.num_experts:
       raise ConfigError(

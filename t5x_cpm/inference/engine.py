@@ -272,7 +272,8 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   folder = run_directory.resolve(model_dir) / 'vocabulary'
   vocabulary = vocabularies.load_saved(folder)
   run_directory.check_vocabulary(model_dir, run.info, vocabulary.fingerprint)
-  config = dataclasses.replace(config, model=run.config.model)
+  delta = dataclasses.replace(run.config.delta, base=config.delta.base or run.config.delta.base)
+  config = dataclasses.replace(config, model=run.config.model, delta=delta)
   functions = programs.build(config, mesh)
   program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))
   return Engine(program, vocabulary, config, run.step)
