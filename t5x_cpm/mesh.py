@@ -28,6 +28,7 @@ RULES: Rules = {
     'expert': 'expert',
     'layers': None,
     'buckets': None,
+    'slot': None,
 }
 
 # The rules for parameters or optimizer state that MeshConfig.sharding also splits over data: along d_model, over whichever of

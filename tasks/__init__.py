@@ -137,7 +137,8 @@ def located(config: Config, folder: str) -> Config:
   task = dataclasses.replace(
       config.task, vocabulary=f'{kind}{colon}{absolute(file)}', cache_dir=absolute(config.task.cache_dir))
   own = dataclasses.replace(own, files=each(own.files), validation_files=each(own.validation_files))
-  return dataclasses.replace(config, task=task, local_task=own)
+  delta = dataclasses.replace(config.delta, base=absolute(config.delta.base))
+  return dataclasses.replace(config, task=task, local_task=own, delta=delta)
 
 
 def get(config: Config) -> Any:

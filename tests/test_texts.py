@@ -151,7 +151,8 @@ def check_pairs(vocabulary, texts, tmp_path):
 def read(tmp_path, texts, codec, wanted):
   """The file of `infer`, whose lines end where lines end."""
   (tmp_path / 'in.jsonl').write_text(''.join(infer.as_json({'text': line}) + '\n' for line in texts))
-  found = [request.ids for _, request in lines.checked(lines.read_lines(tmp_path / 'in.jsonl', 'in.jsonl', 'text'), codec) if request]
+  read = lines.read_lines(tmp_path / 'in.jsonl', 'in.jsonl', 'text')
+  found = [request.ids for _, request in lines.checked(read, codec) if request]
   assert found == [ids for line, ids in zip(texts, wanted) if line.strip()]
 
 

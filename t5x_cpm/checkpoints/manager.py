@@ -64,7 +64,7 @@ class Manager:
     """
     import orbax.checkpoint as ocp
 
-    self.model_dir = resolve(model_dir)
+    self.model_dir, self.info = resolve(model_dir), info
     self._primary = jax.process_index() == 0
     self._meta = run_directory.describe(config, info)
     self._failed = False

@@ -114,6 +114,9 @@ def make_config(arguments: Arguments) -> Config:
   from t5x_cpm.config import gin
 
   reads_run, model_dir, source = arguments.mode.scope == 'eval', arguments.get('model_dir'), arguments.get('init_from')
+  frozen = arguments.get('base')
+  if source and frozen:
+    raise ConfigError('--init_from trains all parameters of a run, --base a delta on them: give one of the two.')
   overrides = list(arguments.overrides)
   if profile := arguments.get('profile_steps'):
     start, _, count = profile.partition(':')
@@ -127,9 +130,12 @@ def make_config(arguments: Arguments) -> Config:
     run = run_directory.read_run(model_dir, checkpoint_step(arguments))
     recall_modules(model_dir, run.started)
     base = dataclasses.replace(tasks.located(run.config, run.started.get('folder', '')), mesh=MeshConfig())
-  elif source:
-    base = origin(source, model_dir)
+  elif source or frozen:
+    base = origin(source or frozen, model_dir)
+  if source:
     overrides.append(f'TrainConfig.init_from={source!r}')
+  if frozen:
+    overrides.append(f'DeltaConfig.base={frozen!r}')
 
   config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=base, check=check_routers)
   if base and not config.model.vocab_size:

@@ -6,6 +6,7 @@ class is made; every class checks its own values in `validate()`. Nothing here i
 configuration is refused before any device work.
 """
 
+from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError
 from t5x_cpm.config.model import ModelConfig, MoEConfig
 from t5x_cpm.config.run import (
@@ -27,6 +28,6 @@ from t5x_cpm.config.run import (
 )
 
 __all__ = [
-    'CheckpointConfig', 'Config', 'ConfigError', 'DecodeConfig', 'EvalConfig', 'InferConfig', 'LocalTaskConfig', 'MeshConfig',
-    'MetricsConfig', 'ModelConfig', 'MoEConfig', 'OptimizerConfig', 'ProcessesConfig', 'TaskConfig', 'TrainConfig', 'from_dict',
-    'identity_differences', 'to_dict']
+    'CheckpointConfig', 'Config', 'ConfigError', 'DecodeConfig', 'DeltaConfig', 'EvalConfig', 'InferConfig', 'LocalTaskConfig',
+    'MeshConfig', 'MetricsConfig', 'ModelConfig', 'MoEConfig', 'OptimizerConfig', 'ProcessesConfig', 'TaskConfig',
+    'TrainConfig', 'from_dict', 'identity_differences', 'to_dict']

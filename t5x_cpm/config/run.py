@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError, as_count, choice, free, in_range, shown
 from t5x_cpm.config.model import ModelConfig
 from t5x_cpm.config.typed import Typed
@@ -299,6 +300,7 @@ class Config(Typed):
   decode: DecodeConfig = DecodeConfig()
   infer: InferConfig = InferConfig()
   eval: EvalConfig = EvalConfig()
+  delta: DeltaConfig = DeltaConfig()
 
   def validate(self) -> None:
     """Raises ConfigError for the first value that cannot work."""
@@ -306,6 +308,8 @@ class Config(Typed):
       getattr(self, field.name).validate()
     if self.mesh.host_gib and self.optimizer.name == 'adafactor':
       raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
+    if self.delta.method and self.mesh.host_gib:
+      raise ConfigError('MeshConfig.host_gib: the optimizer state of a delta is too small to be worth moving; set it to 0.')
     moe = self.model.moe
     if moe.uses('domain') and self.infer.domain >= moe.num_experts:
       raise ConfigError(

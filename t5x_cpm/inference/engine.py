@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_cpm import backend, vocabularies
+from t5x_cpm import backend, tasks, vocabularies
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, DecodeConfig, MeshConfig, row_features
@@ -312,14 +312,15 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   """See `t5x_cpm.inference.load`."""
   arguments.check_load(step, config)
   run = run_directory.read_run(model_dir, step)
-  config = dataclasses.replace(run.config, mesh=MeshConfig()) if config is None else config
+  trained = tasks.located(run.config, run.started.get('folder', ''))
+  config = dataclasses.replace(trained, mesh=MeshConfig()) if config is None else config
   backend.use_cpu_devices(config.mesh.cpu_devices)
   backend.keep_compiled_programs()
   mesh = mesh_lib.make_mesh(config.mesh, backend.devices(local=True))
   folder = run_directory.resolve(model_dir) / 'vocabulary'
   vocabulary = vocabularies.load_saved(folder)
   run_directory.check_vocabulary(model_dir, run.info, vocabulary.fingerprint)
-  config = text.of_model(config, run.config)
+  config = text.of_model(config, trained)
   functions = programs.build(config, mesh)
   program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))
   return Engine(program, vocabulary, config, run.step, run.info)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.checkpoints import arrays
+from t5x_cpm import tuning
+from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.config import Config, row_features
 from t5x_cpm.inference import decode
 from t5x_cpm.models import attention, encoder_decoder
@@ -136,8 +137,13 @@ class Functions:
 
 
 def read_params(functions: Functions, model_dir: Any, step: int) -> Params:
-  """The parameters of a checkpoint, as the functions take them. Each device reads its own part."""
-  return functions.prepare(arrays.load_params(model_dir, step=step, into=functions.stored))
+  """The parameters of a checkpoint, as the functions take them, with its base if it is a delta. A device reads its own part."""
+  if not functions.config.delta.method:
+    return functions.prepare(arrays.load_params(model_dir, step=step, into=functions.stored))
+  base = tuning.find(functions.config.delta.base, run_directory.read_run(model_dir, step).info['base'])
+  into = {name: tree for name, tree in functions.stored.items() if name != 'delta'}
+  delta = arrays.load_params(model_dir, step=step, into={'delta': functions.stored['delta']})
+  return functions.prepare(tuning.load(base, into) | delta)
 
 
 class Resident:
@@ -213,8 +219,9 @@ def build(config: Config, mesh: Any) -> Functions:
   Raises:
     ConfigError: a dimension of a parameter that the mesh does not divide.
   """
-  model = encoder_decoder.build(config.model)
-  shapes, axes = model.abstract()
+  model = tuning.build_model(config)
+  leaves = model.leaves()
+  shapes, axes = tuning.held(leaves, config.delta), jax.tree.map(lambda leaf: leaf.axes, leaves)
   rules = mesh_lib.STATE_RULES[config.mesh.sharding][0]
   mesh_lib.check_tree_divides(mesh, shapes, axes, rules)
   stored = mesh_lib.shardings(mesh, axes, rules)

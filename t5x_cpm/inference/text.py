@@ -89,14 +89,16 @@ def tell_notes(requests: Iterable[Request], name: str) -> bool:
 
 
 def of_model(config: Config, trained: Config) -> Config:
-  """A configuration with what belongs to the model: its hyperparameters, and the objective that gave texts their form.
+  """A configuration with what belongs to the model: hyperparameters, delta, and the objective that gave texts their form.
 
   Args:
-    config: how to decode, on which mesh, and how to read a task; its objective says no more than that.
+    config: how to decode, on which mesh, where the base of a delta lies now ('': where it was), and how to read a task; its
+      objective says no more than that.
     trained: the configuration of the model's own run.
   """
   task = dataclasses.replace(config.task, objective=trained.task.objective)
-  return dataclasses.replace(config, model=trained.model, task=task)
+  delta = dataclasses.replace(trained.delta, base=config.delta.base or trained.delta.base)
+  return dataclasses.replace(config, model=trained.model, task=task, delta=delta)
 
 
 class Codec:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.mesh import shard
+from t5x_cpm.models.hooks import Hook, nothing
 from t5x_cpm.models.layers import at_least_float32, dropout, normal
 from t5x_cpm.models.products import dense, for_rows
 
@@ -55,17 +56,17 @@ class Attention(nnx.Module):
     self.value = normal(rngs, (d, hk), std, ('embed', 'heads'), config)
     self.output = normal(rngs, (hk, d), output_std, ('heads', 'embed'), config)
 
-  def _heads(self, x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
-    y = dense(x_BTD, kernel)
+  def _heads(self, x_BTD: jax.Array, name: str, hook: Hook) -> jax.Array:
+    y = hook(name, x_BTD, dense(x_BTD, getattr(self, name)[...]))
     return y.reshape(*y.shape[:-1], self.num_heads, -1)
 
-  def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def keys_and_values(self, x_BSD: jax.Array, hook: Hook = nothing) -> tuple[jax.Array, jax.Array]:
     """[B, S, D] -> keys and values [B, H, S, K]: heads first, the order in which a decoding step reads its cache."""
-    k_BSHK, v_BSHK = self._heads(x_BSD, self.key[...]), self._heads(x_BSD, self.value[...])
+    k_BSHK, v_BSHK = self._heads(x_BSD, 'key', hook), self._heads(x_BSD, 'value', hook)
     return jnp.swapaxes(k_BSHK, 1, 2), jnp.swapaxes(v_BSHK, 1, 2)
 
   def __call__(self, x_BTD: jax.Array, keys_and_values: tuple[jax.Array, jax.Array], bias: jax.Array | None,
-               mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
+               mask: jax.Array, key: jax.Array | None = None, hook: Hook = nothing) -> jax.Array:
     """Attends from x to the given keys and values.
 
     Args:
@@ -74,12 +75,13 @@ class Attention(nnx.Module):
       bias: of relative positions, [H, T, S] or [B, H, T, S]; None in cross-attention.
       mask: additive, broadcastable to [B, H, T, S].
       key: for the dropout of the probabilities.
+      hook: what a delta does with each product, by its name here.
 
     Returns:
       [B, T, D].
     """
     k_BHSK, v_BHSK = keys_and_values
-    q_BTHK = self._heads(x_BTD, self.query[...])
+    q_BTHK = self._heads(x_BTD, 'query', hook)
     q_BTHK = shard(q_BTHK, 'batch', 'length', 'heads', None)
     B, T = x_BTD.shape[:2]
     wide = at_least_float32(x_BTD.dtype)
@@ -91,7 +93,8 @@ class Attention(nnx.Module):
     y_BHTK = jnp.einsum('BHTS,BHSK->BHTK', dropped_BHTS, v_BHSK, preferred_element_type=wide)
     y_BHTK /= weights_BHTS.sum(axis=-1, keepdims=True)  # of the weights before dropout; this divides [T, K] numbers, not [T, S]
     y_BTHK = jnp.swapaxes(y_BHTK, 1, 2).astype(x_BTD.dtype)
-    return dense(y_BTHK.reshape(B, T, -1), self.output[...])
+    y_BTN = y_BTHK.reshape(B, T, -1)
+    return hook('output', y_BTN, dense(y_BTN, self.output[...]))
 
 
 def write(cache_BHSK: jax.Array, new_BHTK: jax.Array, positions_BT: jax.Array) -> jax.Array:

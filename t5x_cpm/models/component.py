@@ -4,10 +4,12 @@ A module states shape, axes and initial value of its weights in its constructor.
 parameters, their description (`leaves`), and the module that computes with given ones.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from t5x_cpm import trees
@@ -69,7 +71,8 @@ class Component:
         axes=(*(name for name, _ in self.stacked), *variable.get_metadata('axes')),
         stack=self.stack,
         update=UPDATES[type(variable)],
-        decays=variable.get_metadata('decays', True))
+        decays=variable.get_metadata('decays', True),
+        casts=self.cast)
 
   def init(self, rngs: nnx.Rngs) -> Params:
     """Fresh parameters, stacks included."""
@@ -85,6 +88,45 @@ class Component:
       return {name: params[name] for name in self.leaves}
     for name in self.path.split('/'):
       params = params[name]
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """One array of parameters, declared as data.
+
+  Attributes:
+    shape: without the leading axes of a stack.
+    axes: the logical name of each axis.
+    init: (key, shape of the whole array) -> float32.
+    decays: whether weight decay applies to it.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  init: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+  decays: bool = False
+
+
+class Declared(Component):
+  """A component without a module: its parameters are declared as data, and whatever reads them takes them as they are."""
+
+  def __init__(self, path: str, weights: Params, stacked: tuple[tuple[str, int], ...] = (), stack: str = ''):
+    """weights: a nested dict of Weight. Other arguments are those of Component; all parameters are float32."""
+    self.path, self.stacked, self.stack, self.cast = path, stacked, stack, True
+    self._weights = trees.named(weights)
+    self.leaves = trees.nested({name: self._describe(name, weight) for name, weight in self._weights.items()})
+
+  def _describe(self, name: str, weight: Weight) -> Leaf:
+    names, sizes = zip(*self.stacked) if self.stacked else ((), ())
+    return Leaf(name=f'{self.path}/{name}', shape=(*sizes, *weight.shape), dtype=jnp.dtype('float32'),
+                axes=(*names, *weight.axes), stack=self.stack, decays=weight.decays)
+
+  def init(self, rngs: nnx.Rngs) -> Params:
+    leaves = trees.named(self.leaves)
+    return trees.nested({name: weight.init(rngs.params(), leaves[name].shape) for name, weight in self._weights.items()})
+
+  def __call__(self, params: Params) -> Params:
     return params
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from t5x_cpm.models import hooks
 from t5x_cpm.models.layers import dropout
 
 # Where random numbers are drawn, and the number that each place folds into the key of its layer. Two places may share a number
@@ -28,6 +29,7 @@ class Context:
     ids: token ids [B, T], for routers.
     valid: [B, T], False at padding, which is never routed.
     row: config.row_features: what rows carry besides tokens, by name, int32 [B].
+    delta: what a delta does in the layer; None: there is none.
     key: of dropout and of random draws by routers; None: nothing is dropped or drawn.
     train: whether tokens are routed as in training: in groups, balanced, within a capacity. Otherwise no token depends on
       another row, and none is left behind.
@@ -43,14 +45,24 @@ class Context:
   ids: Any = None
   valid: Any = None
   row: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  delta: hooks.Hooks | None = None
   key: jax.Array | None = None
   train: bool = dataclasses.field(default=False, metadata={'static': True})
   dropout_rate: float = dataclasses.field(default=0.0, metadata={'static': True})
   expert_dropout_rate: float = dataclasses.field(default=0.0, metadata={'static': True})
 
-  def at_layer(self, index: Any) -> 'Context':
-    """The context of one layer of the stack, by its index, with random numbers of its own."""
-    return self if self.key is None else dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
+  def at_layer(self, index: Any, delta: hooks.Hooks | None = None) -> 'Context':
+    """The context of one layer of the stack, by its index, with random numbers of its own, and its part of a delta."""
+    key = None if self.key is None else jax.random.fold_in(self.key, index)
+    return self if key is None and delta is None else dataclasses.replace(self, key=key, delta=delta)
+
+  def changed(self, site: str, x: Any, y: jax.Array) -> jax.Array:
+    """What a delta gives in the place of y, which the site made of x."""
+    return y if self.delta is None else self.delta.change(site, x, y)
+
+  def hook(self, sublayer: str) -> hooks.Hook:
+    """`changed` for the sites within a sublayer, by their names there."""
+    return hooks.within(self.delta, sublayer)
 
   def key_of(self, site: str) -> jax.Array | None:
     """The key of one of SITES; None where nothing is drawn."""

@@ -60,7 +60,8 @@ def places_of(routing: Routing) -> tuple[jax.Array, jax.Array]:
   return place_GTK, (place_GTK < routing.capacity) & (routing.expert_GTK < routing.num_experts)
 
 
-def _each_expert(x_EGCI: jax.Array, kernel_EIO: jax.Array) -> jax.Array:
+def _each_expert(name: str, x_EGCI: jax.Array, kernel_EIO: jax.Array) -> jax.Array:
+  del name
   E, G, C, I = x_EGCI.shape
   y = jnp.einsum('ENI,EIO->ENO', x_EGCI.reshape(E, G * C, I), kernel_EIO.astype(x_EGCI.dtype))
   return y.reshape(E, G, C, -1)
@@ -125,7 +126,8 @@ def _by_expert(
   def drop(hidden_AF: jax.Array) -> jax.Array:
     return _dropout_by_row(hidden_AF, rate, seed_A[order_A])
 
-  def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  def product(name: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    del name
     return grouped_dot(x, kernel.astype(x.dtype), counts_E)
 
   return _permute(mlp(_permute(x_AD, order_A, inverse_A), drop, product), inverse_A, order_A)

@@ -11,6 +11,7 @@ from t5x_cpm.models import model, stacks
 from t5x_cpm.models.attention import Cache, additive_mask, segment_mask
 from t5x_cpm.models.component import Component, Params
 from t5x_cpm.models.context import Context
+from t5x_cpm.models.hooks import Delta
 from t5x_cpm.models.layers import Embedding, Head, at_least_float32, compute_dtype
 from t5x_cpm.models.model import Experts, resident, row_of, stack_components, summary
 
@@ -34,8 +35,8 @@ def components(config: ModelConfig) -> list[Component]:
 class Model(model.Model):
   """An encoder and a decoder. See `model.Model` for parameters and single layers."""
 
-  def __init__(self, config: ModelConfig, experts: Experts):
-    super().__init__(config, STACKS, components, experts)
+  def __init__(self, config: ModelConfig, experts: Experts, delta: Delta | None = None):
+    super().__init__(config, STACKS, components, experts, delta)
 
   # What stands before and after the layers.
 
@@ -134,17 +135,20 @@ class Model(model.Model):
 
   # Decoding protocol.
 
-  def cross_cache(self, params: Params, encoded_BSD: jax.Array, max_len: int) -> Any:
+  def cross_cache(self, params: Params, encoded_BSD: jax.Array, row: dict[str, jax.Array], max_len: int) -> Any:
     """The cache of the decoder's layers before the first token: their own keys and values [B, H, max_len, K] are still 0."""
     one, axes = self.layers['decoder'][0], CACHE_AXES['layers'][1:]
+    block = one.roles['block'][0].path
+    parts = {path: self.components[path].of(params) for path in (block, f'delta/{block}') if path in self.components}
 
-    def of_layer(block: Params) -> Cache:
-      keys, values = (shard(x, *axes) for x in one.cross_cache({'block': block}, encoded_BSD))
+    def of_layer(given: Params) -> Cache:
+      weights, *delta = given.values()
+      keys, values = (shard(x, *axes) for x in one.cross_cache({'block': weights}, encoded_BSD, self.delta_of(delta, row)))
       B, H, _, K = keys.shape
       empty = shard(jnp.zeros((B, H, max_len, K), keys.dtype), *axes)
       return {'self_key': empty, 'self_value': empty, 'cross_key': keys, 'cross_value': values}
 
-    return stacks.each(of_layer, params['decoder']['layers'])
+    return stacks.each(of_layer, stacks.side_by_side(parts))
 
   def start(self, params: Params, batch: Batch, max_len: int) -> Cache:
     """Encodes the batch and makes the cache of up to max_len decoder tokens; its leaves are [L, B, ...] or [1, B, ...]."""
@@ -152,8 +156,9 @@ class Model(model.Model):
     B, S, _ = encoded.shape
     segments = batch.get('encoder_segment_ids')
     valid = jnp.ones((B, S), bool) if segments is None else segments != 0
-    return {'layers': self.cross_cache(params, encoded, max_len), 'encoder_valid': valid[None],
-            'row': {name: values_B[None] for name, values_B in row_of(batch).items()}}
+    row = row_of(batch)
+    return {'layers': self.cross_cache(params, encoded, row, max_len), 'encoder_valid': valid[None],
+            'row': {name: values_B[None] for name, values_B in row.items()}}
 
   def step(self, params: Params, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Cache]:
     """Consumes tokens at the given positions of each row and returns the logits [B, T, V] after each of them."""
@@ -164,14 +169,15 @@ class Model(model.Model):
     return self.decoder_output(params, x_BTD, ctx), cache | {'layers': layers}
 
 
-def build(config: ModelConfig, experts: Experts = resident) -> Model:
+def build(config: ModelConfig, experts: Experts = resident, delta: Delta | None = None) -> Model:
   """The model of a configuration.
 
   Args:
     config: its hyperparameters.
     experts: how the feed-forward part of a layer is computed.
+    delta: what acts on its layers, with parameters of its own.
 
   Raises:
     ConfigError: a hyperparameter or a router that cannot work.
   """
-  return Model(config, experts)
+  return Model(config, experts, delta)

@@ -13,11 +13,13 @@ from flax import nnx
 
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.mesh import shard
-from t5x_cpm.models import dispatch, routers
+from t5x_cpm.models import dispatch, hooks, routers
 from t5x_cpm.models.attention import Attention, Cache, write
 from t5x_cpm.models.component import Component, Params
 from t5x_cpm.models.context import Context
+from t5x_cpm.models.hooks import Hooks
 from t5x_cpm.models.layers import MLP, RMSNorm, dropout
+from t5x_cpm.models.products import dense
 from t5x_cpm.models.routing import RouteContext, Routing
 
 
@@ -36,26 +38,32 @@ class Block(nnx.Module):
   def attend(self, x_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
     """Self-attention, and in a decoder cross-attention: x after both, and what was written to the cache."""
     u = self.attention_norm(x_BTD)
-    keys, values = self.attention.keys_and_values(u)
+    hook = ctx.hook('self')
+    keys, values = self.attention.keys_and_values(u, hook)
     written = None
     if cache is not None:
       keys, values = write(cache['self_key'], keys, ctx.positions), write(cache['self_value'], values, ctx.positions)
       written = {'self_key': keys, 'self_value': values}
-    y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of('self.weights'))
-    x_BTD = x_BTD + ctx.dropout(y, 'self.output')
+    y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of('self.weights'), hook)
+    x_BTD = x_BTD + ctx.dropout(ctx.changed('self', u, y), 'self.output')
     if self.is_decoder:
-      u = self.cross_attention_norm(x_BTD)
+      u, hook = self.cross_attention_norm(x_BTD), ctx.hook('cross')
       if cache is None:
-        keys, values = self.cross_attention.keys_and_values(ctx.encoded)
+        keys, values = self.cross_attention.keys_and_values(ctx.encoded, hook)
       else:
         keys, values = cache['cross_key'], cache['cross_value']
-      y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of('cross.weights'))
-      x_BTD = x_BTD + ctx.dropout(y, 'cross.output')
+      y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of('cross.weights'), hook)
+      x_BTD = x_BTD + ctx.dropout(ctx.changed('cross', u, y), 'cross.output')
     return x_BTD, written
 
 
-def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context) -> jax.Array:
-  return mlp(u_BTD, lambda hidden: dropout(hidden, ctx.dropout_rate, ctx.key_of('mlp.hidden')))
+def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context, name: str) -> jax.Array:
+  hook = ctx.hook(name)
+
+  def drop(hidden: jax.Array) -> jax.Array:
+    return dropout(hook('hidden', hidden, hidden), ctx.dropout_rate, ctx.key_of('mlp.hidden'))
+
+  return mlp(u_BTD, drop, lambda kernel_name, x, kernel: hook(kernel_name, x, dense(x, kernel)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,12 +76,14 @@ class Layer:
     index: in its stack, from 0.
     roles: its weights by role: 'block', 'experts' (its feed-forward part), and where it has them 'router' and 'shared'. Each
       is a component, and the row of this layer in it.
+    deltas: the components of a delta that act in it, and its row in each.
   """
 
   config: ModelConfig
   stack: str
   index: int
   roles: dict[str, tuple[Component, int]]
+  deltas: tuple[tuple[Component, int], ...] = ()
 
   @property
   def routed(self) -> bool:
@@ -127,7 +137,7 @@ class Layer:
     """The feed-forward part with all weights at hand: every token through one network, or through the experts it goes to."""
     mlp = self.roles['experts'][0](weights['experts'])
     if routing is None:
-      return _dense(mlp, u_BTD, ctx)
+      return _dense(mlp, u_BTD, ctx, 'mlp')
     u_GTD = u_BTD.reshape(*routing.expert_GTK.shape[:2], -1)
     y_GTD = dispatch.dispatch(mlp, u_GTD, routing, ctx.expert_dropout_rate, ctx.key_of('mlp.hidden'))
     return y_GTD.reshape(u_BTD.shape)
@@ -135,12 +145,13 @@ class Layer:
   def after(self, weights: Params, h_BTD: jax.Array, u_BTD: jax.Array, y_BTD: jax.Array, ctx: Context) -> jax.Array:
     """The layer's output, from what `before` gave and the output y [B, T, D] of the feed-forward part."""
     if 'shared' in self.roles:
-      y_BTD = y_BTD + _dense(self.roles['shared'][0](weights['shared']), u_BTD, ctx)
-    return shard(h_BTD + ctx.dropout(y_BTD, 'mlp.output'), 'batch', 'length', 'embed')
+      y_BTD = y_BTD + _dense(self.roles['shared'][0](weights['shared']), u_BTD, ctx, 'shared')
+    return shard(h_BTD + ctx.dropout(ctx.changed('mlp', u_BTD, y_BTD), 'mlp.output'), 'batch', 'length', 'embed')
 
-  def cross_cache(self, weights: Params, encoded_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A decoder layer's keys and values [B, H, S, K] of the encoder's output."""
-    return self.roles['block'][0](weights['block']).cross_attention.keys_and_values(encoded_BSD)
+  def cross_cache(self, weights: Params, encoded_BSD: jax.Array, delta: Hooks | None = None) -> tuple[jax.Array, jax.Array]:
+    """A decoder layer's keys and values [B, H, S, K] of the encoder's output, and of what a delta makes of them."""
+    attention = self.roles['block'][0](weights['block']).cross_attention
+    return attention.keys_and_values(encoded_BSD, hooks.within(delta, 'cross'))
 
 
 def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> tuple[Layer, ...]:
@@ -168,5 +179,6 @@ def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> 
       roles['experts'] = components[f'experts/{stack}_dense'], index - index // every
     else:
       roles['experts'] = components[f'experts/{stack}'], index
-    layers.append(Layer(config, stack, index, roles))
+    parts = ((components[path], row) for component, row in roles.values() if (path := f'delta/{component.path}') in components)
+    layers.append(Layer(config, stack, index, roles, tuple(parts)))
   return tuple(layers)

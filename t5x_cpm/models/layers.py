@@ -95,6 +95,12 @@ class Head(nnx.Module):
 MLP_AXES = {'wi_0': ('embed', 'mlp'), 'wi_1': ('embed', 'mlp'), 'wo': ('mlp', 'embed')}
 
 
+def by_name(name: str, x: jax.Array, kernel: Any) -> jax.Array:
+  """The product with a kernel, whatever its name."""
+  del name
+  return dense(x, kernel)
+
+
 class MLP(nnx.Module):
   """wo(act(wi_0 x) * wi_1 x), or wo(act(wi_0 x)) for an activation that is not gated; no bias vectors."""
 
@@ -111,19 +117,20 @@ class MLP(nnx.Module):
     self.wo = normal(rngs, (f, d), std_out, MLP_AXES['wo'], config)
 
   def __call__(self, x: jax.Array, drop: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
-               product: Callable[[jax.Array, jax.Array], jax.Array] = dense) -> jax.Array:
+               product: Callable[[str, jax.Array, jax.Array], jax.Array] = by_name) -> jax.Array:
     """Applies the network to x [..., D].
 
     Args:
       x: the input.
       drop: dropout of the hidden activations.
-      product: (rows, kernel) -> rows; it replaces the matrix product when weights carry an expert axis.
+      product: (name of the kernel, rows, kernel) -> rows; it replaces the matrix product when weights carry an expert axis,
+        or a delta changes it.
     """
     activation, gated = ACTIVATIONS[self.activation]
-    hidden = activation(product(x, self.wi_0[...]))
+    hidden = activation(product('wi_0', x, self.wi_0[...]))
     if gated:
-      hidden = hidden * product(x, self.wi_1[...])
-    return product(drop(hidden), self.wo[...])
+      hidden = hidden * product('wi_1', x, self.wi_1[...])
+    return product('wo', drop(hidden), self.wo[...])
 
 
 def relative_position_bucket(distance: Any, *, bidirectional: bool, num_buckets: int, max_distance: int) -> Any:

@@ -21,6 +21,7 @@ class Leaf:
     stack: 'encoder' or 'decoder'; '' for what belongs to neither.
     update: how it changes in training: by 'gradient', by a 'rule' of its own after each step, or not at all ('fixed').
     decays: whether weight decay applies to it.
+    casts: whether it may be held in the type of computation where it is not trained.
   """
 
   name: str
@@ -30,6 +31,7 @@ class Leaf:
   stack: str = ''
   update: str = 'gradient'
   decays: bool = True
+  casts: bool = True
 
   @property
   def stacked(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from t5x_cpm.config import ConfigError, ModelConfig
 from t5x_cpm.config.row_features import ROW_FEATURES
-from t5x_cpm.models import dispatch, routers, stacks
+from t5x_cpm.models import dispatch, hooks, routers, stacks
 from t5x_cpm.models.component import Component, Params, placed
 from t5x_cpm.models.context import Context
 from t5x_cpm.models.layer import Block, Layer, table
@@ -67,6 +67,13 @@ def stack_components(config: ModelConfig, stack: str) -> list[Component]:
   return found
 
 
+def _used(layers: dict[str, tuple[Layer, ...]]) -> list[tuple[Component, str]]:
+  """Each component of the layers once, with its role in them."""
+  found = {component.path: (component, role) for stack in layers.values() for layer in stack
+           for role, (component, _) in layer.roles.items()}
+  return list(found.values())
+
+
 class Model:
   """Pure functions of plain trees of parameters for one configuration. Holds no array.
 
@@ -75,16 +82,22 @@ class Model:
     stacks: names of its stacks.
     components: its modules by path, in the order in which their parameters are drawn.
     layers: its layers by stack, in order.
+    delta: the methods of a delta, whose parameters are the subtree 'delta'; None: there is none.
   """
 
   def __init__(self, config: ModelConfig, stacks: Sequence[str], components: Callable[[ModelConfig], Sequence[Component]],
-               experts: Experts):
+               experts: Experts, delta: hooks.Delta | None = None):
     """Raises ConfigError for a configuration that cannot work; `components` is only called with one that can."""
     config.validate()
     routers.check(config.moe)
     self.config, self.stacks, self._experts = config, tuple(stacks), experts
+    self.delta = delta
     self.components = {one.path: one for one in components(config)}
     self.layers = {stack: table(config, stack, self.components) for stack in stacks}
+    if delta is not None:
+      parts = [hooks.component(delta, component, role) for component, role in _used(self.layers)]
+      self.components |= {one.path: one for one in parts if one is not None}
+      self.layers = {stack: table(config, stack, self.components) for stack in stacks}
 
   # Parameters.
 
@@ -132,6 +145,10 @@ class Model:
       return stacks.unstack(tree) if one.stacked and not scanned else tree
 
     return self._tree(prepared)
+
+  def sites(self) -> list[hooks.Site]:
+    """Where a delta may act."""
+    return [site for component, role in _used(self.layers) for site in hooks.sites(component, role)]
 
   def group_rows(self, B: int, **lengths: int) -> int:
     """How many rows of a training batch are routed together.
@@ -193,7 +210,7 @@ class Model:
       The last layer's output; what has changed of the cache; and {'losses', 'metrics'} of the layers with experts, stacked.
     """
     period = self.layers[stack][:self.config.moe.every(stack) or 1]  # what repeats: layers, of which the last has experts
-    used = {component.path: component for layer in period for component, _ in layer.roles.values()}
+    used = {component.path: component for layer in period for component, _ in (*layer.roles.values(), *layer.deltas)}
     trees = {path: component.of(params) for path, component in used.items()} | ({} if cache is None else {'cache': cache})
 
     def fn(x: jax.Array, given: stacks.Slices, index: Any) -> tuple[jax.Array, stacks.Slices]:
@@ -201,7 +218,8 @@ class Model:
       for within, layer in enumerate(period):
         # A layer's row in the first period is also its place in the slices of every other period.
         weights = {role: given[component.path][row] for role, (component, row) in layer.roles.items()}
-        own = ctx.at_layer(index * len(period) + within)
+        delta = self.delta_of([given[component.path][row] for component, row in layer.deltas], ctx.row)
+        own = ctx.at_layer(index * len(period) + within, delta)
         h, written, u, routing = layer.before(weights, x, own, given['cache'][within] if 'cache' in given else None)
         y = self._experts(layer, weights, u, routing, own)
         x = layer.after(weights, h, u, y, own)
@@ -215,6 +233,13 @@ class Model:
     x_BTD, outs = stacks.run(
         fn, x_BTD, trees, self.config.num_layers(stack) // len(period), self.config, remat=cache is None)
     return x_BTD, outs.get('cache'), stacks.stacked(outs['about'])
+
+  def delta_of(self, parts: Sequence[Params], row: dict[str, jax.Array]) -> hooks.Hooks | None:
+    """What a delta does in a layer, from its part of each of Layer.deltas and what the rows carry; None for no parts."""
+    if self.delta is None or not parts:
+      return None
+    weights = {site: methods for part in parts for site, methods in part.items()}
+    return hooks.Hooks(weights, row.get('delta'), self.delta.methods)
 
   def context(self, ids_BT: jax.Array, valid_BT: jax.Array, row: dict[str, jax.Array], key: jax.Array | None = None,
               train: bool = False) -> dict[str, Any]:

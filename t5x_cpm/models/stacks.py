@@ -38,6 +38,13 @@ def first(layers: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
+def side_by_side(trees: dict[str, Any]) -> Any:
+  """Several stacks of as many layers each, in either form, as one stack whose layers are dicts of theirs."""
+  if any(isinstance(tree, tuple) for tree in trees.values()):
+    return tuple(dict(zip(trees, layers)) for layers in zip(*trees.values(), strict=True))
+  return trees
+
+
 def each(fn: Callable[[Any], Any], layers: Any) -> Any:
   """Applies fn to each layer's tree; the result has the form of `layers`."""
   if isinstance(layers, tuple):

@@ -46,7 +46,7 @@ def with_vocab_size(config: Config, model_dir: Any) -> Config:
   """
   if config.model.vocab_size:
     return config
-  source = model_dir if has_begun(model_dir) else config.train.init_from
+  source = model_dir if has_begun(model_dir) else config.train.init_from or config.delta.base
   size = run_directory.read_run(source).config.model.vocab_size if source else vocabulary(config).size
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
@@ -69,15 +69,20 @@ def check_sentinels(config: Config, found: vocabularies.Vocabulary) -> None:
                         f"{expected:.0f}. Set a shorter encoder_length, a larger mean_span_length, or objective 'isolated'.")
 
 
-def check_source(config: Config, found: vocabularies.Vocabulary) -> None:
-  """Raises ConfigError if TrainConfig.init_from names a run of another vocabulary."""
-  source = run_directory.read_run(config.train.init_from)
-  theirs = source.info.get('vocabulary')
+def check_source(field: str, model_dir: str, found: vocabularies.Vocabulary) -> None:
+  """Raises ConfigError if the run in model_dir, from which another starts, has another vocabulary.
+
+  Args:
+    field: the field of the configuration that names the run.
+    model_dir: its value.
+    found: the vocabulary of the other run.
+  """
+  theirs = run_directory.read_run(model_dir).info.get('vocabulary')
   if theirs != found.fingerprint:
+    flag = '--' + field.rpartition('.')[2]
     raise ConfigError(
-        f'TrainConfig.init_from = {config.train.init_from!r}: that run was trained with another vocabulary than {found.spec} '
-        f'({theirs}, not {found.fingerprint}). Set TaskConfig.vocabulary to the one in {config.train.init_from}/vocabulary, or '
-        'leave it out with --init_from.')
+        f'{field} = {model_dir!r}: that run was trained with another vocabulary than {found.spec} ({theirs}, not '
+        f'{found.fingerprint}). Set TaskConfig.vocabulary to the one in {model_dir}/vocabulary, or leave it out with {flag}.')
 
 
 def check(config: Config, model_dir: Any = '') -> None:
@@ -89,6 +94,8 @@ def check(config: Config, model_dir: Any = '') -> None:
   """
   found = vocabulary(config)
   if config.train.init_from and not has_begun(model_dir):  # first: its vocabulary decides, not ModelConfig.vocab_size
-    check_source(config, found)
+    check_source('TrainConfig.init_from', config.train.init_from, found)
+  if config.delta.base:
+    check_source('DeltaConfig.base', config.delta.base, found)
   vocabularies.check_size(config.model, found)
   check_sentinels(config, found)

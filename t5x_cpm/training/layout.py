@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm import trees
+from t5x_cpm import trees, tuning
 from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.layers import compute_dtype
@@ -130,13 +130,13 @@ def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | Non
   Raises:
     ConfigError: a dimension that the mesh does not divide; a head_dim, batch or schedule that cannot work.
   """
-  model = encoder_decoder.build(config.model)
+  model = tuning.build_model(config)
   everything = model.leaves()
   param_rules, optimizer_rules = mesh_lib.STATE_RULES[config.mesh.sharding]
   for rules in (param_rules, optimizer_rules):
     mesh_lib.check_tree_divides(mesh, _abstract(everything), _axes(everything), rules)
   group_rows = _group_rows(config, model, mesh)
-  leaves, base = _in_two(everything, trained)
+  leaves, base = _in_two(everything, ('delta',) if trained is None and config.delta.method else trained)
   by_gradient = trees.split(leaves, leaves, lambda leaf: leaf.has_gradient)[0]
   tx = optimizer.make(config.optimizer, config.train.steps, by_gradient)
 
@@ -150,7 +150,10 @@ def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | Non
     dtype = compute_dtype(config.model)
     shardings = host_memory.move(state, shardings, leaves, config.mesh.host_gib, dtype)
     state = jax.eval_shape(functools.partial(host_memory.complete, shardings=shardings, dtype=dtype), state)
-  frozen = {'base': _with_shardings(_abstract(base), mesh_lib.shardings(mesh, _axes(base), param_rules))} if base else {}
+  frozen: Frozen = {}
+  if base:
+    places = mesh_lib.shardings(mesh, _axes(base), param_rules)
+    frozen['base'] = _with_shardings(tuning.held(base, config.delta), places)
   batch = batch_shapes(config)
   batch_axes = {name: ('batch', 'length')[:shape.ndim] for name, shape in batch.items()}
   return Layout(

@@ -142,6 +142,7 @@ class Step:
     explain: (state, frozen, batch) -> the name of the first tensor that is not finite among parameters, loss and gradients
       of a step, which is not taken; None where there is none.
     init: (key, frozen=None) -> a fresh state, laid out on the mesh. Raises ConfigError where `frozen` does not belong to it.
+    gather: a tree of arrays -> the same, whole on every device.
     complete: what host_memory.saved leaves of a state -> the state.
     axes: logical axes of host_memory.saved(state): a tree of tuples of names.
     abstract_state: shapes, dtypes and shardings of the state.
@@ -155,6 +156,7 @@ class Step:
   evaluate: Callable[..., dict[str, jax.Array]]
   explain: Callable[[State, Frozen, Batch], str | None]
   init: Callable[..., State]
+  gather: Callable[[Any], Any]
   complete: Callable[[State], State]
   axes: State
   abstract_state: State
@@ -170,7 +172,8 @@ def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] |
     config: the run's configuration.
     mesh: the mesh to run on.
     trained: names of the top-level subtrees of the parameters that the state holds and the step trains; the others are the
-      frozen base, which the caller gives to each call. None: all are trained, and nothing is frozen.
+      frozen base, which the caller gives to each call. None: the delta where DeltaConfig names one; else all are trained, and
+      nothing is frozen.
 
   Raises:
     ConfigError: a dimension that the mesh does not divide; a head_dim, batch or schedule that cannot work; a name in `trained`
@@ -198,6 +201,7 @@ def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] |
           out_shardings=everywhere, compiler_options=options),
       explain=functools.partial(explain, layout),
       init=init,
+      gather=jax.jit(lambda tree: tree, out_shardings=everywhere),
       complete=complete,
       axes=layout.axes,
       abstract_state=layout.abstract_state,

@@ -5,7 +5,7 @@ import functools
 import time
 from typing import Any
 
-from t5x_cpm import backend, files
+from t5x_cpm import backend, files, tuning
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
@@ -13,9 +13,8 @@ from t5x_cpm.cluster.group import Group
 from t5x_cpm.config import Config, gin
 from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.data import report
-from t5x_cpm.models import encoder_decoder
 from t5x_cpm.tasks import caches
-from t5x_cpm.training import batches, before, host_memory, metrics, optimizer, plots, start, validation
+from t5x_cpm.training import batches, before, deltas, host_memory, metrics, optimizer, plots, start, validation
 from t5x_cpm.training import step as step_lib
 from t5x_cpm.training.interrupts import Interrupted
 from t5x_cpm.training.profile import Profile
@@ -49,7 +48,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   backend.keep_compiled_programs()
   mesh = mesh_lib.make_mesh(config.mesh)
   step = step_lib.build(config, mesh)
-  frozen: step_lib.Frozen = {}  # all parameters are trained
+  base = deltas.find(config, model_dir)
   validation.check_metric(config, step)
 
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
@@ -58,6 +57,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
     say(f'data: {line}')
   held_out = validation.open_reader(config, say)
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
+  info |= {'base': base.fingerprint} if base else {}
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   with contextlib.ExitStack() as until_the_loop:
@@ -68,10 +68,15 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
         files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
     latest = manager.latest_step()
     if latest is not None and latest >= steps:
+      if base:
+        deltas.mend(base, config, step, manager, latest)
       say(f'{model_dir} is at step {latest} and TrainConfig.steps = {steps}: nothing to do. '
           'Set TrainConfig.steps higher to go on.')
       saved = run_directory.read_run(model_dir, latest).metrics
       return {name.removeprefix('eval/'): value for name, value in saved.items()}
+    frozen = deltas.load(base, step)
+    if base:
+      deltas.tell(base, config, step, say)
     if latest is None:
       start.tell_of_a_leak(config, say)
       state = start.fresh(config, step, frozen)
@@ -116,6 +121,8 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
         late.report(state)  # a state that is not finite is never saved
         group.at(f'saving step {number}')
         manager.save(number, host_memory.saved(state), metrics=measured, axes=step.axes)
+        if base:
+          deltas.write(base, config, step, manager, state, measured)
       if stop and not last:
         writers.note(f'{stop} at step {number}: saved, stopping')
         break
@@ -131,7 +138,7 @@ def describe(config: Config) -> dict[str, Any]:
   schedule = optimizer.make_schedule(config.optimizer, config.train.steps)
   steps = sorted({0, config.optimizer.warmup_steps, config.train.steps // 2, config.train.steps})
   slots = config.train.batch_size * (config.task.encoder_length + config.task.decoder_length)
-  model = encoder_decoder.build(config.model)
+  model = tuning.build_model(config)
   return {
       'parameters': model.num_parameters(),
       'active parameters': model.num_active_parameters(),

@@ -1,0 +1,39 @@
+"""The configuration of a delta: what is trained on a frozen base, and which base."""
+
+import dataclasses
+
+from t5x_cpm.config.fields import ConfigError, choice, free, in_range
+from t5x_cpm.config.typed import Typed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaConfig(Typed):
+  """A small set of parameters, a delta, that is trained while a base model stays as it is.
+
+  `sites` names places in the layers of the base: 'query' means encoder.self.query, decoder.self.query and decoder.cross.query,
+  'cross.query' the last of them, 'self' all in self-attention; anything else is a regular expression for whole names, as in
+  'encoder.*value'. The places are those of `self` and `cross` attention (query, key, value, output) and of the feed-forward
+  part `mlp` (wi_0, wi_1, wo).
+  """
+
+  method: str = ''  # 'lora'; several are joined by '+'; '' trains all parameters
+  base: str = free('')  # the model_dir of the base; `--base` sets it
+  base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
+  sites: tuple[str, ...] = ('query', 'value')  # of 'lora': which matrices get a product of two small ones added
+  rank: int = 8  # of 'lora': columns of the first small matrix
+  alpha: float = 16.0  # of 'lora': the product of the two is multiplied by alpha / rank
+  rank_stabilised: bool = False  # of 'lora': alpha / sqrt(rank) instead (Kalajdzievski 2023)
+
+  def validate(self) -> None:
+    choice(self, 'base_dtype', ('float32', 'bfloat16'))
+    in_range(self, 'rank', 1)
+    if self.base and not self.method:
+      raise ConfigError(f"DeltaConfig.method = '': set it, for example to 'lora', to train a delta on {self.base}.")
+    if len(set(self.methods)) < len(self.methods) or not all(self.methods) and self.method:
+      raise ConfigError(f"DeltaConfig.method = {self.method!r}: expected the name of a method, or several different ones "
+                        "joined by '+'.")
+
+  @property
+  def methods(self) -> tuple[str, ...]:
+    """The names of the methods."""
+    return tuple(self.method.split('+')) if self.method else ()

@@ -1,0 +1,72 @@
+"""What a run that trains a delta does beside a plain one: finds and loads its base, and writes the delta as files."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_cpm import trees, tuning
+from t5x_cpm.checkpoints import run_directory
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.chips import GiB
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.training import before
+from t5x_cpm.training.step import Frozen, State, Step
+
+
+def find(config: Config, model_dir: Any) -> tuning.Base | None:
+  """The checkpoint on which a run trains a delta: the newest of DeltaConfig.base, or the one that the run began with.
+
+  Raises:
+    ConfigError: there is none, or it is not the one that the run began with.
+  """
+  if not config.delta.method:
+    return None
+  wanted = run_directory.read_run(model_dir).info.get('base') if before.has_begun(model_dir) else None
+  return tuning.find(config.delta.base, wanted)
+
+
+def load(base: tuning.Base | None, step: Step) -> Frozen:
+  """What a run reads but does not train."""
+  return {'base': tuning.load(base, step.abstract_frozen['base'])} if base else {}
+
+
+def _size(tree: Any) -> str:
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  return f'{size / GiB:.3g} GiB' if size >= 0.1 * GiB else f'{size / 2**20:.3g} MiB'
+
+
+def tell(base: tuning.Base, config: Config, step: Step, say: Callable[[str], None]) -> None:
+  """Says what is trained on which base, and how large the parts are."""
+  state = step.abstract_state
+  trained = sum(leaf.size for leaf in jax.tree.leaves(state['params']))
+  everything = step.model.num_parameters()
+  say(f'{config.delta.method} on {base.model_dir} at step {base.step} (weights {base.fingerprint}): {trained:,} parameters are '
+      f'trained, {100 * trained / (everything - trained):.2g} % of the {everything - trained:,} of the base. The base takes '
+      f'{_size(step.abstract_frozen)}, the delta {_size(state["params"])}, the optimizer {_size(state["opt_state"])}.')
+
+
+def write(base: tuning.Base, config: Config, step: Step, manager: Manager, state: State, metrics: Mapping[str, float]) -> None:
+  """Writes the delta of a state to `delta` of the model_dir, from process 0. Every process calls it.
+
+  Raises:
+    CheckpointError: it cannot be written.
+  """
+  whole = jax.device_get(step.gather(state['params']['delta']))
+  if jax.process_index() == 0:
+    tensors = {name: np.squeeze(leaf, axis=1) for name, leaf in trees.named(whole).items()}  # without the axis of slots
+    with run_directory.writing(manager.model_dir / 'delta'):
+      tuning.write(manager.model_dir / 'delta', tensors, config, base, step=int(state['step']),
+                   vocabulary=manager.info['vocabulary'], metrics=metrics)
+
+
+def mend(base: tuning.Base, config: Config, step: Step, manager: Manager, latest: int) -> None:
+  """Writes the delta of the last checkpoint, unless it is there: a run may be killed between the two."""
+  try:
+    if tuning.read(manager.model_dir).about['step'] == latest:
+      return
+  except ConfigError:
+    pass
+  metrics = run_directory.read_run(manager.model_dir, latest).metrics
+  write(base, config, step, manager, manager.restore(step.abstract_state, latest), metrics)

@@ -1,0 +1,287 @@
+"""A delta on a frozen base: what it computes against plain references, what is kept, and what is refused."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_data
+import small_model
+import test_step
+
+from t5x_cpm import inference, trees, tuning
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.checkpoints import digests, run_directory
+from t5x_cpm.config import CheckpointConfig, Config, ConfigError, DeltaConfig, LocalTaskConfig, MeshConfig, MoEConfig
+from t5x_cpm.models import encoder_decoder
+from t5x_cpm.models.component import Weight
+from t5x_cpm.models.hooks import PRODUCTS
+from t5x_cpm.training import step
+from t5x_cpm.training import train as training
+
+LORA = DeltaConfig(
+    method='lora', base='base', rank=3, alpha=6.0, sites=('self', 'query', r'decoder\..*value', 'mlp.wi_0', 'wo'))
+EXPERTS = MoEConfig(num_experts=4, encoder_every=2, decoder_every=2, shared_experts=1, dispatch='dropless', router='top_k')
+
+
+def with_delta(config=test_step.CONFIG, delta=LORA, moe=None, **model) -> Config:
+  model = dataclasses.replace(config.model, **model)
+  if moe:
+    model = dataclasses.replace(model, moe=moe)
+  return dataclasses.replace(config, model=model, delta=delta)
+
+
+def drawn(params, seed=0):
+  """Parameters whose delta is no longer an identity."""
+  print(f'seed {seed}')
+  rng = np.random.default_rng(seed)
+  changed = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), params['delta'])
+  return params | {'delta': changed}
+
+
+def merged(params, config):
+  """The plain reference: every matrix with its product of two small ones added."""
+  flat, scale = dict(trees.named(params)), config.delta.alpha / config.delta.rank
+  paths = {site: path for sites in PRODUCTS.values() for site, path in sites.items()}
+  for name in [name for name in flat if name.startswith('delta/') and name.endswith('/lora/a')]:
+    base, site = name.removeprefix('delta/').removesuffix('/lora/a').rsplit('/', 1)
+    a, b = flat[name][:, 0], flat[name.removesuffix('a') + 'b'][:, 0]
+    kernel = f'{base}/{paths[site]}'
+    flat[kernel] = flat[kernel] + scale * jnp.einsum('LIr,LrO->LIO', a, b)
+  return trees.nested({name: leaf for name, leaf in flat.items() if not name.startswith('delta/')})
+
+
+@pytest.mark.parametrize('options', [{}, {'layer_loop': 'unroll', 'remat': 'full'}, {'moe': EXPERTS}], ids=str)
+def test_lora_is_nothing_at_first_and_then_equals_merged_weights(options):
+  config = with_delta(**options)
+  model, plain = tuning.build_model(config), encoder_decoder.build(config.model)
+  params = jax.jit(model.init)(jax.random.key(0))
+  base = {name: tree for name, tree in params.items() if name != 'delta'}
+  jax.tree.map(np.testing.assert_array_equal, base, jax.jit(plain.init)(jax.random.key(0)))
+  assert len(jax.tree.leaves(params['delta'])) > 8
+  batch = test_step.random_batch(config, 0)
+  logits = jax.jit(lambda model, params: model.apply(params, batch)[0], static_argnums=0)
+  np.testing.assert_array_equal(logits(model, params), logits(plain, base))
+
+  changed = drawn(params)
+  found, expected = logits(model, changed), logits(plain, merged(changed, config))
+  assert np.abs(found - logits(plain, base)).max() > 0.1
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_decoding_by_steps_equals_teacher_forcing():
+  config = with_delta(delta=dataclasses.replace(LORA, sites=('.*',)))
+  model = tuning.build_model(config)
+  for loop in ('scan', 'unroll'):
+    model = tuning.build_model(with_delta(config, config.delta, layer_loop=loop))
+    params = drawn(jax.jit(model.init)(jax.random.key(0)))
+    batch = test_step.random_batch(config, 1)
+    expected = model.apply(params, batch)[0]
+    prepared = model.prepare(params)
+    cache, T = model.start(prepared, batch, config.task.decoder_length), config.task.decoder_length
+    for position in range(T):
+      tokens = batch['decoder_input_tokens'][:, position:position + 1]
+      logits, cache = jax.jit(model.step)(prepared, cache, tokens, jnp.full_like(tokens, position))
+      np.testing.assert_allclose(logits[:, 0], expected[:, position], atol=1e-4)
+
+
+def test_without_a_delta_a_hook_is_nothing():
+  class Idle(tuning.methods.Delta):
+    def weights(self, site):
+      return {}
+
+  models = (encoder_decoder.build(test_step.CONFIG.model),
+            encoder_decoder.build(test_step.CONFIG.model, delta=Idle(LORA)))
+  batch = test_step.random_batch(test_step.CONFIG, 0)
+  traced = [str(jax.make_jaxpr(model.apply)(model.abstract()[0], batch)) for model in models]
+  assert re.sub('0x[0-9a-f]+', '', traced[0]) == re.sub('0x[0-9a-f]+', '', traced[1])
+
+
+def frozen_step(config, mesh=MeshConfig(data=1)):  # noqa: B008
+  built = step.build(dataclasses.replace(config, mesh=mesh), mesh_lib.make_mesh(mesh, jax.devices()[:1]))
+  params = jax.jit(built.model.init)(jax.random.key(7))
+  base = jax.tree.map(lambda x, like: x.astype(like.dtype), {n: t for n, t in params.items() if n != 'delta'},
+                      built.abstract_frozen['base'])
+  return built, {'base': base}
+
+
+@pytest.mark.parametrize('base_dtype, microbatches', [('float32', 1), ('bfloat16', 2)])
+def test_the_delta_alone_is_trained(base_dtype, microbatches):
+  config = with_delta(delta=dataclasses.replace(LORA, base_dtype=base_dtype))
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=microbatches))
+  built, frozen = frozen_step(config)
+  kept = jax.device_get(frozen)
+  state, batch, losses = built.init(jax.random.key(0), frozen), test_step.random_batch(config, 0), []
+  assert set(state['params']) == {'delta'} and {leaf.dtype.name for leaf in jax.tree.leaves(state['params'])} == {'float32'}
+  for _ in range(100):
+    state, metrics = built.fn(state, frozen, batch)
+    losses.append(float(metrics['loss']))
+  assert losses[-1] < 0.8 * losses[0]
+  for leaf, was in zip(jax.tree.leaves(frozen), jax.tree.leaves(kept), strict=True):
+    assert leaf.dtype == was.dtype and np.asarray(leaf).tobytes() == was.tobytes()
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(frozen)} == {base_dtype}
+
+
+def test_no_gradient_of_the_base_is_computed():
+  """Of three products of equal cost, forward and two backward, one is left out: that of the gradient of the weights."""
+  flops = []
+  for delta in (DeltaConfig(), DeltaConfig(method='lora', base='b', rank=1, sites=('encoder.self.query',))):
+    config = with_delta(delta=delta, d_ff=512, layer_loop='unroll')
+    mesh = mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    built = step.build(config, mesh)
+    compiled = built.fn.lower(built.abstract_state, built.abstract_frozen, built.abstract_batch).compile()
+    flops.append(compiled.cost_analysis()['flops'])
+  print(f'{flops[1] / flops[0]:.3f} of the arithmetic of training all')
+  assert flops[1] < 0.72 * flops[0]
+
+
+@pytest.fixture(scope='module')
+def base_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tuning')
+  config = small_data.make_config(folder)
+  vocabulary = small_data.vocabularies.load(config.task.vocabulary)
+  return small_model.model_dir(folder, vocabulary, steps=(3, 5), objective='pairs')
+
+
+def tuned(base_dir, delta=LORA, steps=4, **fields) -> Config:
+  """A run that tunes on pairs."""
+  pairs = base_dir.parent / 'pairs.jsonl'
+  pairs.write_text(''.join(json.dumps({'inputs': chr(0x4E00 + i), 'targets': chr(0x4E00 + i) * 2}) + '\n' for i in range(40)))
+  run = run_directory.read_run(base_dir).config
+  return dataclasses.replace(
+      run, task=dataclasses.replace(run.task, name='local', cache_dir=str(base_dir.parent)),
+      local_task=LocalTaskConfig(files=str(pairs), validation_fraction=0.2),
+      train=dataclasses.replace(run.train, batch_size=4, steps=steps), mesh=MeshConfig(data=1, cpu_devices=1),
+      checkpoint=CheckpointConfig(every=2), delta=dataclasses.replace(delta, base=str(base_dir)), **fields)
+
+
+def weights(model_dir):
+  return {name: text for name, text in run_directory.read_meta(run_directory.resolve(model_dir), 4)['arrays'].items()
+          if name.startswith('params/')}
+
+
+def test_a_run_of_a_delta(base_dir, tmp_path, capsys):
+  before = {file: file.read_bytes() for file in base_dir.rglob('*') if file.is_file()}
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  training.run(tuned(base_dir), str(whole))
+  told = capsys.readouterr().out
+  config = tuned(base_dir)
+  built = step.build(config, mesh_lib.make_mesh(config.mesh, jax.devices()[:1]))
+  count = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state['params']))
+  assert f'{count:,} parameters are trained' in told and 'at step 5' in told
+  training.run(tuned(base_dir, steps=2), str(parts))
+  training.run(tuned(base_dir), str(parts))
+  assert weights(whole) == weights(parts) and all(name.startswith('params/delta/') for name in weights(whole))
+  assert before == {file: file.read_bytes() for file in base_dir.rglob('*') if file.is_file()}
+
+  saved = tuning.read(whole)
+  assert saved.about['step'] == 4 and saved.about['base']['step'] == 5 and saved.config.rank == 3
+  assert sorted(file.name for file in (whole / 'delta').iterdir()) == ['delta.json', 'weights-4.safetensors']
+  shutil.rmtree(parts / 'delta')  # as if the run had been killed before it was written
+  training.run(tuned(base_dir), str(parts))
+  assert tuning.read(parts).about['weights_digest'] == saved.about['weights_digest']
+  stored = {name.removeprefix('params/delta/'): text for name, text in weights(whole).items()}
+  again = digests.of_tree({name: value[:, None] for name, value in saved.tensors.items()})
+  assert again == stored
+
+  # It answers as its base with merged weights would.
+  engine = inference.load(whole)
+  base = tuning.load(tuning.find(base_dir), {n: t for n, t in built.model.abstract()[0].items() if n != 'delta'})
+  delta = trees.nested({name: jnp.asarray(value)[:, None] for name, value in saved.tensors.items()})
+  params = merged(base | {'delta': delta}, config)
+  plain = inference.load(base_dir)
+  plain.program.params = plain.program.functions.prepare(params)
+  texts = ['一', '二三']
+  assert engine.generate(texts) == plain.generate(texts)
+  np.testing.assert_allclose(engine.score(texts, texts), plain.score(texts, texts), rtol=1e-4)
+
+
+def test_a_delta_belongs_to_its_base(base_dir, tmp_path):
+  run = tmp_path / 'run'
+  training.run(tuned(base_dir, steps=1), str(run))
+  # Of a base that has trained on, or moved, the same weights are found; of another one they are not.
+  other = tmp_path / 'moved'
+  shutil.copytree(base_dir, other)
+  found = tuning.find(other, tuning.read(run).about['base']['fingerprint'])
+  assert found.step == 5
+  moved = dataclasses.replace(inference_config(run), delta=dataclasses.replace(LORA, base=str(other)))
+  assert inference.load(run, config=moved).config.delta.base == str(other)
+  shutil.rmtree(other / 'checkpoints' / '5')
+  with pytest.raises(ConfigError, match='was trained on a base with the fingerprint'):
+    inference.load(run, config=moved)
+  with pytest.raises(ConfigError, match='give --base=DIR'):
+    training.run(dataclasses.replace(tuned(base_dir), delta=dataclasses.replace(LORA, base='')), str(tmp_path / 'twice'))
+  with pytest.raises(ConfigError, match='is a delta on'):
+    training.run(tuned(run), str(tmp_path / 'twice'))
+  assert not (tmp_path / 'twice').exists()
+
+
+def inference_config(model_dir):
+  return dataclasses.replace(run_directory.read_run(model_dir).config, mesh=MeshConfig())
+
+
+@pytest.mark.parametrize('fields, message', [
+    ({'method': 'lara'}, 'Did you mean lora'), ({'method': 'lora+lora'}, 'several different ones'), ({'method': '+'}, 'joined'),
+({'method': ''}, 'DeltaConfig.method'), ({'sites': ('quary',)}, 'Did you mean query'),
+    ({'sites': ('(',)}, 'regular expression'), ({'rank': 9}, 'at most 8'), ({'rank': 0}, 'at least 1'),
+    ({'base_dtype': 'int8'}, "'bfloat16'")])
+def test_what_cannot_work_is_refused(fields, message):
+  config = with_delta(delta=dataclasses.replace(LORA, **{'sites': ('cross.query', 'mlp.wo')} | fields),
+                      head_dim=4)
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    config.validate()
+    tuning.build_model(config)
+
+
+def test_a_method_of_ones_own(base_dir):
+  def make(config):
+    return tuning.Method(
+        lambda site: {'scale': Weight((site.sizes[1],), (site.axes[1],), lambda key, shape: jnp.ones(shape))}
+        if site.name == 'self' else {},
+        lambda weights, x, y: y * weights['scale'][:, None].astype(y.dtype))
+
+  tuning.register('scaled', make)
+  try:
+    config = with_delta(delta=DeltaConfig(method='lora+scaled', base='b'))
+    model = tuning.build_model(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    named = [name for name in trees.named(params) if name.endswith('/scaled/scale')]
+    assert named == ['delta/decoder/layers/self/scaled/scale', 'delta/encoder/layers/self/scaled/scale']
+    batch = test_step.random_batch(config, 0)
+    plain = encoder_decoder.build(config.model).apply({n: t for n, t in params.items() if n != 'delta'}, batch)[0]
+    np.testing.assert_array_equal(model.apply(params, batch)[0], plain)
+    assert np.abs(model.apply(drawn(params), batch)[0] - plain).max() > 0.01
+    with pytest.raises(ConfigError, match='that is not'):
+      tuning.register('scaled', make)
+  finally:
+    del tuning.METHODS['scaled']
+
+
+def test_files_that_were_changed_are_refused(base_dir, tmp_path):
+  run = tmp_path / 'run'
+  training.run(tuned(base_dir, steps=1), str(run))
+  files = {file: file.read_bytes() for file in (run / 'delta').iterdir()}
+  rng = np.random.default_rng(0)
+  for file, raw in files.items():
+    for number in range(30):
+      place = int(rng.integers(len(raw)))
+      flipped = bytearray(raw)
+      flipped[place] ^= 1 << int(rng.integers(8))
+      for changed in (bytes(flipped), raw[:place], raw + b'x'):
+        file.write_bytes(changed)
+        if changed.strip() == raw.strip():
+          continue
+        with pytest.raises(ConfigError) as error:
+          tuning.read(run)
+        assert str(pathlib.Path(run)) in str(error.value) and '\n' not in str(error.value), number
+      file.write_bytes(raw)
+    file.unlink()
+    with pytest.raises(ConfigError):
+      tuning.read(run)
+    file.write_bytes(raw)
+  assert tuning.read(run).about['step'] == 1
