@@ -1,6 +1,8 @@
 """A delta on a frozen base: what it computes against plain references, what is kept, and what is refused."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import pathlib
 import re
@@ -56,7 +58,12 @@ def merged(params, config):
   return trees.nested({name: leaf for name, leaf in flat.items() if not name.startswith('delta/')})
 
 
-@pytest.mark.parametrize('options', [{}, {'layer_loop': 'unroll', 'remat': 'full'}, {'moe': EXPERTS}], ids=str)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize('options', [
+    {}, pytest.param({'layer_loop': 'unroll', 'remat': 'full'}, marks=SLOW), pytest.param({'moe': EXPERTS}, marks=SLOW)],
+    ids=['scan', 'unroll', 'experts'])
 def test_lora_is_nothing_at_first_and_then_equals_merged_weights(options):
   config = with_delta(**options)
   model, plain = tuning.build_model(config), encoder_decoder.build(config.model)
@@ -74,20 +81,18 @@ def test_lora_is_nothing_at_first_and_then_equals_merged_weights(options):
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_decoding_by_steps_equals_teacher_forcing():
-  config = with_delta(delta=dataclasses.replace(LORA, sites=('.*',)))
-  model = tuning.build_model(config)
-  for loop in ('scan', 'unroll'):
-    model = tuning.build_model(with_delta(config, config.delta, layer_loop=loop))
-    params = drawn(jax.jit(model.init)(jax.random.key(0)))
-    batch = test_step.random_batch(config, 1)
-    expected = model.apply(params, batch)[0]
-    prepared = model.prepare(params)
-    cache, T = model.start(prepared, batch, config.task.decoder_length), config.task.decoder_length
-    for position in range(T):
-      tokens = batch['decoder_input_tokens'][:, position:position + 1]
-      logits, cache = jax.jit(model.step)(prepared, cache, tokens, jnp.full_like(tokens, position))
-      np.testing.assert_allclose(logits[:, 0], expected[:, position], atol=1e-4)
+@pytest.mark.parametrize('loop', ['scan', pytest.param('unroll', marks=SLOW)])
+def test_decoding_by_steps_equals_teacher_forcing(loop):
+  config = with_delta(delta=dataclasses.replace(LORA, sites=('.*',)), layer_loop=loop)
+  model, T = tuning.build_model(config), config.task.decoder_length
+  params, batch = drawn(jax.jit(model.init)(jax.random.key(0))), test_step.random_batch(config, 1)
+  expected = jax.jit(model.apply)(params, batch)[0]
+  prepared, tokens = model.prepare(params), batch['decoder_input_tokens']
+  cache = jax.jit(model.start, static_argnums=2)(prepared, batch, T)
+  positions, forward = np.broadcast_to(np.arange(T), tokens.shape), jax.jit(model.step)
+  for begin, end in ((0, 1), (1, T)):
+    logits, cache = forward(prepared, cache, tokens[:, begin:end], positions[:, begin:end])
+    np.testing.assert_allclose(logits, expected[:, begin:end], atol=1e-4)
 
 
 def test_without_a_delta_a_hook_is_nothing():
@@ -110,7 +115,7 @@ def frozen_step(config, mesh=MeshConfig(data=1)):  # noqa: B008
   return built, {'base': base}
 
 
-@pytest.mark.parametrize('base_dtype, microbatches', [('float32', 1), ('bfloat16', 2)])
+@pytest.mark.parametrize('base_dtype, microbatches', [pytest.param('float32', 1, marks=SLOW), ('bfloat16', 2)])
 def test_the_delta_alone_is_trained(base_dtype, microbatches):
   config = with_delta(delta=dataclasses.replace(LORA, base_dtype=base_dtype))
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=microbatches))
@@ -165,50 +170,57 @@ def weights(model_dir):
           if name.startswith('params/')}
 
 
-def test_a_run_of_a_delta(base_dir, tmp_path, capsys):
+@pytest.fixture(scope='module')
+def whole(base_dir, tmp_path_factory):
+  """A run of a delta, and what it said."""
+  path, said = tmp_path_factory.mktemp('whole') / 'run', io.StringIO()
   before = {file: file.read_bytes() for file in base_dir.rglob('*') if file.is_file()}
-  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-  training.run(tuned(base_dir), str(whole))
-  told = capsys.readouterr().out
+  with contextlib.redirect_stdout(said):
+    training.run(tuned(base_dir), str(path))
+  assert before == {file: file.read_bytes() for file in base_dir.rglob('*') if file.is_file()}
+  return path, said.getvalue()
+
+
+def test_a_run_of_a_delta(base_dir, whole):
+  path, told = whole
   config = tuned(base_dir)
   built = step.build(config, mesh_lib.make_mesh(config.mesh, jax.devices()[:1]))
   count = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state['params']))
   assert f'{count:,} parameters are trained' in told and 'at step 5' in told
-  training.run(tuned(base_dir, steps=2), str(parts))
-  training.run(tuned(base_dir), str(parts))
-  assert weights(whole) == weights(parts) and all(name.startswith('params/delta/') for name in weights(whole))
-  assert before == {file: file.read_bytes() for file in base_dir.rglob('*') if file.is_file()}
+  assert all(name.startswith('params/delta/') for name in weights(path))
 
-  saved = tuning.read(whole)
+  saved = tuning.read(path)
   assert saved.about['step'] == 4 and saved.about['base']['step'] == 5 and saved.config.rank == 3
-  assert sorted(file.name for file in (whole / 'delta').iterdir()) == ['delta.json', 'weights-4.safetensors']
-  shutil.rmtree(parts / 'delta')  # as if the run had been killed before it was written
-  training.run(tuned(base_dir), str(parts))
-  assert tuning.read(parts).about['weights_digest'] == saved.about['weights_digest']
-  stored = {name.removeprefix('params/delta/'): text for name, text in weights(whole).items()}
+  assert sorted(file.name for file in (path / 'delta').iterdir()) == ['delta.json', 'weights-4.safetensors']
   again = digests.of_tree({name: value[:, None] for name, value in saved.tensors.items()})
-  assert again == stored
+  assert again == {name.removeprefix('params/delta/'): text for name, text in weights(path).items()}
 
-  # It answers as its base with merged weights would.
-  engine = inference.load(whole)
+  # It scores as its base with merged weights would.
+  engine = inference.load(path)
   base = tuning.load(tuning.find(base_dir), {n: t for n, t in built.model.abstract()[0].items() if n != 'delta'})
   delta = trees.nested({name: jnp.asarray(value)[:, None] for name, value in saved.tensors.items()})
-  params = merged(base | {'delta': delta}, config)
   plain = inference.load(base_dir)
-  plain.program.params = plain.program.functions.prepare(params)
+  plain.program.params = plain.program.functions.prepare(merged(base | {'delta': delta}, config))
   texts = ['一', '二三']
-  assert engine.generate(texts) == plain.generate(texts)
   np.testing.assert_allclose(engine.score(texts, texts), plain.score(texts, texts), rtol=1e-4)
 
 
-def test_a_delta_belongs_to_its_base(base_dir, tmp_path):
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(base_dir, whole, tmp_path):
   run = tmp_path / 'run'
-  training.run(tuned(base_dir, steps=1), str(run))
+  training.run(tuned(base_dir, steps=2), str(run))
+  training.run(tuned(base_dir), str(run))
+  assert weights(whole[0]) == weights(run)
+  shutil.rmtree(run / 'delta')  # as if the run had been killed before it was written
+  training.run(tuned(base_dir), str(run))
+  assert tuning.read(run).about['weights_digest'] == tuning.read(whole[0]).about['weights_digest']
+
+
+def test_a_delta_belongs_to_its_base(base_dir, whole, tmp_path):
   # Of a base that has trained on, or moved, the same weights are found; of another one they are not.
-  other = tmp_path / 'moved'
+  run, other = whole[0], tmp_path / 'moved'
   shutil.copytree(base_dir, other)
-  found = tuning.find(other, tuning.read(run).about['base']['fingerprint'])
-  assert found.step == 5
+  assert tuning.find(other, tuning.read(run).about['base']['fingerprint']).step == 5
   moved = dataclasses.replace(inference_config(run), delta=dataclasses.replace(LORA, base=str(other)))
   assert inference.load(run, config=moved).config.delta.base == str(other)
   shutil.rmtree(other / 'checkpoints' / '5')
@@ -262,10 +274,11 @@ def test_a_method_of_ones_own(base_dir):
     del tuning.METHODS['scaled']
 
 
-def test_files_that_were_changed_are_refused(base_dir, tmp_path):
+def test_files_that_were_changed_are_refused(whole, tmp_path):
   run = tmp_path / 'run'
-  training.run(tuned(base_dir, steps=1), str(run))
+  shutil.copytree(whole[0] / 'delta', run / 'delta')
   files = {file: file.read_bytes() for file in (run / 'delta').iterdir()}
+  print('seed 0')
   rng = np.random.default_rng(0)
   for file, raw in files.items():
     for number in range(30):
@@ -284,4 +297,4 @@ def test_files_that_were_changed_are_refused(base_dir, tmp_path):
     with pytest.raises(ConfigError):
       tuning.read(run)
     file.write_bytes(raw)
-  assert tuning.read(run).about['step'] == 1
+  assert tuning.read(run).about['step'] == 4
