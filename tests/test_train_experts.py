@@ -6,11 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import small_training
 import test_step
-import test_train
-from test_train import folder  # noqa: F401  the fixture: a run file over the shipped corpus
 
 import t5x_cpm.inference
+from t5x_cpm.__main__ import main
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import InferConfig, MoEConfig, OptimizerConfig
 
@@ -22,7 +22,7 @@ def with_experts(config=test_step.CONFIG, microbatches=1, **moe):
 
 @pytest.mark.parametrize('dispatch, router', [('einsum', 'loss_free'), ('dropless', 'top_k')])
 def test_parts_of_a_batch_equal_the_whole(dispatch, router):
-  options = {'router': router, 'dispatch': dispatch, 'router_z_loss': 0.1}
+  options = {'router': router, 'dispatch': dispatch, 'router_z_loss': 0.1, 'encoder_every': 0}
   # AdamW would make a large step of the rounding of a gradient near 0.
   plain = dataclasses.replace(test_step.CONFIG, optimizer=OptimizerConfig(
       name='sgd', schedule='constant', learning_rate=0.1, warmup_steps=0))
@@ -55,28 +55,36 @@ def test_experts_of_other_domains_have_no_gradient():
   assert np.abs(np.asarray(gradient)).max(axis=(0, 2, 3)).astype(bool).tolist() == [False, False, True, False]
 
 
-def test_a_run_with_experts_resumes_and_answers(folder):  # noqa: F811
+def test_a_run_with_experts_resumes_and_answers(tmp_path, monkeypatch, capsys):
+  """In this process; that a run ends and resumes in others is tested without experts."""
+  small_training.write_run(tmp_path)
+  monkeypatch.setenv('T5X_CPM_CACHE', str(tmp_path / 'cache'))
+
+  def train(model_dir: str, steps: int, *flags: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    return main(small_training.command(tmp_path, model_dir, steps, *flags)[3:]), *capsys.readouterr()
+
   flags = [f'--gin.MoEConfig.{field}' for field in (
       'num_experts=2', 'group_size=48', 'router=loss_free', 'top_k=1', 'jitter=0.1', 'decoder_router=domain',
       'dispatch=dropless')]
-  assert test_train.run(folder, 'experts', 6, *flags).returncode == 0
-  first = test_train.run(folder, 'experts_twice', 4, *flags)
-  assert first.returncode == 0, first.stderr
-  again = test_train.run(folder, 'experts_twice', 6, *flags)
-  assert 'continuing' in again.stdout, again.stderr
-  assert test_train.losses(folder, 'experts') == test_train.losses(folder, 'experts_twice')
-  last = json.loads((folder / 'experts' / 'metrics.jsonl').read_text().splitlines()[-2])
+  for model_dir, steps in (('experts', 6), ('experts_twice', 4)):
+    code, _, error = train(model_dir, steps, *flags)
+    assert code == 0, error
+  code, out, error = train('experts_twice', 6, *flags)
+  assert code == 0 and 'continuing' in out, error
+  assert small_training.losses(tmp_path, 'experts') == small_training.losses(tmp_path, 'experts_twice')
+  last = json.loads((tmp_path / 'experts' / 'metrics.jsonl').read_text().splitlines()[-2])
   assert np.asarray(last['router/encoder/load']).shape == (2, 2)
   np.testing.assert_allclose(np.sum(last['router/encoder/load'], axis=1), 1, rtol=1e-5)
-  assert (folder / 'experts' / 'experts.png').read_bytes().startswith(b'\x89PNG')
-  refused = test_train.run(folder, 'experts', 7, *flags, '--gin.MoEConfig.jitter=0.2')
-  assert refused.returncode == 2 and 'MoEConfig.jitter: 0.1 in the checkpoint, 0.2 now' in refused.stderr
-  refused = test_train.run(folder, 'experts_of_three', 2, *flags, '--gin.MoEConfig.num_experts=3')
-  assert refused.returncode == 2 and "'local' has 2, MoEConfig.num_experts = 3" in refused.stderr
+  assert (tmp_path / 'experts' / 'experts.png').read_bytes().startswith(b'\x89PNG')
+  code, _, error = train('experts', 7, *flags, '--gin.MoEConfig.jitter=0.2')
+  assert code == 2 and 'MoEConfig.jitter: 0.1 in the checkpoint, 0.2 now' in error
+  code, _, error = train('experts_of_three', 2, *flags, '--gin.MoEConfig.num_experts=3')
+  assert code == 2 and "'local' has 2, MoEConfig.num_experts = 3" in error
 
   answers = set()
   for domain in (0, 1):
-    config = dataclasses.replace(run_directory.read_run(folder / 'experts').config, infer=InferConfig(domain=domain))
-    model = t5x_cpm.inference.load(folder / 'experts', config=config)
+    config = dataclasses.replace(run_directory.read_run(tmp_path / 'experts').config, infer=InferConfig(domain=domain))
+    model = t5x_cpm.inference.load(tmp_path / 'experts', config=config)
     answers.add(model.score(['今天<span>。'], ['下雨'])[0])
   assert len(answers) == 2
