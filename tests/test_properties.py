@@ -98,6 +98,9 @@ def members(kind):
   if typing.get_origin(kind) is dict:
     of_key, of_value = map(members, typing.get_args(kind))
     return lambda value: isinstance(value, dict) and all(of_key(k) and of_value(v) for k, v in value.items())
+  if typing.get_origin(kind) is tuple:  # a list stands for one
+    of_item = members(typing.get_args(kind)[0])
+    return lambda value: isinstance(value, list | tuple) and all(map(of_item, value))
   if typing.get_args(kind):
     several = [members(argument) for argument in typing.get_args(kind)]
     return lambda value: any(one(value) for one in several)
@@ -128,7 +131,8 @@ def test_a_class_is_made_from_values_that_fit_its_fields_and_no_others(field, va
     assert str(error).startswith(f'{cls.__name__}.{name} = ') and '\n' not in str(error) and len(str(error)) < 400
     assert not members(kind)(value)
   else:
-    assert made == value and not {type(made), *map(type, made.values() if isinstance(made, dict) else ())} & {np.float64}
+    assert made == (tuple(value) if isinstance(made, tuple) else value)
+    assert not {type(made), *map(type, made.values() if isinstance(made, dict) else ())} & {np.float64}
     assert members(kind)(made)
 
 

@@ -8,11 +8,10 @@ import pytest
 import small_data
 import small_model
 
-from t5x_cpm import inference, vocabularies
+from t5x_cpm import inference, tuning, vocabularies
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, ModelConfig, MoEConfig, row_features
 from t5x_cpm.inference import programs
-from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import layout
 
 
@@ -50,7 +49,7 @@ def test_every_layer_and_the_cache_have_that_of_the_request(tmp_path, language, 
     rows.append((*ctx.row['language'].shape, u_BTD.shape[1]))
     return layer.experts(weights, u_BTD * ctx.row['language'][:, None, None], routing, ctx)
 
-  monkeypatch.setattr(encoder_decoder, 'build', functools.partial(encoder_decoder.build, experts=experts))
+  monkeypatch.setattr(tuning, 'build_model', functools.partial(tuning.build_model, experts=experts))
   vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}')
   engine = inference.load(small_model.model_dir(tmp_path, vocabulary))
   third = engine.codec.request('一<span>丁')
