@@ -30,6 +30,8 @@ _BYTE_ORDER_MARKS = {  # that of UTF-16 begins that of UTF-32
     codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32', codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16'}
 _ORDINARY = re.compile('[\t\r\n -~\xa0-\u04ff\u2010-\u2027\u3000-\u30ff\u4e00-\u9fff\uff00-\uffee]')
 _PAUSES = re.compile('[\n ,、。，]')
+# Where a line ends with CR alone. Within a JSON object CR is a space like others.
+_RETURN = re.compile(rb'^(?!\{).*\r|\}[ \t]*\r\s*\{', re.DOTALL)
 _HIGH_PAIR = re.compile(rb'[\xa1-\xfe][\xa1-\xfe]')
 
 
@@ -195,7 +197,7 @@ def lines(file: BinaryIO, name: str, size: int = -1, *, whole: bool = False, or_
     length = len(line)
     if length == LONGEST and not line.endswith(b'\n') and file.read(1):
       raise ConfigError(f'{name} has a line of more than {LONGEST:,} bytes: cut it into lines.')
-    if is_first and not whole and b'\r' in line.strip(b'\r\n') and not _follows(file):
+    if is_first and not whole and _RETURN.search(line.strip()) and not _follows(file):
       raise ConfigError(f'{name}: its lines end with CR alone, so that all would be read as one line. Convert it with '
                         f"`tr '\\r' '\\n'`{or_else}.")
     yield line.removeprefix(codecs.BOM_UTF8) if is_first else line

@@ -49,6 +49,8 @@ BAD = {
     'lines_of_array.jsonl': ('[\n' + JSON.strip().replace('\n', ',\n') + '\n]\n', ':1: a JSON array'),
     'array_from_line_1.jsonl': ('[' + JSON.strip().replace('\n', ',\n') + ']\n', ':1: a JSON array'),
     'pretty.jsonl': ('{\n "text": "a"\n}\n', ':1: a JSON object that does not end on its line: write one object a line'),
+    'returns.txt': (PLAIN.replace('\n', '\r'), ': its lines end with CR alone'),
+    'returns.jsonl': (JSON.replace('\n', '\r'), ': its lines end with CR alone'),
     'text.jsonl': (PLAIN, ':1: malformed JSON (Expecting value at column 1)'),
     'field.jsonl': ('{"body": "a"}\n', ":1: no field 'text' among ['body']"),
     'whole.json': (JSON, '.jsonl'), 'folder.txt': (None, 'is a folder'), 'named.txt.gz': (PLAIN, 'gz'),
@@ -114,6 +116,11 @@ def test_every_mode_reads_the_same_texts(use, home, tmp_path, name):
     with infer.input_file(str(path)) as (file, shown):
       lines = list(lines_lib.read_lines(file, shown, 'text'))
     assert [line.text for line in lines if line.text] == TEXTS and not any(line.error for line in lines)
+
+
+def test_a_return_within_an_object_is_a_space(tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes(b'{"text":\r"a"\r}\r\n')
+  assert list(texts.read([str(tmp_path / 'a.jsonl')], 'text')) == ['a']
 
 
 @pytest.mark.parametrize('tool', TOOLS)
