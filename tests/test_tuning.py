@@ -4,9 +4,12 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ from t5x_cpm.models.hooks import PRODUCTS
 from t5x_cpm.training import step
 from t5x_cpm.training import train as training
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 LORA = DeltaConfig(
     method='lora', base='base', rank=3, alpha=6.0, sites=('self', 'query', r'decoder\..*value', 'mlp.wi_0', 'wo'))
 EXPERTS = MoEConfig(num_experts=4, encoder_every=2, decoder_every=2, shared_experts=1, dispatch='dropless', router='top_k')
@@ -101,7 +105,7 @@ def test_without_a_delta_a_hook_is_nothing():
       return {}
 
   models = (encoder_decoder.build(test_step.CONFIG.model),
-            encoder_decoder.build(test_step.CONFIG.model, delta=Idle(LORA)))
+            encoder_decoder.build(test_step.CONFIG.model, delta=Idle(LORA, test_step.CONFIG.model)))
   batch = test_step.random_batch(test_step.CONFIG, 0)
   traced = [str(jax.make_jaxpr(model.apply)(model.abstract()[0], batch)) for model in models]
   assert re.sub('0x[0-9a-f]+', '', traced[0]) == re.sub('0x[0-9a-f]+', '', traced[1])
@@ -298,3 +302,43 @@ def test_files_that_were_changed_are_refused(whole, tmp_path):
       tuning.read(run)
     file.write_bytes(raw)
   assert tuning.read(run).about['step'] == 4
+
+
+MESHES = """
+import dataclasses, sys
+sys.path.insert(0, 'tests')
+import jax, numpy as np
+import test_prompt, test_step, test_tuning
+from t5x_cpm import mesh as mesh_lib
+from t5x_cpm.config import MeshConfig
+from t5x_cpm.training import step
+
+delta = dataclasses.replace(test_tuning.LORA, method='prompt+lora', prompt_length=5)
+config = test_tuning.with_delta(delta=delta, dropout_rate=0.1)
+batch = test_prompt.with_prompt(test_step.random_batch(config, 0), config.model.vocab_size)
+wanted = None
+for sizes, sharding in (((1, 1, 1), 'none'), ((2, 2, 2), 'optimizer'), ((4, 2, 1), 'full')):
+  mesh_config = MeshConfig(data=sizes[0], model=sizes[1], expert=sizes[2], sharding=sharding)
+  mesh = mesh_lib.make_mesh(mesh_config, jax.devices()[:sizes[0] * sizes[1] * sizes[2]])
+  built = step.build(dataclasses.replace(config, mesh=mesh_config), mesh)
+  base = {name: tree for name, tree in jax.jit(built.model.init)(jax.random.key(7)).items() if name != 'delta'}
+  frozen = {'base': jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), base,
+                                 built.abstract_frozen['base'])}
+  state, losses = built.init(jax.random.key(0), frozen), []
+  for _ in range(2):
+    state, metrics = built.fn(state, frozen, batch)
+    losses.append(float(metrics['loss']))
+  found = losses, jax.device_get(state['params'])
+  wanted = wanted or found
+  np.testing.assert_allclose(losses, wanted[0], rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found[1], wanted[1])
+  print('ok', sizes, losses, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_every_mesh_trains_the_same_delta():
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  done = subprocess.run([sys.executable, '-c', MESHES], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+  print(done.stdout)
+  assert done.stdout.count('ok') == 3, done.stderr[-3000:]

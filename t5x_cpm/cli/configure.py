@@ -162,6 +162,8 @@ def dry_run(config: Config) -> None:
   facts = train.describe(config)
   active = facts['active parameters']
   print(f'parameters        {facts["parameters"]:,}' + (f', {active:,} for one token' if config.model.moe.num_experts else ''))
+  if trained := facts['trained parameters']:
+    print(f'trained           {trained:,} of them: {config.delta.method} on {config.delta.base}')
   print(f'tokens per step   {facts["slots per step"]:,} with padding: {config.train.batch_size} rows of '
         f'{config.task.encoder_length} + {config.task.decoder_length}')
   if caches.is_ready(caches.directory(config)):

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from t5x_cpm.config.fields import ConfigError, choice, free, in_range
+from t5x_cpm.config.fields import ConfigError, choice, free, in_range, shown
 from t5x_cpm.config.typed import Typed
 
 
@@ -16,9 +16,12 @@ class DeltaConfig(Typed):
   part `mlp` (wi_0, wi_1, wo).
   """
 
-  method: str = ''  # 'lora'; several are joined by '+'; '' trains all parameters
+  method: str = ''  # 'prompt' or 'lora'; several are joined by '+'; '' trains all parameters
   base: str = free('')  # the model_dir of the base; `--base` sets it
   base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
+  prompt_length: int = 100  # of 'prompt': how many vectors stand before the input of the encoder
+  prompt_init: str = 'vocabulary'  # of 'prompt': what they are at first: 'random', 'vocabulary' (frequent pieces), 'text'
+  prompt_text: str = ''  # of 'prompt': the text whose tokens they are at first, again and again; for prompt_init = 'text'
   sites: tuple[str, ...] = ('query', 'value')  # of 'lora': which matrices get a product of two small ones added
   rank: int = 8  # of 'lora': columns of the first small matrix
   alpha: float = 16.0  # of 'lora': the product of the two is multiplied by alpha / rank
@@ -26,7 +29,12 @@ class DeltaConfig(Typed):
 
   def validate(self) -> None:
     choice(self, 'base_dtype', ('float32', 'bfloat16'))
+    choice(self, 'prompt_init', ('random', 'vocabulary', 'text'))
+    in_range(self, 'prompt_length', 1)
     in_range(self, 'rank', 1)
+    if (self.prompt_init == 'text') != bool(self.prompt_text):
+      raise ConfigError(f"DeltaConfig.prompt_init = {self.prompt_init!r} and prompt_text = {shown(self.prompt_text)}: the text "
+                        "goes with 'text', and 'text' needs one.")
     if self.base and not self.method:
       raise ConfigError(f"DeltaConfig.method = '': set it, for example to 'lora', to train a delta on {self.base}.")
     if len(set(self.methods)) < len(self.methods) or not all(self.methods) and self.method:
@@ -37,3 +45,8 @@ class DeltaConfig(Typed):
   def methods(self) -> tuple[str, ...]:
     """The names of the methods."""
     return tuple(self.method.split('+')) if self.method else ()
+
+  @property
+  def prompts(self) -> int:
+    """How many vectors stand before an input. As tokens, they have the ids from ModelConfig.vocab_size on."""
+    return self.prompt_length if 'prompt' in self.methods else 0

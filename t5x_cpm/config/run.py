@@ -308,6 +308,8 @@ class Config(Typed):
       getattr(self, field.name).validate()
     if self.mesh.host_gib and self.optimizer.name == 'adafactor':
       raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
+    if self.delta.prompts and self.task.objective != 'pairs':
+      raise ConfigError(f"TaskConfig.objective = {self.task.objective!r}: a prompt stands before the inputs of 'pairs' alone.")
     if self.delta.method and self.mesh.host_gib:
       raise ConfigError('MeshConfig.host_gib: the optimizer state of a delta is too small to be worth moving; set it to 0.')
     moe = self.model.moe

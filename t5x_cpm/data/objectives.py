@@ -205,6 +205,18 @@ def shift_right(targets: np.ndarray, lengths_P: np.ndarray, start: int) -> np.nd
   return inputs
 
 
+def prepend(tokens: np.ndarray, lengths_P: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Puts the same tokens before every piece."""
+  longer = lengths_P + len(first)
+  out = np.empty(len(tokens) + len(first) * len(lengths_P), np.int32)
+  new = ranges(exclusive_cumsum(longer), np.full(len(longer), len(first)))
+  old = np.ones(len(out), bool)
+  old[new] = False
+  out[old] = tokens
+  out[new] = np.tile(first, len(lengths_P))
+  return out, longer
+
+
 def append(tokens: np.ndarray, lengths_P: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
   """Adds one token to the end of every piece."""
   longer = lengths_P + 1

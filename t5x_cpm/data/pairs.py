@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5x_cpm import stored
-from t5x_cpm.config import Config
+from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import index, objectives
 from t5x_cpm.data.blocks import Numbers
@@ -121,17 +121,23 @@ class Pairs(Packed):
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     super().__init__(cache, split, config, vocabulary)
-    found = table(self.folder, split, cache.lengths(split, 'inputs'), cache.lengths(split, 'targets'), self.room,
+    prompts = config.delta.prompts
+    self.prompt = config.model.vocab_size + np.arange(prompts, dtype=np.int32)
+    self.text_room = (self.room[0] - prompts, self.room[1])
+    if prompts and self.text_room[0] < 4:
+      raise ConfigError(f'DeltaConfig.prompt_length = {prompts} leaves {self.text_room[0]} of TaskConfig.encoder_length = '
+                        f'{self.room[0]} tokens for the inputs: set a longer encoder_length, or a shorter prompt.')
+    found = table(self.folder, split, cache.lengths(split, 'inputs'), cache.lengths(split, 'targets'), self.text_room,
                   source=cache.identity)
     self.left_out, self.facts = 0, {'truncated': found['truncated'], 'cut': tuple(found['cut'])}
     if found['cut'][1]:
       self.rules = {'cut_targets': 'without an end of sequence; earlier versions gave them one'}
-    self._pack(np.array(found['sizes'], np.int64).reshape(-1, 2), np.array(found['counts'], np.int64),
+    self._pack(np.array(found['sizes'], np.int64).reshape(-1, 2) + np.array([prompts, 0]), np.array(found['counts'], np.int64),
                index.load(self.folder, found['name'], 'members', np.int64, columns=4))
 
   def describe(self) -> str:
     """See the base class."""
-    cut = [f', the {side} of {number:,} cut to {self.room[place] - 1 + place:,} tokens'
+    cut = [f', the {side} of {number:,} cut to {self.text_room[place] - 1 + place:,} tokens'
            for place, (side, number) in enumerate(zip(('inputs', 'targets'), self.facts['cut'])) if number]
     return in_words(self.cache.info['splits'][self.split], 'pair', after=''.join(cut))
 
@@ -139,8 +145,8 @@ class Pairs(Packed):
     """Counted from the pairs themselves, because the sizes of classes may be rounded up."""
     used = np.zeros(2, np.int64)
     for i in range(0, len(self.members), index.CHUNK):
-      used += _slots(self.members[i:i + index.CHUNK][:, 2:], self.room).sum(axis=0)
-    return used
+      used += _slots(self.members[i:i + index.CHUNK][:, 2:], self.text_room).sum(axis=0)
+    return used + np.array([len(self.prompt) * len(self.members), 0])
 
   def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:
     del class_ids, keys
@@ -149,6 +155,7 @@ class Pairs(Packed):
       start, length = members[:, side], members[:, 2 + side]
       sides.append(objectives.append(self.tokens[feature][objectives.ranges(start, length)], length, self.vocabulary.eos_id))
     (inputs, inputs_length), (targets, targets_length) = sides
+    inputs, inputs_length = objectives.prepend(inputs, inputs_length, self.prompt)
     cut = members[:, 3] == self.room[1]
     targets = np.delete(targets, (np.cumsum(targets_length) - 1)[cut])
     targets_length = targets_length - cut

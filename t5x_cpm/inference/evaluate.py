@@ -179,9 +179,10 @@ def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Map
 
   tf.random.set_seed(0)  # for preprocessors that draw; a function data source need not take a seed
   seed = None if isinstance(task.source, seqio.FunctionDataSource) else 0
-  limits = dataclasses.replace(config.infer, input_length=config.task.encoder_length, truncate=True)
-  codec = text.Codec(engine.vocabulary, dataclasses.replace(config, infer=limits, task=engine.config.task), row,
-                     engine.info)
+  room = config.task.encoder_length - engine.config.delta.prompts  # for the tokens of an input, as in training
+  limits = dataclasses.replace(config.infer, input_length=room, truncate=True)
+  codec = text.Codec(
+      engine.vocabulary, text.of_model(dataclasses.replace(config, infer=limits), engine.config), row, engine.info)
   examples: list[Example] = []
   rest = ''
   with sources.errors():

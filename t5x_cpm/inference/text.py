@@ -109,6 +109,7 @@ class Codec:
     row: what the row of a request carries besides tokens.
     prefix: tokens that the decoder reads before it writes.
     end: tokens with which inputs and targets end.
+    prompt: tokens before every input, which stand for the vectors of a delta.
     is_pairs: whether the model was trained on inputs and targets; else it fills blanks.
     masks_anywhere: whether training inputs need not end with a masked span.
   """
@@ -119,7 +120,8 @@ class Codec:
 
     Args:
       vocabulary: the model's vocabulary.
-      config: the run's configuration; TaskConfig.objective, and input_length and truncate of InferConfig, are read.
+      config: the run's configuration; TaskConfig.objective, input_length and truncate of InferConfig, and what says how many
+        tokens a delta puts before every input are read.
       row: what rows carry besides tokens; by default what the configuration says.
       info: what a checkpoint says about its run beside the configuration (`RunInfo.info`), such as by which rule it masked.
     """
@@ -129,6 +131,7 @@ class Codec:
     self.is_pairs = config.task.objective == 'pairs'
     self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') else []
     self.masks_anywhere = config.task.objective == 'isolated' and SPANS in (info or {}).get('data', {})
+    self.prompt = list(range(config.model.vocab_size, config.model.vocab_size + config.delta.prompts))
     self._number = {token: k for k, token in enumerate(vocabulary.sentinels)}
 
   def check(self, text: str, what: str) -> None:
@@ -186,12 +189,14 @@ class Codec:
   def fit(self, request: Request) -> Request:
     """Refuses an input that is too long, or cuts it: its last sentinel and the end of sequence stay at its end.
 
+    Then the prompt of a delta is put before it, which the limit does not count.
+
     Raises:
       ConfigError: it is too long and InferConfig.truncate is False, or cutting it would lose a blank.
     """
     limit, given = self.limits.input_length, f'the input has {len(request.ids)} tokens'
     if len(request.ids) <= limit:
-      return request
+      return request._replace(ids=self.prompt + request.ids)
     if not self.limits.truncate:
       raise ConfigError(
           f'{given} and InferConfig.input_length = {limit}: raise it, or set InferConfig.truncate = True to cut such inputs.')
@@ -201,7 +206,7 @@ class Codec:
     if lost:
       raise ConfigError(f'{given}; cut to InferConfig.input_length = {limit} it would lose {lost} of its {request.blanks} '
                         'blanks: raise InferConfig.input_length.')
-    return request._replace(ids=ids, is_cut=True)
+    return request._replace(ids=self.prompt + ids, is_cut=True)
 
   def targets(self, request: Request, target: str | Sequence[str]) -> list[int]:
     """The tokens of a given answer.

@@ -11,7 +11,7 @@ from t5x_cpm.models import model, stacks
 from t5x_cpm.models.attention import Cache, additive_mask, segment_mask
 from t5x_cpm.models.component import Component, Params
 from t5x_cpm.models.context import Context
-from t5x_cpm.models.hooks import Delta
+from t5x_cpm.models.hooks import PROMPT, Delta
 from t5x_cpm.models.layers import Embedding, Head, at_least_float32, compute_dtype
 from t5x_cpm.models.model import Experts, resident, row_of, stack_components, summary
 
@@ -41,7 +41,15 @@ class Model(model.Model):
   # What stands before and after the layers.
 
   def _embed(self, params: Params, tokens_BT: jax.Array, ctx: Context) -> jax.Array:
-    x_BTD = self.module('token_embedder', params)(tokens_BT, compute_dtype(self.config))
+    dtype, table = compute_dtype(self.config), self.module('token_embedder', params)
+    if PROMPT in self.components:
+      V, prompt_nPD = self.config.vocab_size, self.components[PROMPT].of(params)['table']
+      number_BT = jnp.clip(tokens_BT - V, 0, prompt_nPD.shape[1] - 1)
+      slots = ctx.row.get('delta')
+      vectors_BTD = prompt_nPD[0 if slots is None else slots[:, None], number_BT].astype(dtype)
+      x_BTD = jnp.where((tokens_BT >= V)[..., None], vectors_BTD, table(jnp.minimum(tokens_BT, V - 1), dtype))
+    else:
+      x_BTD = table(tokens_BT, dtype)
     return ctx.dropout(shard(x_BTD, 'batch', 'length', 'embed'), 'stack.input')
 
   def encoder_input(self, params: Params, batch: Batch, key: jax.Array | None = None, train: bool = False) -> tuple[

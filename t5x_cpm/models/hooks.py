@@ -15,6 +15,7 @@ from t5x_cpm import trees
 from t5x_cpm.models.component import Component, Declared, Weight
 from t5x_cpm.models.leaf import Leaf
 
+PROMPT = 'delta/prompt'  # where the vectors lie that stand for tokens
 ATTENTION = {'self': 'attention', 'cross': 'cross_attention'}
 # Sites of products, and where in the role's component the matrix lies. The site of a sublayer ('self', 'cross', 'mlp') reads
 # its normed input and gives its output, before the residual is added; that of 'mlp.hidden' reads and gives the activations.
@@ -93,6 +94,11 @@ class Delta(Protocol):
   @property
   def methods(self) -> tuple[tuple[str, Method], ...]:
     """By name, in the order in which they act."""
+    ...
+
+  @property
+  def prompt(self) -> Weight | None:
+    """Vectors that stand for tokens from ModelConfig.vocab_size on, [n, tokens, D] of n slots; None where there are none."""
     ...
 
   def weights(self, site: Site) -> dict[str, dict[str, Weight]]:

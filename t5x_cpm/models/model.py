@@ -16,7 +16,7 @@ from flax import nnx
 from t5x_cpm.config import ConfigError, ModelConfig
 from t5x_cpm.config.row_features import ROW_FEATURES
 from t5x_cpm.models import dispatch, hooks, routers, stacks
-from t5x_cpm.models.component import Component, Params, placed
+from t5x_cpm.models.component import Component, Declared, Params, placed
 from t5x_cpm.models.context import Context
 from t5x_cpm.models.layer import Block, Layer, table
 from t5x_cpm.models.layers import MLP, RelativeBias, RMSNorm, compute_dtype
@@ -97,6 +97,8 @@ class Model:
     if delta is not None:
       parts = [hooks.component(delta, component, role) for component, role in _used(self.layers)]
       self.components |= {one.path: one for one in parts if one is not None}
+      if delta.prompt is not None:
+        self.components[hooks.PROMPT] = Declared(hooks.PROMPT, {'table': delta.prompt})
       self.layers = {stack: table(config, stack, self.components) for stack in stacks}
 
   # Parameters.

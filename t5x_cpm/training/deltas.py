@@ -13,6 +13,7 @@ from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.training import before
 from t5x_cpm.training.step import Frozen, State, Step
+from t5x_cpm.vocabularies import Vocabulary
 
 
 def find(config: Config, model_dir: Any) -> tuning.Base | None:
@@ -47,6 +48,16 @@ def tell(base: tuning.Base, config: Config, step: Step, say: Callable[[str], Non
       f'{_size(step.abstract_frozen)}, the delta {_size(state["params"])}, the optimizer {_size(state["opt_state"])}.')
 
 
+def initial(config: Config, state: State, frozen: Frozen, vocabulary: Vocabulary) -> State:
+  """A fresh state, in which a prompt is what DeltaConfig.prompt_init says: embeddings of the base, or at random."""
+  ids = tuning.prompt.first_ids(config.delta, vocabulary, config.train.seed) if config.delta.prompts else None
+  if ids is not None:
+    table = state['params']['delta']['prompt']['table']
+    rows = frozen['base']['token_embedder']['embedding'][ids].astype(table.dtype)
+    state['params']['delta']['prompt']['table'] = jax.device_put(rows[None], table.sharding)
+  return state
+
+
 def write(base: tuning.Base, config: Config, step: Step, manager: Manager, state: State, metrics: Mapping[str, float]) -> None:
   """Writes the delta of a state to `delta` of the model_dir, from process 0. Every process calls it.
 
@@ -55,7 +66,8 @@ def write(base: tuning.Base, config: Config, step: Step, manager: Manager, state
   """
   whole = jax.device_get(step.gather(state['params']['delta']))
   if jax.process_index() == 0:
-    tensors = {name: np.squeeze(leaf, axis=1) for name, leaf in trees.named(whole).items()}  # without the axis of slots
+    axes = {name: leaf.axes.index('slot') for name, leaf in trees.named(step.model.leaves()['delta']).items()}
+    tensors = {name: np.squeeze(leaf, axis=axes[name]) for name, leaf in trees.named(whole).items()}
     with run_directory.writing(manager.model_dir / 'delta'):
       tuning.write(manager.model_dir / 'delta', tensors, config, base, step=int(state['step']),
                    vocabulary=manager.info['vocabulary'], metrics=metrics)

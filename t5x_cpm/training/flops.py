@@ -29,7 +29,8 @@ def _of_a_token(config: ModelConfig, S: int, T: int) -> tuple[float, float, floa
   return encoder, config.num_decoder_layers * 4 * D * HK, decoder
 
 
-def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: float, S: int, T: int) -> float:
+def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: float, S: int, T: int, *,
+                frozen: bool = False) -> float:
   """Floating-point operations that one training step has to do, forward and backward.
 
   A product of [N, I] and [I, O] counts 2 N I O. With HK = num_heads * head_dim, m = 3 matrices in a gated MLP and 2
@@ -40,9 +41,10 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
     per decoder token, L_d times:  8 D HK + 4 D HK (q and output of cross-attention) + 2 m D F + 4 T HK + 4 S HK
     per decoder token:             2 D V (output head)
 
-  and the backward pass twice that. In a layer with experts a token pays for the experts it is sent to, for shared experts, and
-  2 D E for the router. Embedding look-ups, norms and activations are left out, and so is what rematerialisation computes again;
-  causal attention is not discounted (as in Chowdhery et al. 2022, appendix B).
+  and the backward pass twice that: half for gradients of activations, half for those of weights, which a frozen base does not
+  need. What a delta adds is small and left out. In a layer with experts a token pays for the experts it is sent to, for shared
+  experts, and 2 D E for the router. Embedding look-ups, norms and activations are left out, and so is what rematerialisation
+  computes again; causal attention is not discounted (as in Chowdhery et al. 2022, appendix B).
 
   Args:
     config: shape of the model.
@@ -50,9 +52,10 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
     decoder_tokens: likewise.
     S: slots of an encoder row.
     T: slots of a decoder row.
+    frozen: whether the weights are a frozen base, on which a delta is trained.
   """
   encoder, keys, decoder = _of_a_token(config, S, T)
-  return 3.0 * (encoder_tokens * (encoder + keys) + decoder_tokens * decoder)
+  return (2.0 if frozen else 3.0) * (encoder_tokens * (encoder + keys) + decoder_tokens * decoder)
 
 
 def inference_flops(config: ModelConfig, step: str, rows: int, S: int, T: int) -> float:

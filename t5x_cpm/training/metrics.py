@@ -153,7 +153,8 @@ class Writers:
       return {}
     model, task = self._config.model, self._config.task
     per_step = flops.model_flops(
-        model, values['encoder_tokens'], values['decoder_tokens'], task.encoder_length, task.decoder_length)
+        model, values['encoder_tokens'], values['decoder_tokens'], task.encoder_length, task.decoder_length,
+        frozen=bool(self._config.delta.method))
     rate = self._steps / self._seconds
     result = {
         'steps_per_second': rate, 'tokens_per_second': self._tokens / self._seconds, 'model_flops_per_second': per_step * rate}

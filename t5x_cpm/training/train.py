@@ -5,6 +5,8 @@ import functools
 import time
 from typing import Any
 
+import jax
+
 from t5x_cpm import backend, files, tuning
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
@@ -79,7 +81,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
       deltas.tell(base, config, step, say)
     if latest is None:
       start.tell_of_a_leak(config, say)
-      state = start.fresh(config, step, frozen)
+      state = deltas.initial(config, start.fresh(config, step, frozen), frozen, reader.vocabulary)
     else:
       state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
       say(f'continuing {model_dir} from step {latest}')
@@ -142,6 +144,7 @@ def describe(config: Config) -> dict[str, Any]:
   return {
       'parameters': model.num_parameters(),
       'active parameters': model.num_active_parameters(),
+      'trained parameters': sum(leaf.size for leaf in jax.tree.leaves(model.leaves().get('delta', {}))),
       'slots per step': slots,
       'learning rate': {step: float(schedule(step)) for step in steps},
   }

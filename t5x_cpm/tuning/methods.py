@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from t5x_cpm.config import Config, ConfigError, DeltaConfig
+from t5x_cpm.config import Config, ConfigError, DeltaConfig, ModelConfig
 from t5x_cpm.config.fields import did_you_mean
 from t5x_cpm.models import encoder_decoder, hooks
 from t5x_cpm.models.component import Weight
@@ -25,10 +25,12 @@ class Method:
   Attributes:
     weights: what it declares for a site; {} for a site that it leaves alone. Shapes are without the axes of layers and slots.
     change: (weights, x, y) -> what the site gives in the place of y; see `hooks.Method`.
+    prompt: what it declares for the vectors that stand for DeltaConfig.prompts tokens; None: it has none.
   """
 
-  weights: Callable[[Site], Mapping[str, Weight]]
-  change: Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array]
+  weights: Callable[[Site], Mapping[str, Weight]] = lambda site: {}
+  change: Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array] = lambda weights, x, y: y
+  prompt: Callable[[ModelConfig], Weight] | None = None
 
 
 METHODS: dict[str, Callable[[DeltaConfig], Method]] = {}
@@ -72,9 +74,10 @@ class Delta:
 
   Attributes:
     methods: by name, in the order in which they act.
+    prompt: what stands for tokens from ModelConfig.vocab_size on; None where nothing does.
   """
 
-  def __init__(self, config: DeltaConfig):
+  def __init__(self, config: DeltaConfig, model: ModelConfig):
     """Raises ConfigError for a method that nobody registered."""
     for name in config.methods:
       if name not in METHODS:
@@ -83,6 +86,8 @@ class Delta:
                           'module needs --import=MODULE.')
     self._made = {name: METHODS[name](config) for name in config.methods}
     self.methods: tuple[tuple[str, hooks.Method], ...] = tuple(self._made.items())
+    prompts = [method.prompt(model) for method in self._made.values() if method.prompt]
+    self.prompt = prompts[0] if prompts else None
 
   def weights(self, site: Site) -> dict[str, dict[str, Weight]]:
     """Method -> name -> what it declares for a site."""
@@ -112,6 +117,7 @@ def build_model(config: Config, experts: Experts = resident) -> encoder_decoder.
   """
   if not config.delta.method:
     return encoder_decoder.build(config.model, experts)
-  model = encoder_decoder.build(config.model, experts, Delta(config.delta))
-  check_sites(config.delta, model.sites())
+  model = encoder_decoder.build(config.model, experts, Delta(config.delta, config.model))
+  if 'lora' in config.delta.methods:
+    check_sites(config.delta, model.sites())
   return model

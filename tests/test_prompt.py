@@ -1,0 +1,155 @@
+"""Prompts: vectors before the inputs of a frozen base, in batches, in the model, in answers."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_data
+import test_step
+import test_tuning
+
+from t5x_cpm import inference, tuning
+from t5x_cpm.config import Config, ConfigError, DeltaConfig
+from t5x_cpm.inference import text
+from t5x_cpm.models import encoder_decoder
+from t5x_cpm.training import train as training
+from t5x_cpm.vocabularies import load
+
+base_dir = test_tuning.base_dir
+P = 5
+FEATURES = ('input_tokens', 'segment_ids', 'positions')
+PROMPT = DeltaConfig(method='prompt', base='base', prompt_length=P)
+
+
+def longer_vocabulary(params, config):
+  """The plain reference: a model without a delta, of which the prompt is the end of the embedding table."""
+  wide = dataclasses.replace(config.model, vocab_size=config.model.vocab_size + P)
+  plain = {name: tree for name, tree in params.items() if name != 'delta'}
+  table = jnp.concatenate([params['token_embedder']['embedding'], params['delta']['prompt']['table'][0]])
+  head = jnp.pad(params['lm_head'], ((0, 0), (0, P)))
+  return encoder_decoder.build(wide), plain | {'token_embedder': {'embedding': table}, 'lm_head': head}
+
+
+def with_prompt(batch, V):
+  """A batch whose encoder rows begin with the prompt."""
+  changed = batch['encoder_input_tokens'].copy()
+  changed[:, :P] = V + np.arange(P)
+  return batch | {'encoder_input_tokens': changed}
+
+
+@pytest.mark.parametrize('moe', [None, pytest.param(test_tuning.EXPERTS, marks=pytest.mark.slow)], ids=['dense', 'experts'])
+def test_a_prompt_is_rows_of_the_embedding_table(moe):
+  config = test_tuning.with_delta(delta=PROMPT, moe=moe)
+  model, V = tuning.build_model(config), config.model.vocab_size
+  params = jax.jit(model.init)(jax.random.key(0))
+  assert model.num_parameters() - encoder_decoder.build(config.model).num_parameters() == P * config.model.d_model
+  batch = with_prompt(test_step.random_batch(config, 0), V)
+  plain, wide = longer_vocabulary(params, config)
+  found = jax.jit(model.apply)(params, batch)[0]
+  np.testing.assert_allclose(found, jax.jit(plain.apply)(wide, batch)[0][..., :V], atol=1e-5)
+  other = params | {'delta': jax.tree.map(lambda x: x + 1, params['delta'])}
+  assert np.abs(model.apply(other, batch)[0] - found).max() > 1e-3
+
+
+def reader_of(folder, documents, **fields):
+  config = small_data.make_config(folder, batch_size=2, objective='pairs', encoder_length=24, decoder_length=16)
+  config = dataclasses.replace(config, delta=dataclasses.replace(PROMPT, **fields),
+                               model=dataclasses.replace(config.model, vocab_size=1000))
+  small_data.fill(config, {'train': documents})
+  return small_data.open_reader(config, 'train'), config
+
+
+def test_every_packed_input_begins_with_the_prompt(tmp_path):
+  print('seed 0')
+  rng = np.random.default_rng(0)
+  lengths = [int(n) for n in rng.integers(1, 30, 40)]
+  documents = {'inputs': small_data.random_documents(rng, lengths), 'targets': small_data.random_documents(rng, [2] * 40)}
+  reader, config = reader_of(tmp_path, documents)
+  eos = load(config.task.vocabulary).eos_id
+  wanted = {(*range(1000, 1000 + P), *tokens[:24 - P - 1], eos) for tokens in documents['inputs']}
+  found, several = set(), False
+  for step in range(30):
+    batch = reader.batch(step)
+    for tokens, segments, positions in zip(*(batch[f'encoder_{name}'] for name in FEATURES)):
+      several |= segments.max() > 1
+      for number in range(1, segments.max() + 1):
+        mine = segments == number
+        found.add(tuple(tokens[mine].tolist()))
+        assert positions[mine].tolist() == list(range(mine.sum()))
+  assert found == wanted and several
+  told = reader.components[0].describe()
+  assert f'the inputs of {sum(n > 24 - P - 1 for n in lengths)} cut to {24 - P - 1} tokens' in told, told
+  with pytest.raises(ConfigError, match=re.escape('DeltaConfig.prompt_length = 21 leaves 3')):
+    reader_of(tmp_path, documents, prompt_length=21)
+
+
+def test_packed_inputs_equal_those_that_stand_alone(tmp_path):
+  print('seed 1')
+  rng = np.random.default_rng(1)
+  documents = {side: small_data.random_documents(rng, [3] * 12) for side in ('inputs', 'targets')}
+  reader, config = reader_of(tmp_path, documents)
+  model = tuning.build_model(dataclasses.replace(
+      config, model=dataclasses.replace(test_step.CONFIG.model, vocab_size=1000)))
+  params, batch = jax.jit(model.init)(jax.random.key(0)), reader.batch(0)
+  apply = jax.jit(lambda batch: model.apply(params, batch)[0])
+  packed = apply(batch)
+  segments = batch['decoder_segment_ids']
+  assert segments.max() > 1
+  for number in range(1, segments.max() + 1):
+    alone = {}
+    for side in ('encoder', 'decoder'):
+      keep = batch[f'{side}_segment_ids'] == number
+      alone |= {name: np.zeros_like(value) for name, value in batch.items() if name.startswith(side)}
+      for row in range(len(keep)):
+        for name in (f'{side}_input_tokens', f'{side}_segment_ids'):
+          alone[name][row, :keep[row].sum()] = batch[name][row][keep[row]]
+    found = apply(alone)
+    for row in range(len(segments)):
+      mine = segments[row] == number
+      np.testing.assert_allclose(packed[row][mine], found[row][:mine.sum()], atol=1e-5)
+
+
+def test_a_run_of_a_prompt(base_dir, tmp_path):
+  config = test_tuning.tuned(base_dir, delta=dataclasses.replace(PROMPT, prompt_init='text', prompt_text='一二三'), steps=1)
+  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.0))
+  training.run(config, str(tmp_path / 'run'))
+  vocabulary = load(config.task.vocabulary)
+  saved = tuning.read(tmp_path / 'run').tensors
+  base = inference.load(base_dir)
+  ids = (vocabulary.encode('一二三') * P)[:P]
+  np.testing.assert_array_equal(saved['prompt/table'], base.program.params['token_embedder']['embedding'][np.array(ids)])
+
+  # With embeddings as its vectors, it answers as its base does where these tokens stand before the input.
+  engine = inference.load(tmp_path / 'run')
+  request = engine.codec.request('四')
+  assert request.ids[:P] == list(range(config.model.vocab_size, config.model.vocab_size + P))
+  plain = [request._replace(ids=ids + request.ids[P:])]
+  np.testing.assert_allclose(
+      engine.score_ids([request], [[20, 21]])[0], base.score_ids(plain, [[20, 21]])[0], rtol=1e-5)
+  assert engine.generate('四') == [base.answer_requests(plain, base.config.decode)[0].output]
+  assert engine.encode('四')[0].shape[0] == len(request.ids) - P
+  limited = text.Codec(vocabulary, dataclasses.replace(
+      engine.config, infer=dataclasses.replace(engine.config.infer, input_length=6, truncate=True)))
+  assert len(limited.request('四' * 30).ids) == 6 + P  # the limit counts the input alone
+
+
+def test_what_a_prompt_is_at_first(base_dir):
+  vocabulary = load(test_tuning.tuned(base_dir).task.vocabulary)
+  def first(**fields):
+    return tuning.prompt.first_ids(dataclasses.replace(PROMPT, **fields), vocabulary, 3)
+
+  assert first(prompt_init='random') is None
+  drawn = first(prompt_length=100)
+  special = {vocabulary.pad_id, vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id, *vocabulary.sentinels}
+  assert len(set(drawn.tolist())) == 100 and not special & set(drawn.tolist())
+  np.testing.assert_array_equal(drawn, first(prompt_length=100))
+  assert len(first(prompt_length=20_000)) == 20_000
+  for fields, message in (({'prompt_init': 'text'}, 'needs one'), ({'prompt_text': 'x'}, "goes with 'text'"),
+                          ({'prompt_length': 0}, 'at least 1'), ({'prompt_init': 'sampled'}, "'vocabulary'")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+      dataclasses.replace(PROMPT, **fields).validate()
+  with pytest.raises(ConfigError, match="inputs of 'pairs' alone"):
+    Config(delta=PROMPT).validate()
