@@ -170,6 +170,7 @@ def to_huggingface(model_dir: str, hf: str, *, step: int | None = None) -> None:
     ConfigError: there is no such checkpoint, transformers has no such model, or the folder is not empty.
   """
   run, folder = run_directory.read_run(model_dir, step), pathlib.Path(hf)
+  run_directory.check_is_model(model_dir, run.config)
   saved = pathlib.Path(model_dir) / 'vocabulary'
   words = vocabularies.load_saved(saved)
   run_directory.check_vocabulary(model_dir, run.info, words.fingerprint)

@@ -278,6 +278,13 @@ def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
                  meta.get('started', {}))
 
 
+def check_is_model(model_dir: Any, config: Config) -> None:
+  """Raises CheckpointError if the run in a model_dir, configured so, trained a delta, and no model of its own."""
+  if config.delta.method:
+    raise CheckpointError(f'{model_dir} holds no model, but a delta ({config.delta.method}) on {config.delta.base}: `infer` '
+                          'and `eval` take it, but what needs a whole model takes its base.')
+
+
 def check_vocabulary(model_dir: Any, info: Mapping[str, Any], fingerprint: str) -> None:
   """Raises CheckpointError unless the vocabulary in a model_dir is the one that its run was trained with."""
   trained = info.get('vocabulary')

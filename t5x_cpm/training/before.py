@@ -70,14 +70,16 @@ def check_sentinels(config: Config, found: vocabularies.Vocabulary) -> None:
 
 
 def check_source(field: str, model_dir: str, found: vocabularies.Vocabulary) -> None:
-  """Raises ConfigError if the run in model_dir, from which another starts, has another vocabulary.
+  """Raises ConfigError if the run in model_dir, from which another starts, has another vocabulary, or no model.
 
   Args:
     field: the field of the configuration that names the run.
     model_dir: its value.
     found: the vocabulary of the other run.
   """
-  theirs = run_directory.read_run(model_dir).info.get('vocabulary')
+  run = run_directory.read_run(model_dir)
+  run_directory.check_is_model(model_dir, run.config)
+  theirs = run.info.get('vocabulary')
   if theirs != found.fingerprint:
     flag = '--' + field.rpartition('.')[2]
     raise ConfigError(

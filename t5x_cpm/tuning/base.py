@@ -51,8 +51,7 @@ def find(model_dir: Any, wanted: str | None = None) -> Base:
     raise ConfigError("DeltaConfig.base = '': give --base=DIR, the model_dir of the run that a delta is to be trained on.")
   model_dir = run_directory.resolve(model_dir)
   run = run_directory.read_run(model_dir)
-  if run.config.delta.method:
-    raise CheckpointError(f'--base={model_dir} is a delta on {run.config.delta.base} itself, and no base.')
+  run_directory.check_is_model(model_dir, run.config)
   newest = Base(model_dir, run.step, fingerprint(model_dir, run.step))
   if wanted in (None, newest.fingerprint):
     return newest
