@@ -119,8 +119,8 @@ Done in {time.monotonic() - started:.0f} s.
   metrics      {trained}/metrics.jsonl (also TensorBoard: {trained}/tensorboard)
   loss curve   {trained}/loss.png
   checkpoint   {trained}/checkpoints
-What to do next: ask it something (a blank is <span>), see what there is, and train on your own text
-(README.md, "Ten minutes on your own text").""")
+What to do next: ask it something (a blank is <span>), see what there is, train on your own text
+(README.md, "Ten minutes on your own text"), or tune a small delta on it ("Tuning a small delta").""")
   for line in next_commands(trained):
     print(f'  {line}')
 
