@@ -16,7 +16,7 @@ class DeltaConfig(Typed):
   part `mlp` (wi_0, wi_1, wo).
   """
 
-  method: str = ''  # 'prompt' or 'lora'; several are joined by '+'; '' trains all parameters
+  method: str = ''  # 'prompt', 'lora', 'ia3', 'adapter', 'bitfit'; several are joined by '+'; '' trains all parameters
   base: str = free('')  # the model_dir of the base; `--base` sets it
   base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
   prompt_length: int = 100  # of 'prompt': how many vectors stand before the input of the encoder
@@ -26,11 +26,15 @@ class DeltaConfig(Typed):
   rank: int = 8  # of 'lora': columns of the first small matrix
   alpha: float = 16.0  # of 'lora': the product of the two is multiplied by alpha / rank
   rank_stabilised: bool = False  # of 'lora': alpha / sqrt(rank) instead (Kalajdzievski 2023)
+  bottleneck: int = 24  # of 'adapter': the width of the network
+  adapter: str = 'serial'  # of 'adapter': 'serial' reads what a sublayer gives, 'parallel' what it reads
 
   def validate(self) -> None:
     choice(self, 'base_dtype', ('float32', 'bfloat16'))
     choice(self, 'prompt_init', ('random', 'vocabulary', 'text'))
     in_range(self, 'prompt_length', 1)
+    choice(self, 'adapter', ('serial', 'parallel'))
+    in_range(self, 'bottleneck', 1)
     in_range(self, 'rank', 1)
     if (self.prompt_init == 'text') != bool(self.prompt_text):
       raise ConfigError(f"DeltaConfig.prompt_init = {self.prompt_init!r} and prompt_text = {shown(self.prompt_text)}: the text "
