@@ -322,7 +322,7 @@ delta = dataclasses.replace(test_tuning.LORA, method='prompt+lora', prompt_lengt
 config = test_tuning.with_delta(delta=delta, dropout_rate=0.1)
 batch = test_prompt.with_prompt(test_step.random_batch(config, 0), config.model.vocab_size)
 wanted = None
-for sizes, sharding in (((1, 1, 1), 'none'), ((2, 2, 2), 'optimizer'), ((4, 2, 1), 'full')):
+for sizes, sharding in (((1, 1, 1), 'none'), ((2, 2, 2), 'full')):
   mesh_config = MeshConfig(data=sizes[0], model=sizes[1], expert=sizes[2], sharding=sharding)
   mesh = mesh_lib.make_mesh(mesh_config, jax.devices()[:sizes[0] * sizes[1] * sizes[2]])
   built = step.build(dataclasses.replace(config, mesh=mesh_config), mesh)
@@ -346,4 +346,4 @@ def test_every_mesh_trains_the_same_delta():
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
   done = subprocess.run([sys.executable, '-c', MESHES], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
   print(done.stdout)
-  assert done.stdout.count('ok') == 3, done.stderr[-3000:]
+  assert done.stdout.count('ok') == 2, done.stderr[-3000:]
