@@ -70,15 +70,12 @@ class Engine:
     vocabulary: the model's vocabulary.
     config: the run's configuration.
     step: the step of the checkpoint.
-    info: what the checkpoint says about its run beside the configuration.
     codec: how texts become inputs, and what the model writes becomes a text.
   """
 
-  def __init__(self, program: programs.Program, vocabulary: vocabularies.Vocabulary, config: Config, step: int = 0,
-               info: Mapping[str, Any] | None = None):
+  def __init__(self, program: programs.Program, vocabulary: vocabularies.Vocabulary, config: Config, step: int = 0):
     self.program, self.vocabulary, self.config, self.step = program, vocabulary, config, step
-    self.info = info or {}
-    self.codec = text.Codec(vocabulary, config, info=info)
+    self.codec = text.Codec(vocabulary, config)
     self._is_told = False
 
   # What users call.
@@ -323,4 +320,4 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   config = text.of_model(config, trained)
   functions = programs.build(config, mesh)
   program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))
-  return Engine(program, vocabulary, config, run.step, run.info)
+  return Engine(program, vocabulary, config, run.step)

@@ -181,8 +181,7 @@ def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Map
   seed = None if isinstance(task.source, seqio.FunctionDataSource) else 0
   room = config.task.encoder_length - engine.config.delta.prompts  # for the tokens of an input, as in training
   limits = dataclasses.replace(config.infer, input_length=room, truncate=True)
-  codec = text.Codec(
-      engine.vocabulary, text.of_model(dataclasses.replace(config, infer=limits), engine.config), row, engine.info)
+  codec = text.Codec(engine.vocabulary, text.of_model(dataclasses.replace(config, infer=limits), engine.config), row)
   examples: list[Example] = []
   rest = ''
   with sources.errors():

@@ -215,7 +215,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   # What needs no JAX comes first, so that a mistake is reported at once.
   about = run_directory.read_run(model_dir, step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary', about.info.get('vocabulary'))
-  codec = text.Codec(vocabulary, text.of_model(config, about.config), info=about.info)
+  codec = text.Codec(vocabulary, text.of_model(config, about.config))
   total = lines_lib.check_file(path, name, codec, config)
   output = pathlib.Path(output_path) if output_path else None
   is_text = output is not None and output.suffix == '.txt'

@@ -1,10 +1,9 @@
 """How a text becomes what the model reads, and how what the model writes becomes a text. Pure Python.
 
-A model that was trained by span corruption fills blanks, and an input without any blank is continued. T5's rule masks the end
-of every piece, so that all training inputs end with a masked span. Therefore an input that does not end with a blank gets one
-more, which asks for what would follow, and the answer is cut where the model reaches it. 'isolated' masks anywhere: its inputs
-end with a blank or, like a whole document, with the end of document. (Runs of 'isolated' that began in an earlier version
-followed T5's rule.)
+A model that was trained by span corruption fills blanks, and an input without any blank is continued. An input that does not
+end with a blank gets one more, which asks for what would follow, and the answer is cut where the model reaches it. T5's rule
+masks the end of every piece, so that all its inputs are so. Where spans may lie anywhere, a text with a single blank is still
+much shorter in training than most that users write: models fill it better in this form than where it ends as a document does.
 
 A model that was trained on inputs and targets knows no blanks: whatever is written in its inputs is text.
 """
@@ -13,11 +12,10 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.config.fields import shown
-from t5x_cpm.data.pieces import SPANS
 from t5x_cpm.vocabularies import BLANK, Vocabulary
 
 _SENTINEL = re.compile(r'<(?:s|extra_id)_\d+>')  # as people and T5's files write it
@@ -111,11 +109,9 @@ class Codec:
     end: tokens with which inputs and targets end.
     prompt: tokens before every input, which stand for the vectors of a delta.
     is_pairs: whether the model was trained on inputs and targets; else it fills blanks.
-    masks_anywhere: whether training inputs need not end with a masked span.
   """
 
-  def __init__(self, vocabulary: Vocabulary, config: Config, row: Mapping[str, int] | None = None,
-               info: Mapping[str, Any] | None = None):
+  def __init__(self, vocabulary: Vocabulary, config: Config, row: Mapping[str, int] | None = None):
     """The codec of a run.
 
     Args:
@@ -123,14 +119,12 @@ class Codec:
       config: the run's configuration; TaskConfig.objective, input_length and truncate of InferConfig, and what says how many
         tokens a delta puts before every input are read.
       row: what rows carry besides tokens; by default what the configuration says.
-      info: what a checkpoint says about its run beside the configuration (`RunInfo.info`), such as by which rule it masked.
     """
     self.vocabulary, self.limits = vocabulary, config.infer
     self.row = row_features.defaults(config) if row is None else row
     self.prefix = (vocabulary.bos_id,)
     self.is_pairs = config.task.objective == 'pairs'
     self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') else []
-    self.masks_anywhere = config.task.objective == 'isolated' and SPANS in (info or {}).get('data', {})
     self.prompt = list(range(config.model.vocab_size, config.model.vocab_size + config.delta.prompts))
     self._number = {token: k for k, token in enumerate(vocabulary.sentinels)}
 
@@ -177,7 +171,7 @@ class Codec:
     closing = vocabulary.sentinels[blanks]
     ids = vocabulary.encode_blanks(form)
     if ids[-1] not in self._number:
-      ids = [*ids, vocabulary.eos_id if self.masks_anywhere else closing]
+      ids = [*ids, closing]
     found = like_blank(text)
     note = f'{found!r} is read as plain text; a blank is written {BLANK}.' if found else ''
     return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.row, self.prefix, note))
