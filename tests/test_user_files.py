@@ -239,4 +239,4 @@ def test_any_bytes_are_texts_or_a_refusal(tmp_path):
     answers = [read_or_refuse(path, reader) for reader in readers]
     assert all(answer == answers[0] for answer in answers), (number, bytes(content))
     read, refused = read + (answers[0] != 'refused'), refused + (answers[0] == 'refused')
-  assert read > 60 and refused > 100
+  assert read > 10 and refused > 10  # about 90 and 310
