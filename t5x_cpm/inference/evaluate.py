@@ -126,7 +126,13 @@ def evaluate_text(engine: engine_lib.Engine, config: Config, row: Mapping[str, i
     engine: the model.
     config: names the task.
     row: what rows carry besides tokens, where their task does not decide; by default what the configuration says.
+
+  Raises:
+    ConfigError: the model has a prompt, which stands before inputs.
   """
+  if engine.config.delta.prompts:
+    raise ConfigError(f'task {config.task.name!r} is one of text, and the prompt of this model stands before inputs of pairs: '
+                      'evaluate it on a task of inputs and targets, or its base on this one.')
   # The form of the model's own training; one that was trained on pairs has none for text.
   forms = [name for name in (engine.config.task.objective, config.task.objective, 'isolated') if name != 'pairs']
   most, size = config.eval.max_examples, engine.whole(config.eval.batch_size)

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 
-from t5x_cpm.checkpoints import arrays
+from t5x_cpm.checkpoints import arrays, run_directory
+from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config
 from t5x_cpm.models import routers
-from t5x_cpm.training import host_memory, optimizer
+from t5x_cpm.training import deltas, host_memory, optimizer
 from t5x_cpm.training.step import Frozen, State, Step
+from t5x_cpm.vocabularies import Vocabulary
 
 
 def fresh(config: Config, step: Step, frozen: Frozen) -> State:
@@ -45,6 +47,19 @@ def tell_of_another_rate(config: Config, step: Step, before: Config, number: int
     say(f'OptimizerConfig.schedule = {config.optimizer.schedule!r} ends with the run: for TrainConfig.steps = '
         f'{config.train.steps} instead of {before.train.steps} the learning rate goes from {old:.3g} to {new:.3g} here. '
         'OptimizerConfig.decay_steps, set from the start, keeps it.')
+
+
+def begin(config: Config, model_dir: str, step: Step, frozen: Frozen, manager: Manager, vocabulary: Vocabulary,
+          say: Callable[[str], None]) -> State:
+  """The state that a run goes on from: that of its last checkpoint, or a fresh one where it has none."""
+  latest = manager.latest_step()
+  if latest is None:
+    tell_of_a_leak(config, say)
+    return deltas.initial(config, fresh(config, step, frozen), frozen, vocabulary)
+  state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
+  say(f'continuing {model_dir} from step {latest}')
+  tell_of_another_rate(config, step, run_directory.read_run(model_dir, latest).config, latest, say)
+  return state
 
 
 def tell_of_little_room(model_dir: Any, state: State, say: Callable[[str], None]) -> None:

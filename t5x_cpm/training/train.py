@@ -79,13 +79,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
     frozen = deltas.load(base, step)
     if base:
       deltas.tell(base, config, step, say)
-    if latest is None:
-      start.tell_of_a_leak(config, say)
-      state = deltas.initial(config, start.fresh(config, step, frozen), frozen, reader.vocabulary)
-    else:
-      state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
-      say(f'continuing {model_dir} from step {latest}')
-      start.tell_of_another_rate(config, step, run_directory.read_run(model_dir, latest).config, latest, say)
+    state = start.begin(config, model_dir, step, frozen, manager, reader.vocabulary, say)
     start.tell_of_little_room(manager.model_dir, host_memory.saved(step.abstract_state), say)
     first = latest or 0
     writers = metrics.Writers(model_dir, config, start_step=first, total_steps=steps)

@@ -54,11 +54,6 @@ def product(x_BTI: jax.Array, kernel_nIO: jax.Array) -> jax.Array:
   return x_BTI @ kernel_nIO.astype(x_BTI.dtype)
 
 
-def chosen(patterns: tuple[str, ...], site: Site) -> bool:
-  """Whether one of DeltaConfig.sites names a site."""
-  return any(matches(pattern, site.full_name) for pattern in patterns)
-
-
 def matches(pattern: str, name: str) -> bool:
   """Whether a name has the pattern in it, in whole parts, or is matched as a whole by it as a regular expression."""
   if f'.{pattern}.' in f'.{name}.':
@@ -67,6 +62,11 @@ def matches(pattern: str, name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
   except re.error as error:
     raise ConfigError(f'DeltaConfig.sites: {pattern!r} is no regular expression ({error}).') from None
+
+
+def chosen(patterns: tuple[str, ...], site: Site) -> bool:
+  """Whether one of DeltaConfig.sites names a site."""
+  return any(matches(pattern, site.full_name) for pattern in patterns)
 
 
 class Delta:
