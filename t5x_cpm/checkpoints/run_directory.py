@@ -182,7 +182,7 @@ def _strange(folder: str) -> Iterator[str]:
 
 
 def check_files(model_dir: epath.Path, step: int) -> None:
-  """Raises DamagedError if not all that lies in a checkpoint can be read as files: Orbax would wait for a pipe for ever."""
+  """Raises DamagedCheckpointError if not all in a checkpoint can be read as files: Orbax would wait for a pipe for ever."""
   path = model_dir / 'checkpoints' / str(step)
   if '://' in str(path):
     return
