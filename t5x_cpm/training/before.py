@@ -94,6 +94,9 @@ def check(config: Config, model_dir: Any = '') -> None:
     config: the run, with its ModelConfig.vocab_size resolved.
     model_dir: where it will write; a run that continues there no longer reads TrainConfig.init_from.
   """
+  if config.delta.method and not config.delta.base:
+    raise ConfigError(f'DeltaConfig.method = {config.delta.method!r} trains a delta on another run: give --base=DIR, its '
+                      'model_dir.')
   found = vocabulary(config)
   if config.train.init_from and not has_begun(model_dir):  # first: its vocabulary decides, not ModelConfig.vocab_size
     check_source('TrainConfig.init_from', config.train.init_from, found)

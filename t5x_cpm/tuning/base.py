@@ -9,7 +9,7 @@ from etils import epath
 from t5x_cpm import stored
 from t5x_cpm.checkpoints import arrays, digests, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError
-from t5x_cpm.config import ConfigError, DeltaConfig
+from t5x_cpm.config import DeltaConfig
 from t5x_cpm.models.leaf import Leaf
 
 PREFIX = 'params/'
@@ -45,10 +45,7 @@ def find(model_dir: Any, wanted: str | None = None) -> Base:
 
   Raises:
     CheckpointError: there is none; or the run is a delta itself.
-    ConfigError: no model_dir is given.
   """
-  if not model_dir:
-    raise ConfigError("DeltaConfig.base = '': give --base=DIR, the model_dir of the run that a delta is to be trained on.")
   model_dir = run_directory.resolve(model_dir)
   run = run_directory.read_run(model_dir)
   run_directory.check_is_model(model_dir, run.config)
