@@ -40,7 +40,8 @@ class DeltaConfig(Typed):
       raise ConfigError(f"DeltaConfig.prompt_init = {self.prompt_init!r} and prompt_text = {shown(self.prompt_text)}: the text "
                         "goes with 'text', and 'text' needs one.")
     if self.base and not self.method:
-      raise ConfigError(f"DeltaConfig.method = '': set it, for example to 'lora', to train a delta on {self.base}.")
+      raise ConfigError(f"DeltaConfig.base = {shown(self.base)} with DeltaConfig.method = '': set the method, for example to "
+                        "'lora', to train a delta on that base.")
     if len(set(self.methods)) < len(self.methods) or not all(self.methods) and self.method:
       raise ConfigError(f"DeltaConfig.method = {self.method!r}: expected the name of a method, or several different ones "
                         "joined by '+'.")

@@ -360,7 +360,9 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), *, scope: str = ''
     if check is not None:
       check(config)
   except ConfigError as error:
-    sources = [where[key] for key in re.findall(r'(\w+)\.(\w+)', str(error)) if key in where]
+    named = re.findall(r'(\w+)\.(\w+)', str(error))
+    classes = {cls for cls, _ in named}  # a field that was not set may be at fault with one of its class that was
+    sources = [where[key] for key in named if key in where] or [place for (cls, _), place in where.items() if cls in classes]
     raise ConfigError(f'{error} (set in {sources[0]})' if sources else str(error)) from None
   return config
 
