@@ -144,7 +144,7 @@ def _refuse(value: Any, where: str, depth: int = 0) -> None:
     raise ConfigError(f'{where}: more than {DEEPEST} brackets stand within each other.')
   if isinstance(value, _Reference):
     raise ConfigError(
-        f'{where}: @{value.name} is a gin reference. t5x_cpm takes plain values only; a variant is chosen by its name, '
+        f'{where}: @{one_line(value.name)} is a gin reference. t5x_cpm takes plain values only; a variant is chosen by its name, '
         "as in OptimizerConfig.name = 'adafactor'.")
   for item in _items(value):
     _refuse(item, where, depth + 1)
@@ -176,7 +176,7 @@ def _read_file(path: str, included: bool = False) -> list[_Binding]:
         except ConfigError as error:
           raise ConfigError(f'{where}: {error}') from None
       elif isinstance(statement, config_parser.ImportStatement):
-        raise ConfigError(f'{where}: gin files cannot import; use the flag --import={statement.module}.')
+        raise ConfigError(f'{where}: gin files cannot import; use the flag --import={one_line(statement.module)}.')
       elif isinstance(statement, config_parser.BindingStatement):
         bindings.append(_Binding(statement.scope, statement.selector, statement.arg_name, statement.value, where))
         _refuse(statement.value, where)

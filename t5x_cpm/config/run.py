@@ -95,26 +95,26 @@ class LocalTaskConfig(Typed):
     for field in ('files', 'validation_files'):
       value = getattr(self, field)
       if isinstance(value, dict) and not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
-        raise ConfigError(f'LocalTaskConfig.{field} = {value!r}: expected a glob, or a dict of name -> glob.')
+        raise ConfigError(f'LocalTaskConfig.{field} = {shown(value)}: expected a glob, or a dict of name -> glob.')
       if isinstance(value, str) and re.fullmatch(r"""[\[(]\s*['"].*['"],?\s*[\])]""", value):  # as a flag gives a list
         raise ConfigError(f'LocalTaskConfig.{field} = {shown(value)} is a list; expected one glob, or a dict of name -> glob.')
     if isinstance(self.validation_files, dict):
       if not isinstance(self.files, dict):
-        raise ConfigError(f'LocalTaskConfig.validation_files = {self.validation_files!r}: expected one glob, as '
-                          f'LocalTaskConfig.files = {self.files!r} is one.')
+        raise ConfigError(f'LocalTaskConfig.validation_files = {shown(self.validation_files)}: expected one glob, as '
+                          f'LocalTaskConfig.files = {shown(self.files)} is one.')
       unknown = sorted(set(self.validation_files) - set(self.files))
       if unknown:
-        raise ConfigError(f'LocalTaskConfig.validation_files names {unknown}, but LocalTaskConfig.files names '
-                          f'{sorted(self.files)}: name only these.')
+        raise ConfigError(f'LocalTaskConfig.validation_files names {shown(unknown)}, but LocalTaskConfig.files names '
+                          f'{shown(sorted(self.files))}: name only these.')
     if self.rates:
       names = set(self.files) if isinstance(self.files, dict) else set()
       if set(self.rates) != names:
         raise ConfigError(
-            f'LocalTaskConfig.rates names {sorted(self.rates)}, but LocalTaskConfig.files names {sorted(names)}: give one '
+            f'LocalTaskConfig.rates names {shown(sorted(self.rates))}, but LocalTaskConfig.files names {shown(sorted(names))}: give one '
             'rate for each name.')
       for name, rate in self.rates.items():
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
-          raise ConfigError(f'LocalTaskConfig.rates[{name!r}] = {rate!r}: expected a positive number.')
+          raise ConfigError(f'LocalTaskConfig.rates[{shown(name)}] = {shown(rate)}: expected a positive number.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
