@@ -201,6 +201,9 @@ def identity(config: Config) -> dict:
   elif row is not None and row.kind == 'local':
     own = dataclasses.asdict(local.own_config(config.task.name, config.local_task))
     own |= {field: _absolute(own[field]) for field in ('files', 'validation_files') if own[field]}
+    for field in ('inputs_template', 'targets_template'):
+      if not own[field]:
+        del own[field]  # caches of earlier versions, which had no templates, are named without them
     result |= {'local': own, 'pairs': config.task.objective == 'pairs'}
   elif row is None:
     result['modules'] = _modules

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from t5x_cpm.config.template import PROMPT
 from t5x_cpm.vocabularies import Vocabulary
 
 BATCH = 256  # documents that are tokenized together
@@ -36,9 +37,18 @@ class Source(Protocol):
     """The tokens of a shard in batches: for each feature the flat ids and the lengths, without end of document."""
 
 
-def encode(vocabulary: Vocabulary, texts: Sequence[str]) -> Side:
-  """The ids of some texts one after another, and how many each text has."""
-  ids: list[Any] = vocabulary.encode_batch(list(texts))
+def encode(vocabulary: Vocabulary, texts: Sequence[str], marked: bool = False) -> Side:
+  """The ids of some texts one after another, and how many each text has. In marked texts an id past
+  those of the vocabulary stands for PROMPT."""
+  ids: list[Any]
+  if marked:
+    pieces = iter(vocabulary.encode_batch([piece for text in texts for piece in text.split(PROMPT)]))
+    ids = []
+    for text in texts:
+      first, *others = itertools.islice(pieces, text.count(PROMPT) + 1)
+      ids.append(list(itertools.chain(first, *([vocabulary.size, *other] for other in others))))
+  else:
+    ids = vocabulary.encode_batch(list(texts))
   lengths = np.array([len(x) for x in ids], np.int64)
   return np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
@@ -49,11 +59,12 @@ class Documents:
   Args:
     read: (split, shard, counter of what is skipped) -> documents, each a tuple of texts.
     shards, features, files, patterns: as in `Source`.
+    marked: whether PROMPT in inputs marks the places of a prompt.
   """
 
   def __init__(self, read: Read, shards: Mapping[str, int], features: Sequence[str], files: Sequence[str] = (),
-               patterns: Sequence[str] = ()):
-    self.read, self.shards, self.features = read, dict(shards), list(features)
+               patterns: Sequence[str] = (), marked: bool = False):
+    self.read, self.shards, self.features, self.marked = read, dict(shards), list(features), marked
     self.files: Sequence[str] = list(files)
     self.patterns: Sequence[str] = list(patterns)
 
@@ -66,4 +77,4 @@ class Documents:
   def tokens(self, split: str, shard: int, vocabulary: Vocabulary, skipped: collections.Counter) -> Iterator[list[Side]]:
     """The tokens of a shard in batches: for each feature the flat ids and the lengths."""
     for block in self.texts(split, [shard], skipped):
-      yield [encode(vocabulary, side) for side in zip(*block)]
+      yield [encode(vocabulary, side, self.marked and feature == 'inputs') for feature, side in zip(self.features, zip(*block))]

@@ -83,13 +83,14 @@ def documents(name: str, config: Config) -> Documents:
   ranges = {split: text_files.ranges(paths, own.text_document) for split, paths in found.items()}
   if not ranges['train']:
     raise ConfigError(f'LocalTaskConfig.files = {own.files!r}: every file that matches is empty.')
-  fields = (own.inputs_field, own.targets_field) if pairs else (own.text_field,)
+  templates = own.templates()
+  sides = (templates[0] or own.inputs_field, templates[1] or own.targets_field) if pairs else (own.text_field,)
 
   def read(split, shard, skipped):
     path, begin, end = ranges[split][shard]
     if split == 'validation' and not own.validation_files:  # both splits read all files: what is left out is counted once
       skipped = collections.Counter()
-    for document in text_files.read(path, begin, end, own, fields, skipped):
+    for document in text_files.read(path, begin, end, own, sides, skipped):
       if own.validation_files or text_files.held_out(document, own.validation_fraction) == (split == 'validation'):
         yield document
 
@@ -97,4 +98,4 @@ def documents(name: str, config: Config) -> Documents:
               for pattern in (own.files, own.validation_files) if pattern]
   shards = {split: len(cuts) for split, cuts in ranges.items() if cuts}
   every = sorted({path for paths in found.values() for path in paths})
-  return Documents(read, shards, ['inputs', 'targets'] if pairs else ['targets'], every, patterns)
+  return Documents(read, shards, ['inputs', 'targets'] if pairs else ['targets'], every, patterns, config.marks > 0)

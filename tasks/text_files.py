@@ -3,10 +3,11 @@
 import collections
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from t5x_cpm import user_files
 from t5x_cpm.config import ConfigError, LocalTaskConfig
+from t5x_cpm.config.template import FieldError, Template
 from t5x_cpm.data.cache import DataError
 from t5x_cpm.data.rows import BLANK_FILES
 
@@ -92,12 +93,23 @@ def _texts(lines: Iterator[bytes], config: LocalTaskConfig) -> Iterator[tuple[in
     yield number - len(block) + 1, b''.join(block)
 
 
-def _parse(raw: bytes, fields: tuple[str, ...]) -> tuple[str, ...]:
-  hint = 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields'
-  return user_files.json_texts(user_files.decode(raw), fields, hint)
+def _parse(raw: bytes, sides: Sequence[str | Template]) -> tuple[str, ...]:
+  wanted = tuple(name for side in sides for name in (side.fields if isinstance(side, Template) else (side,)))
+  value = user_files.json_object(user_files.decode(raw), wanted)
+  texts = []
+  for side in sides:
+    if isinstance(side, Template):
+      try:
+        texts.append(side.fill(value))
+      except FieldError as error:
+        raise user_files.MalformedError(f'{error} (LocalTaskConfig.inputs_template and targets_template name it)') from None
+    else:
+      hint = 'LocalTaskConfig.text_field, inputs_field and targets_field name the fields'
+      texts += user_files.texts_of(value, (side,), hint)
+  return tuple(texts)
 
 
-def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple[str, ...],
+def read(path: str, begin: int, end: int, config: LocalTaskConfig, sides: Sequence[str | Template],
          skipped: collections.Counter) -> Iterator[tuple[str, ...]]:
   """The documents of a range: one text, or inputs and targets. Blank lines and empty documents are left out.
 
@@ -106,7 +118,8 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
     begin: the first byte, at the start of a document.
     end: the last byte + 1, or -1 for the end of the file.
     config: `text_document` and `skip_malformed` are read.
-    fields: the fields of a JSON line that hold the texts; a .txt file has one text, whatever is named here.
+    sides: the field of a JSON line that holds a text, or the template that makes it; a .txt file has one text, whatever is
+      given here.
     skipped: counts the documents that are left out, by reason; and under BLANK_FILES the files that hold nothing but blanks.
 
   Raises:
@@ -123,7 +136,7 @@ def read(path: str, begin: int, end: int, config: LocalTaskConfig, fields: tuple
       for number, raw in reader(lines, config):
         found = True
         try:
-          document = _parse(raw, fields) if reader is _json_lines else (user_files.decode(raw),)
+          document = _parse(raw, sides) if reader is _json_lines else (user_files.decode(raw),)
         except user_files.MalformedError as error:
           if not config.skip_malformed:
             line = number + error.line + _newlines(path, begin)

@@ -20,6 +20,7 @@ class DeltaConfig(Typed):
   base: str = free('')  # the model_dir of the base; `--base` sets it
   base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
   prompt_length: int = 100  # of 'prompt': how many vectors stand before the input of the encoder
+  lengths: tuple[int, ...] = ()  # of 'prompt': instead of that, how many stand in each <prompt> of the task's inputs_template
   prompt_init: str = 'vocabulary'  # of 'prompt': what they are at first: 'random', 'vocabulary' (frequent pieces), 'text'
   prompt_text: str = ''  # of 'prompt': the text whose tokens they are at first, again and again; for prompt_init = 'text'
   sites: tuple[str, ...] = ('query', 'value')  # of 'lora': which matrices get a product of two small ones added
@@ -33,6 +34,8 @@ class DeltaConfig(Typed):
     choice(self, 'base_dtype', ('float32', 'bfloat16'))
     choice(self, 'prompt_init', ('random', 'vocabulary', 'text'))
     in_range(self, 'prompt_length', 1)
+    if not all(length >= 1 for length in self.lengths):
+      raise ConfigError(f'DeltaConfig.lengths = {shown(self.lengths)}: expected numbers of at least 1.')
     choice(self, 'adapter', ('serial', 'parallel'))
     in_range(self, 'bottleneck', 1)
     in_range(self, 'rank', 1)
@@ -52,6 +55,11 @@ class DeltaConfig(Typed):
     return tuple(self.method.split('+')) if self.method else ()
 
   @property
+  def parts(self) -> tuple[int, ...]:
+    """How many vectors stand in each place of a prompt."""
+    return (self.lengths or (self.prompt_length,)) if 'prompt' in self.methods else ()
+
+  @property
   def prompts(self) -> int:
-    """How many vectors stand before an input. As tokens, they have the ids from ModelConfig.vocab_size on."""
-    return self.prompt_length if 'prompt' in self.methods else 0
+    """How many vectors a prompt has. As tokens, they have the ids from ModelConfig.vocab_size on."""
+    return sum(self.parts)

@@ -144,8 +144,8 @@ def _refuse(value: Any, where: str, depth: int = 0) -> None:
     raise ConfigError(f'{where}: more than {DEEPEST} brackets stand within each other.')
   if isinstance(value, _Reference):
     raise ConfigError(
-        f'{where}: @{one_line(value.name)} is a gin reference. t5x_cpm takes plain values only; a variant is chosen by its name, '
-        "as in OptimizerConfig.name = 'adafactor'.")
+        f'{where}: @{one_line(value.name)} is a gin reference. t5x_cpm takes plain values only; a variant is chosen by its '
+        "name, as in OptimizerConfig.name = 'adafactor'.")
   for item in _items(value):
     _refuse(item, where, depth + 1)
 

@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from t5x_cpm.config import template
 from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError, as_count, choice, free, in_range, shown
 from t5x_cpm.config.model import ModelConfig
+from t5x_cpm.config.template import PROMPT, Template
 from t5x_cpm.config.typed import Typed
 
 
@@ -54,6 +56,7 @@ class TaskConfig(Typed):
   name: str = 'quickstart'  # the task or mixture; `t5x_cpm tasks` lists them
   vocabulary: str = ''  # 'cpm2:FILE', 'cpm1:FILE', 'sentencepiece:FILE'; '' is the task's own
   objective: str = 'isolated'  # 'isolated', 'cpm2', 't5', or 'pairs' for tasks that have inputs and targets of their own
+  target_form: str = 'text'  # for 'pairs': targets and an end of sequence ('text'); or, as CPM-2, between sentinels ('span')
   encoder_length: int = 512  # encoder tokens of a row, padding included
   decoder_length: int = 128  # decoder tokens of a row, padding included
   noise_density: float = 0.15  # fraction of the tokens that span corruption masks
@@ -63,6 +66,10 @@ class TaskConfig(Typed):
 
   def validate(self) -> None:
     choice(self, 'objective', ('isolated', 'cpm2', 't5', 'pairs'))
+    choice(self, 'target_form', ('text', 'span'))
+    if self.target_form == 'span' and self.objective != 'pairs':
+      raise ConfigError(f"TaskConfig.target_form = 'span' is a form of pairs, and TaskConfig.objective = {self.objective!r}: "
+                        "set TaskConfig.objective = 'pairs', or leave target_form as it is.")
     in_range(self, 'encoder_length', 4)
     in_range(self, 'decoder_length', 4)
     in_range(self, 'noise_density', 0.01, 0.9)
@@ -87,11 +94,14 @@ class LocalTaskConfig(Typed):
   text_field: str = 'text'  # in .jsonl: the field with the text, for the pre-training objectives
   inputs_field: str = 'inputs'  # in .jsonl: the field with the inputs, for objective 'pairs'
   targets_field: str = 'targets'  # in .jsonl: the field with the targets, for objective 'pairs'
+  inputs_template: str = ''  # in .jsonl, for 'pairs': the inputs made of any fields, as '“{sentence1}”与“{sentence2}”的意思'
+  targets_template: str = ''  # in .jsonl, for 'pairs': the targets made of any fields, as '{label}'
   skip_malformed: bool = False  # True: a malformed line is counted and left out; False: it is an error
 
   def validate(self) -> None:
     choice(self, 'text_document', ('line', 'paragraph', 'file'))
     in_range(self, 'validation_fraction', 0.0, 0.5)
+    self.templates()
     for field in ('files', 'validation_files'):
       value = getattr(self, field)
       if isinstance(value, dict) and not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
@@ -110,11 +120,23 @@ class LocalTaskConfig(Typed):
       names = set(self.files) if isinstance(self.files, dict) else set()
       if set(self.rates) != names:
         raise ConfigError(
-            f'LocalTaskConfig.rates names {shown(sorted(self.rates))}, but LocalTaskConfig.files names {shown(sorted(names))}: give one '
-            'rate for each name.')
+            f'LocalTaskConfig.rates names {shown(sorted(self.rates))}, but LocalTaskConfig.files names {shown(sorted(names))}: '
+            'give one rate for each name.')
       for name, rate in self.rates.items():
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
           raise ConfigError(f'LocalTaskConfig.rates[{shown(name)}] = {shown(rate)}: expected a positive number.')
+
+  def templates(self) -> tuple[Template | None, Template | None]:
+    """Those of inputs and targets; None where the text is that of a field.
+
+    Raises:
+      ConfigError: one that cannot be read, or targets with places for a prompt.
+    """
+    inputs, targets = (template.parse(text, f'LocalTaskConfig.{name}') if text else None for name, text in (
+        ('inputs_template', self.inputs_template), ('targets_template', self.targets_template)))
+    if targets and targets.marks:
+      raise ConfigError(f'LocalTaskConfig.targets_template = {shown(self.targets_template)}: {PROMPT} stands in inputs alone.')
+    return inputs, targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,6 +324,12 @@ class Config(Typed):
   eval: EvalConfig = EvalConfig()
   delta: DeltaConfig = DeltaConfig()
 
+  @property
+  def marks(self) -> int:
+    """How many places for parts of a prompt the inputs of the task have; 0: a prompt stands before them."""
+    inputs = self.local_task.templates()[0] if self.task.name.partition(':')[0] == 'local' else None
+    return inputs.marks if inputs and self.task.objective == 'pairs' else 0
+
   def validate(self) -> None:
     """Raises ConfigError for the first value that cannot work."""
     for field in dataclasses.fields(self):
@@ -309,7 +337,13 @@ class Config(Typed):
     if self.mesh.host_gib and self.optimizer.name == 'adafactor':
       raise ConfigError("MeshConfig.host_gib: Adafactor's state is too small to be worth moving; set it to 0, or take 'adamw'.")
     if self.delta.prompts and self.task.objective != 'pairs':
-      raise ConfigError(f"TaskConfig.objective = {self.task.objective!r}: a prompt stands before the inputs of 'pairs' alone.")
+      raise ConfigError(f"TaskConfig.objective = {self.task.objective!r}: a prompt stands in the inputs of 'pairs' alone.")
+    if self.delta.prompts and self.marks not in (0, len(self.delta.parts)):
+      raise ConfigError(f'DeltaConfig.lengths = {self.delta.lengths}: LocalTaskConfig.inputs_template has {self.marks} places '
+                        f'{PROMPT}; give the number of vectors of each.')
+    if len(self.delta.parts) > 1 and not self.marks:
+      raise ConfigError(f'DeltaConfig.lengths = {self.delta.lengths}: LocalTaskConfig.inputs_template must have as many places '
+                        f"{PROMPT}, as in '{PROMPT}{{sentence1}}{PROMPT}{{sentence2}}'; one length stands before the inputs.")
     if self.delta.method and self.mesh.host_gib:
       raise ConfigError('MeshConfig.host_gib: the optimizer state of a delta is too small to be worth moving; set it to 0.')
     moe = self.model.moe

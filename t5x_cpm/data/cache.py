@@ -172,7 +172,7 @@ def components(path: pathlib.Path) -> list[tuple[float, Cache]]:
 
 def token_dtype(vocabulary: vocabularies.Vocabulary) -> str:
   """The type of the numbers in a file of tokens."""
-  return 'uint16' if vocabulary.size <= 1 << 16 else 'uint32'
+  return 'uint16' if vocabulary.size < 1 << 16 else 'uint32'  # the id after the last one marks places
 
 
 def finish(path: pathlib.Path, task: str, vocabulary: vocabularies.Vocabulary, splits: dict, features: list[str],

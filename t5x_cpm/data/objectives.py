@@ -5,6 +5,7 @@ N tokens of all pieces, K noise spans of all pieces. No function here keeps a ra
 piece, position), so that a piece is corrupted in the same way in every batch that it occurs in.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -205,28 +206,53 @@ def shift_right(targets: np.ndarray, lengths_P: np.ndarray, start: int) -> np.nd
   return inputs
 
 
-def prepend(tokens: np.ndarray, lengths_P: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Puts the same tokens before every piece."""
-  longer = lengths_P + len(first)
-  out = np.empty(len(tokens) + len(first) * len(lengths_P), np.int32)
-  new = ranges(exclusive_cumsum(longer), np.full(len(longer), len(first)))
+def _insert(tokens: np.ndarray, longer_P: np.ndarray, token: int, where_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  out = np.empty(len(tokens) + len(longer_P), np.int32)
   old = np.ones(len(out), bool)
-  old[new] = False
+  old[where_P] = False
   out[old] = tokens
-  out[new] = np.tile(first, len(lengths_P))
-  return out, longer
+  out[where_P] = token
+  return out, longer_P
+
+
+def prepend(tokens: np.ndarray, lengths_P: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+  """Puts one token before every piece."""
+  longer = lengths_P + 1
+  return _insert(tokens, longer, token, exclusive_cumsum(longer))
 
 
 def append(tokens: np.ndarray, lengths_P: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
   """Adds one token to the end of every piece."""
   longer = lengths_P + 1
-  out = np.empty(len(tokens) + len(lengths_P), np.int32)
-  last = np.cumsum(longer) - 1
-  old = np.ones(len(out), bool)
-  old[last] = False
-  out[old] = tokens
-  out[last] = token
-  return out, longer
+  return _insert(tokens, longer, token, np.cumsum(longer) - 1)
+
+
+def select(tokens: np.ndarray, lengths_P: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The tokens of every piece for which `keep` [N] holds."""
+  kept = np.append(0, np.cumsum(keep))
+  ends = np.cumsum(lengths_P)
+  return tokens[keep], kept[ends] - kept[ends - lengths_P]
+
+
+def expand(tokens: np.ndarray, lengths_P: np.ndarray, mark: int, parts: Sequence[int], first: int) -> tuple[
+    np.ndarray, np.ndarray]:
+  """Puts tokens in the places of the marks of every piece: parts[0] tokens from `first` on, then the next parts[1], ...
+
+  Args:
+    tokens: the pieces one after another, each with len(parts) marks.
+    lengths_P: how many tokens each piece has, marks included.
+    mark: the token that is a mark.
+    parts: how many tokens take the place of each mark of a piece.
+    first: the first of these tokens.
+  """
+  counts = np.asarray(parts, np.int64)
+  at = np.flatnonzero(tokens == mark)
+  many = np.ones(len(tokens), np.int64)
+  many[at] = np.tile(counts, len(lengths_P))
+  out = np.repeat(tokens.astype(np.int32), many)
+  new = ranges(exclusive_cumsum(many)[at], many[at])
+  out[new] = np.tile(first + np.arange(counts.sum(), dtype=np.int32), len(lengths_P))
+  return out, lengths_P + counts.sum() - len(counts)
 
 
 def corrupt(tokens_N: np.ndarray, lengths_P: np.ndarray, spans: Spans, noise_P: np.ndarray, sentinels: np.ndarray, *,

@@ -1,4 +1,8 @@
-"""Objective 'pairs': inputs and targets as they are, several pairs in a row."""
+"""Objective 'pairs': inputs and targets as they are, several pairs in a row.
+
+Where inputs have places for a prompt, the cache has the id after the vocabulary's last one as a mark in each of them, so that
+one cache serves prompts of all lengths. Inputs without such places have a prompt before them.
+"""
 
 import functools
 import pathlib
@@ -19,15 +23,16 @@ from t5x_cpm.vocabularies import Vocabulary
 MOST_CLASSES = 2048  # how many sizes are classes of their own
 
 
-def _sides(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """The lengths [n, 2] of both sides, in chunks: as they are, and as cut.
+def _sides(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int], marks: int) -> Iterator[
+    tuple[np.ndarray, np.ndarray]]:
+  """The lengths [n, 2] of both sides, in chunks: as they are, and as cut; the marks in inputs are not counted.
 
   Inputs are cut to leave a slot for their end of sequence. Targets that do not fit with theirs fill the row without it, and so
   are as long as the row: the model is not taught that they end where they were cut.
   """
   for begin in range(0, len(inputs_D), index.CHUNK):
     end = begin + index.CHUNK
-    sides = np.stack([inputs_D[begin:end], targets_D[begin:end]], axis=1).astype(np.int64)
+    sides = np.stack([inputs_D[begin:end], targets_D[begin:end]], axis=1).astype(np.int64) - np.array([marks, 0])
     yield sides, np.minimum(sides, np.array(room) - np.array([1, 0]))
 
 
@@ -58,28 +63,31 @@ def _size_classes(counts: np.ndarray, room: tuple[int, int], most: int) -> tuple
   return sizes, classes
 
 
-def _chunks(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int],
+def _chunks(inputs_D: np.ndarray, targets_D: np.ndarray, room: tuple[int, int], marks: int,
             classes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Chunks of pairs, as `index.sort_by_class` takes them."""
   first = np.zeros(2, np.int64)
-  for sides, kept in _sides(inputs_D, targets_D, room):
-    start = first + np.cumsum(sides, axis=0) - sides
-    first = first + sides.sum(axis=0)
-    yield classes[tuple(_slots(kept, room).T)], np.concatenate([start, kept], axis=1)
+  for sides, kept in _sides(inputs_D, targets_D, room, marks):
+    whole = sides + np.array([marks, 0])
+    start = first + np.cumsum(whole, axis=0) - whole
+    first = first + whole.sum(axis=0)
+    read = np.where([marks > 0, False], whole, kept)  # what is cut from inputs with marks is known when they are read
+    yield classes[tuple(_slots(kept, room).T)], np.concatenate([start, read], axis=1)
 
 
 def _make_table(prefix: pathlib.Path, *, name: str, inputs_D: np.ndarray | Numbers, targets_D: np.ndarray | Numbers,
-                room: tuple[int, int], most_classes: int) -> dict:
+                room: tuple[int, int], marks: int, most_classes: int) -> dict:
   inputs_D, targets_D = np.asarray(inputs_D), np.asarray(targets_D)
   exact = np.zeros((room[0] + 1, room[1] + 1), np.int64)
   truncated, cut = 0, np.zeros(2, np.int64)
-  for sides, kept in _sides(inputs_D, targets_D, room):
+  for sides, kept in _sides(inputs_D, targets_D, room, marks):
     is_cut = sides >= room
     truncated, cut = truncated + int(is_cut.any(axis=1).sum()), cut + is_cut.sum(axis=0)
     slots = _slots(kept, room)
     exact += np.bincount(slots[:, 0] * (room[1] + 1) + slots[:, 1], minlength=exact.size).reshape(exact.shape)
   sizes, classes = _size_classes(exact, room, most_classes)
-  counts = index.sort_by_class(prefix, functools.partial(_chunks, inputs_D, targets_D, room, classes), len(sizes), columns=4)
+  chunks = functools.partial(_chunks, inputs_D, targets_D, room, marks, classes)
+  counts = index.sort_by_class(prefix, chunks, len(sizes), columns=4)
   return {'name': name, 'sizes': sizes.tolist(), 'counts': counts.tolist(), 'truncated': truncated, 'cut': cut.tolist()}
 
 
@@ -88,51 +96,62 @@ def _is_size(value: Any) -> bool:
 
 
 def table(directory: pathlib.Path, split: str, inputs_D: np.ndarray | Numbers, targets_D: np.ndarray | Numbers,
-          room: tuple[int, int], most_classes: int = MOST_CLASSES, source: str = '') -> dict:
+          room: tuple[int, int], most_classes: int = MOST_CLASSES, source: str = '', marks: int = 0) -> dict:
   """The pairs of a split by size: `members` holds the first token of both sides and their lengths as cut to fit.
+
+  Inputs with marks have their whole length there, because the marks stay when their text is cut.
 
   Sizes count an end of sequence on each side, but for targets that are cut: those have as many tokens as the row.
 
   Args:
     directory: the folder of the tables of a cache.
     split: 'train' or 'validation'.
-    inputs_D: tokens of the inputs of each pair.
+    inputs_D: tokens of the inputs of each pair, marks included.
     targets_D: tokens of the targets of each pair.
-    room: encoder and decoder slots of a row.
+    room: encoder and decoder slots of a row that are left for texts and their ends.
     most_classes: how many sizes are classes of their own.
     source: as in `index.store`.
+    marks: how many marks inputs have.
 
   Returns:
     {'name': the name of the table, 'sizes': [C, 2], 'counts': [C], 'truncated': pairs that had to be cut, 'cut': how many
     inputs and how many targets}.
   """
   name = f'{split}.pairs-{room[0]}-{room[1]}-open'  # without this word earlier versions ended cut targets
-  make = functools.partial(_make_table, name=name, inputs_D=inputs_D, targets_D=targets_D, room=room, most_classes=most_classes)
+  name += f'-{marks}-marks' if marks else ''
+  make = functools.partial(_make_table, name=name, inputs_D=inputs_D, targets_D=targets_D, room=room, marks=marks,
+                           most_classes=most_classes)
   return index.store(directory, name, make, {'name': (name,), 'sizes': [_is_size], 'counts': [stored.COUNT],
                                              'truncated': stored.COUNT, 'cut': _is_size}, source)
 
 
 class Pairs(Packed):
-  """Rows of pairs: nothing is masked, each side ends with an end of sequence, and what does not fit is cut off.
+  """Rows of pairs: nothing is masked, each side has an end, and what does not fit is cut off.
 
-  Targets that were cut have no end of sequence, and all that is left of them counts in the loss. Inputs that were cut have one,
-  as those that inference cuts.
+  The end is an end of sequence; or, where TaskConfig.target_form is 'span', the targets stand between the first two sentinels,
+  and the first ends the inputs. Targets that were cut have no end, and all that is left of them counts in the loss. Inputs that
+  were cut have one, as those that inference cuts, and all their places for a prompt.
   """
 
   def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
     super().__init__(cache, split, config, vocabulary)
-    prompts = config.delta.prompts
-    self.prompt = config.model.vocab_size + np.arange(prompts, dtype=np.int32)
-    self.text_room = (self.room[0] - prompts, self.room[1])
+    prompts, self.marks = config.delta.prompts, config.marks
+    self.parts = config.delta.parts or (0,) * self.marks
+    self.first_vector = config.model.vocab_size  # as a token
+    self.is_span = config.task.target_form == 'span'
+    self.around = np.array([prompts, int(self.is_span)])  # slots of a pair beside its texts and their ends
+    self.text_room = (self.room[0] - prompts, self.room[1] - int(self.is_span))
     if prompts and self.text_room[0] < 4:
-      raise ConfigError(f'DeltaConfig.prompt_length = {prompts} leaves {self.text_room[0]} of TaskConfig.encoder_length = '
-                        f'{self.room[0]} tokens for the inputs: set a longer encoder_length, or a shorter prompt.')
+      field = 'lengths' if config.delta.lengths else 'prompt_length'
+      raise ConfigError(f'DeltaConfig.{field} = {getattr(config.delta, field)} leaves {self.text_room[0]} of '
+                        f'TaskConfig.encoder_length = {self.room[0]} tokens for the inputs: set a longer encoder_length, or a '
+                        'shorter prompt.')
     found = table(self.folder, split, cache.lengths(split, 'inputs'), cache.lengths(split, 'targets'), self.text_room,
-                  source=cache.identity)
+                  source=cache.identity, marks=self.marks)
     self.left_out, self.facts = 0, {'truncated': found['truncated'], 'cut': tuple(found['cut'])}
     if found['cut'][1]:
       self.rules = {'cut_targets': 'without an end of sequence; earlier versions gave them one'}
-    self._pack(np.array(found['sizes'], np.int64).reshape(-1, 2) + np.array([prompts, 0]), np.array(found['counts'], np.int64),
+    self._pack(np.array(found['sizes'], np.int64).reshape(-1, 2) + self.around, np.array(found['counts'], np.int64),
                index.load(self.folder, found['name'], 'members', np.int64, columns=4))
 
   def describe(self) -> str:
@@ -145,19 +164,34 @@ class Pairs(Packed):
     """Counted from the pairs themselves, because the sizes of classes may be rounded up."""
     used = np.zeros(2, np.int64)
     for i in range(0, len(self.members), index.CHUNK):
-      used += _slots(self.members[i:i + index.CHUNK][:, 2:], self.text_room).sum(axis=0)
-    return used + np.array([len(self.prompt) * len(self.members), 0])
+      kept = np.minimum(self.members[i:i + index.CHUNK][:, 2:] - np.array([self.marks, 0]), self.text_room)
+      used += _slots(kept, self.text_room).sum(axis=0)
+    return used + self.around * len(self.members)
+
+  def _inputs(self, start: np.ndarray, length: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs of pairs, from where they lie in the cache, with their prompts and ends, and their lengths."""
+    tokens, mark = self.tokens['inputs'][objectives.ranges(start, length)].astype(np.int32), self.vocabulary.size
+    if self.marks:
+      is_text = tokens != mark
+      number = np.cumsum(is_text)  # of the token in the texts of all pairs, from 1
+      first = objectives.exclusive_cumsum(length)
+      before = np.repeat((number - is_text)[first], length)
+      tokens, length = objectives.select(tokens, length, ~is_text | (number - before < self.text_room[0]))
+    elif self.parts:
+      tokens, length = objectives.prepend(tokens, length, mark)
+    tokens, length = objectives.append(tokens, length, end)
+    return objectives.expand(tokens, length, mark, self.parts, self.first_vector) if self.parts else (tokens, length)
 
   def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:
     del class_ids, keys
-    sides = []
-    for side, feature in enumerate(('inputs', 'targets')):
-      start, length = members[:, side], members[:, 2 + side]
-      sides.append(objectives.append(self.tokens[feature][objectives.ranges(start, length)], length, self.vocabulary.eos_id))
-    (inputs, inputs_length), (targets, targets_length) = sides
-    inputs, inputs_length = objectives.prepend(inputs, inputs_length, self.prompt)
-    cut = members[:, 3] == self.room[1]
+    eos, sentinels = self.vocabulary.eos_id, self.sentinels
+    inputs, inputs_length = self._inputs(members[:, 0], members[:, 2], int(sentinels[0]) if self.is_span else eos)
+    targets, targets_length = objectives.append(self.tokens['targets'][objectives.ranges(members[:, 1], members[:, 3])],
+                                                members[:, 3], int(sentinels[1]) if self.is_span else eos)
+    cut = members[:, 3] == self.text_room[1]
     targets = np.delete(targets, (np.cumsum(targets_length) - 1)[cut])
     targets_length = targets_length - cut
+    if self.is_span:
+      targets, targets_length = objectives.prepend(targets, targets_length, int(sentinels[0]))
     shifted = objectives.shift_right(targets, targets_length, self.vocabulary.bos_id)
     return Segments(inputs_length, inputs, targets_length, shifted, targets)

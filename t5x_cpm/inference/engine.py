@@ -144,12 +144,13 @@ class Engine:
     The tokens are those of the text, with an end of sequence where training has one. Unlike in `generate`, a text that does
     not end with a blank gets none, and InferConfig.input_length does not limit it. The vectors of a prompt are left out.
     """
-    ids = [self.codec.prompt + self.codec.input_ids(line) + self.codec.end for line in arguments.texts(texts, 'encode: texts')]
+    read = [self.codec.encoder_ids(line) for line in arguments.texts(texts, 'encode: texts')]
+    places = iter([where for _, where in read])
     result = []
-    for some in self._batches(ids):
+    for some in self._batches([ids for ids, _ in read]):
       padded = self._padded(some)
       hidden = np.asarray(self.program.encode(self._encoder_batch(padded, [self.codec.row] * len(padded))))
-      result += [hidden[i, len(self.codec.prompt):len(tokens)] for i, tokens in enumerate(some)]
+      result += [hidden[i, next(places)] for i in range(len(some))]
     return result
 
   def stream(self, line: str, **overrides: Any) -> Generator[str, None, Answer]:

@@ -128,10 +128,10 @@ def evaluate_text(engine: engine_lib.Engine, config: Config, row: Mapping[str, i
     row: what rows carry besides tokens, where their task does not decide; by default what the configuration says.
 
   Raises:
-    ConfigError: the model has a prompt, which stands before inputs.
+    ConfigError: the model has a prompt, which stands in inputs.
   """
   if engine.config.delta.prompts:
-    raise ConfigError(f'task {config.task.name!r} is one of text, and the prompt of this model stands before inputs of pairs: '
+    raise ConfigError(f'task {config.task.name!r} is one of text, and the prompt of this model stands in the inputs of pairs: '
                       'evaluate it on a task of inputs and targets, or its base on this one.')
   # The form of the model's own training; one that was trained on pairs has none for text.
   forms = [name for name in (engine.config.task.objective, config.task.objective, 'isolated') if name != 'pairs']
@@ -158,7 +158,7 @@ def evaluate_text(engine: engine_lib.Engine, config: Config, row: Mapping[str, i
 # Inputs and targets: the task's SeqIO metrics.
 
 
-def _example(task: Any, features: Mapping[str, Any], codec: text.Codec) -> Example:
+def _example(task: Any, features: Mapping[str, Any], codec: text.Codec, is_marked: bool = False) -> Example:
   vocabulary = codec.vocabulary
   ids, texts = {}, {}
   for side in ('inputs', 'targets'):
@@ -167,8 +167,8 @@ def _example(task: Any, features: Mapping[str, Any], codec: text.Codec) -> Examp
     written = features.get(f'{side}_pretokenized')
     texts[side] = written.decode() if isinstance(written, bytes) else vocabulary.decode(ids[side])
   if codec.is_pairs:
-    request = codec.pairs_request(texts['inputs'], ids['inputs'])
-    target_ids = ids['targets'] + codec.end
+    request = codec.task_request(texts['inputs'], None if is_marked else ids['inputs'])
+    target_ids = codec.targets(request, texts['targets']) if codec.is_span else ids['targets'] + codec.end
   else:  # a model that fills blanks continues the inputs
     request = codec.request(texts['inputs'])
     target_ids = codec.targets(request, texts['targets'])
@@ -195,7 +195,7 @@ def read_examples(task: Any, engine: engine_lib.Engine, config: Config, row: Map
       if len(examples) == config.eval.max_examples > 0:
         rest = f'; EvalConfig.max_examples = {config.eval.max_examples} leaves out the rest'
         break
-      examples.append(_example(task, features, codec))
+      examples.append(_example(task, features, codec, config.marks > 0))
   text.tell_notes((example.request for example in examples), config.task.name)
   cut = sum(example.request.is_cut for example in examples)
   after = (f', the inputs of {cut:,} cut to {limits.input_length:,} tokens' if cut else '') + rest

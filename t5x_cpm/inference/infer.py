@@ -216,7 +216,8 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   about = run_directory.read_run(model_dir, step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary', about.info.get('vocabulary'))
   codec = text.Codec(vocabulary, text.of_model(config, about.config))
-  total = lines_lib.check_file(path, name, codec, config)
+  template = lines_lib.template_of(about.config)
+  total = lines_lib.check_file(path, name, codec, config, template)
   output = pathlib.Path(output_path) if output_path else None
   is_text = output is not None and output.suffix == '.txt'
   made_from = identity(path, about, config) | ({'form': 'text'} if is_text else {})
@@ -233,7 +234,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
 
   engine = inference.load(model_dir, step=about.step, config=config)
   started = time.monotonic()
-  lines = lines_lib.checked(lines_lib.read_lines(path, name, config.infer.text_field), codec)
+  lines = lines_lib.checked(lines_lib.read_lines(path, name, config.infer.text_field, template), codec)
   with _Summed(output) if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
     counts = answer_file(engine, lines, first, total, out, as_text if is_text else as_json)
   told = ''.join(f', {count} {what}' for what, count in counts.items() if count and what != 'answered')

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from t5x_cpm import user_files
 from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config.template import FieldError, Template
 from t5x_cpm.inference import text
 
 SUFFIXES = ('.txt', '.jsonl')
@@ -29,8 +30,8 @@ class Line(NamedTuple):
   others: Mapping[str, Any] = types.MappingProxyType({})
 
 
-def from_bytes(number: int, raw: bytes, field: str = '') -> Line:
-  """A line of .txt, or, where a field is named, of .jsonl."""
+def from_bytes(number: int, raw: bytes, field: str = '', template: Template | None = None) -> Line:
+  """A line of .txt, or, where a field is named, of .jsonl. An object without this field fills the template, if there is one."""
   others: dict[str, Any] = {}
   try:
     line = user_files.decode(raw)
@@ -38,21 +39,32 @@ def from_bytes(number: int, raw: bytes, field: str = '') -> Line:
       return Line(number, line if line.strip() else '')
     value = user_files.json_object(line, (field,))
     others = {name: other for name, other in value.items() if name != field}
-    given, = user_files.texts_of(value, (field,), 'InferConfig.text_field names the field')
+    if template and field not in value:
+      given = template.fill(value)
+    else:
+      given, = user_files.texts_of(value, (field,), 'InferConfig.text_field names the field')
+  except FieldError as error:
+    return Line(number, '', f'{error} (LocalTaskConfig.inputs_template of the model names it)', others)
   except user_files.MalformedError as error:
     return Line(number, '', str(error), others)
   return Line(number, given if given.strip() else '', '', others)
 
 
-def read_lines(path: pathlib.Path, name: str, field: str) -> Iterator[Line]:
-  """The inputs of a file, which errors call `name`: of .txt one per line, of .jsonl in `field` of each object.
+def template_of(config: Config) -> Template | None:
+  """How the run of a model made its inputs of the fields of a line, if it did."""
+  own = config.task.objective == 'pairs' and config.task.name.partition(':')[0] == 'local'
+  return config.local_task.templates()[0] if own else None
+
+
+def read_lines(path: pathlib.Path, name: str, field: str, template: Template | None = None) -> Iterator[Line]:
+  """The inputs of a file, which errors call `name`: of .txt one per line, of .jsonl as `from_bytes` says.
 
   Raises:
     ConfigError: it cannot be read, or is not text in UTF-8.
   """
   with user_files.opened(path, name) as file:
     for number, raw in enumerate(user_files.lines(file, name), 1):
-      yield from_bytes(number, raw, field if path.suffix == '.jsonl' else '')
+      yield from_bytes(number, raw, field if path.suffix == '.jsonl' else '', template)
 
 
 def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
@@ -67,13 +79,14 @@ def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, te
     yield line, request
 
 
-def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config) -> int:
+def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config, template: Template | None = None) -> int:
   """Reads the whole input once, so that a bad line is found before hours of work.
 
   Args:
     path: the input.
     name: what errors call it.
     codec, config: those of the run, with the lengths to use.
+    template: as `from_bytes` takes it.
 
   Returns:
     The number of lines.
@@ -82,7 +95,7 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config)
     ConfigError: the file cannot be read; or the first bad line, with its number, unless InferConfig.skip_malformed.
   """
   count, noted, first = 0, 0, ''
-  for line, request in checked(read_lines(path, name, config.infer.text_field), codec):
+  for line, request in checked(read_lines(path, name, config.infer.text_field, template), codec):
     count += 1
     if line.error and not config.infer.skip_malformed:
       raise ConfigError(f'{name}:{line.number}: {line.error.rstrip(".")}. InferConfig.skip_malformed = True leaves such lines '

@@ -5,10 +5,13 @@ end with a blank gets one more, which asks for what would follow, and the answer
 masks the end of every piece, so that all its inputs are so. Where spans may lie anywhere, a text with a single blank is still
 much shorter in training than most that users write: models fill it better in this form than where it ends as a document does.
 
-A model that was trained on inputs and targets knows no blanks: whatever is written in its inputs is text.
+A model that was trained on inputs and targets knows no blanks: whatever is written in its inputs is text. Where its targets
+stood between sentinels (TaskConfig.target_form = 'span'), the first sentinel ends its inputs. A model with a prompt of several
+parts has each where the input says <prompt>; one part may be left out, and then stands before the input.
 """
 
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +19,7 @@ from typing import NamedTuple
 
 from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.config.fields import shown
+from t5x_cpm.config.template import PROMPT
 from t5x_cpm.vocabularies import BLANK, Vocabulary
 
 _SENTINEL = re.compile(r'<(?:s|extra_id)_\d+>')  # as people and T5's files write it
@@ -25,6 +29,7 @@ _LIKE_BLANK = re.compile(
     r'(?<![A-Za-z0-9_)\]])\[\s*(?:[gs]?mask|blank|span)\s*\]|(?-i:\[(?:[gs]?MASK|BLANK)\])', re.IGNORECASE)
 _HALF_WIDTH = {code: code - 0xfee0 for code in range(0xff01, 0xff5f)} | str.maketrans('\u3000〈〉⟨⟩【】', ' <><>[]')
 _SURROGATE = re.compile('[\ud800-\udfff]')
+MARK = -1  # among the tokens of an input, before it is fitted: the place of a part of a prompt
 _FAR_TOO_LONG = (1_000_000, 1000)  # characters of a text, and characters for each token of the input
 
 
@@ -94,9 +99,17 @@ def of_model(config: Config, trained: Config) -> Config:
       objective says no more than that.
     trained: the configuration of the model's own run.
   """
-  task = dataclasses.replace(config.task, objective=trained.task.objective)
+  task = dataclasses.replace(config.task, objective=trained.task.objective, target_form=trained.task.target_form)
   delta = dataclasses.replace(trained.delta, base=config.delta.base or trained.delta.base)
   return dataclasses.replace(config, model=trained.model, task=task, delta=delta)
+
+
+def _expanded(ids: Sequence[int], parts: Sequence[int], first: int) -> list[int]:
+  """Tokens with those of a prompt, from `first` on, in the place of each MARK."""
+  tokens, sizes, out = itertools.count(first), iter(parts), list[int]()
+  for token in ids:
+    out += itertools.islice(tokens, next(sizes)) if token == MARK else (token,)
+  return out
 
 
 class Codec:
@@ -107,8 +120,9 @@ class Codec:
     row: what the row of a request carries besides tokens.
     prefix: tokens that the decoder reads before it writes.
     end: tokens with which inputs and targets end.
-    prompt: tokens before every input, which stand for the vectors of a delta.
+    parts: how many tokens, which stand for the vectors of a delta, take the place of each <prompt> of an input.
     is_pairs: whether the model was trained on inputs and targets; else it fills blanks.
+    is_span: whether these targets stood between sentinels.
   """
 
   def __init__(self, vocabulary: Vocabulary, config: Config, row: Mapping[str, int] | None = None):
@@ -116,16 +130,17 @@ class Codec:
 
     Args:
       vocabulary: the model's vocabulary.
-      config: the run's configuration; TaskConfig.objective, input_length and truncate of InferConfig, and what says how many
-        tokens a delta puts before every input are read.
+      config: the run's configuration; objective and target_form of TaskConfig, input_length and truncate of InferConfig, and
+        what says how many tokens a delta puts into every input are read.
       row: what rows carry besides tokens; by default what the configuration says.
     """
     self.vocabulary, self.limits = vocabulary, config.infer
     self.row = row_features.defaults(config) if row is None else row
     self.prefix = (vocabulary.bos_id,)
     self.is_pairs = config.task.objective == 'pairs'
-    self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') else []
-    self.prompt = list(range(config.model.vocab_size, config.model.vocab_size + config.delta.prompts))
+    self.is_span = self.is_pairs and config.task.target_form == 'span'
+    self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') and not self.is_span else []
+    self.parts, self._first_vector = config.delta.parts, config.model.vocab_size
     self._number = {token: k for k, token in enumerate(vocabulary.sentinels)}
 
   def check(self, text: str, what: str) -> None:
@@ -151,7 +166,30 @@ class Codec:
       ConfigError: as in `check`, or it has more blanks than the vocabulary has sentinels.
     """
     self.check(text, 'the input')
-    return self.vocabulary.encode(text) if self.is_pairs else self.vocabulary.encode_blanks(text)
+    return self._marked_ids(text, bool(self.parts)) if self.is_pairs else self.vocabulary.encode_blanks(text)
+
+  def _marked_ids(self, text: str, has_marks: bool) -> list[int]:
+    """The tokens of the inputs of a pair, with MARK in each place of a prompt.
+
+    Raises:
+      ConfigError: the prompt has other parts than the text has places.
+    """
+    first, *others = map(self.vocabulary.encode, text.split(PROMPT) if has_marks else [text])
+    ids = list(itertools.chain(first, *([MARK, *other] for other in others)))
+    if not self.parts:
+      return [token for token in ids if token != MARK]
+    if not others and len(self.parts) == 1:
+      return [MARK, *ids]
+    if len(others) != len(self.parts):
+      raise ConfigError(f'the input has {len(others)} times {PROMPT}, and the prompt of the model {len(self.parts)} parts: '
+                        "mark the place of each, as the LocalTaskConfig.inputs_template of its run does.")
+    return ids
+
+  def encoder_ids(self, text: str) -> tuple[list[int], list[int]]:
+    """The tokens that the encoder reads of an input of any length, without a sentinel for what would follow; and where among
+    them the input itself stands. Raises as `input_ids` does."""
+    ids = _expanded(self.input_ids(text) + self.end, self.parts, self._first_vector)
+    return ids, [place for place, token in enumerate(ids) if token < self._first_vector]
 
   def request(self, text: str) -> Request:
     """Encodes an input.
@@ -162,7 +200,7 @@ class Codec:
     """
     vocabulary = self.vocabulary
     if self.is_pairs:
-      return self.pairs_request(text, self.input_ids(text))
+      return self._pairs_request(text, self.input_ids(text))
     self.check(text, 'the input')
     form = text if BLANK in text else text + BLANK
     blanks = form.count(BLANK)
@@ -176,31 +214,49 @@ class Codec:
     note = f'{found!r} is read as plain text; a blank is written {BLANK}.' if found else ''
     return self.fit(Request(text, ids + self.end, blanks, (vocabulary.eos_id, closing), self.row, self.prefix, note))
 
-  def pairs_request(self, text: str, ids: list[int]) -> Request:
-    """An input of a model that was trained on inputs and targets, from its tokens without end of sequence."""
-    return self.fit(Request(text, ids + self.end, 0, (self.vocabulary.eos_id,), self.row, self.prefix))
+  def task_request(self, text: str, ids: list[int] | None) -> Request:
+    """An input of a task for a model that was trained on pairs.
+
+    Args:
+      text: of the input; without `ids`, PROMPT marks places in it, which a model without a prompt has nothing for.
+      ids: its tokens, as the task gives them, without end of sequence.
+    """
+    if ids is None:
+      return self._pairs_request(text.replace(PROMPT, ''), self._marked_ids(text, True))
+    return self._pairs_request(text, [MARK] * len(self.parts) + ids)
+
+  def _pairs_request(self, text: str, ids: list[int]) -> Request:
+    eos, sentinels = self.vocabulary.eos_id, self.vocabulary.sentinels
+    if self.is_span:
+      return self.fit(Request(text, [*ids, sentinels[0]], 1, (eos, sentinels[1]), self.row, self.prefix))
+    return self.fit(Request(text, ids + self.end, 0, (eos,), self.row, self.prefix))
 
   def fit(self, request: Request) -> Request:
     """Refuses an input that is too long, or cuts it: its last sentinel and the end of sequence stay at its end.
 
-    Then the prompt of a delta is put before it, which the limit does not count.
+    Then the prompt of a delta is put into it, which the limit does not count.
 
     Raises:
       ConfigError: it is too long and InferConfig.truncate is False, or cutting it would lose a blank.
     """
-    limit, given = self.limits.input_length, f'the input has {len(request.ids)} tokens'
-    if len(request.ids) <= limit:
-      return request._replace(ids=self.prompt + request.ids)
+    def with_prompt(ids: list[int]) -> list[int]:
+      return _expanded(ids, self.parts, self._first_vector)
+
+    limit, size = self.limits.input_length, sum(token != MARK for token in request.ids)
+    given = f'the input has {size} tokens'
+    if size <= limit:
+      return request._replace(ids=with_prompt(request.ids))
     if not self.limits.truncate:
       raise ConfigError(
           f'{given} and InferConfig.input_length = {limit}: raise it, or set InferConfig.truncate = True to cut such inputs.')
     tail = [token for token in request.ids[-2:] if token in self.end or request.blanks and token in self._number]
-    ids = request.ids[:limit - len(tail)] + tail
+    text_ids = itertools.count(len(tail))
+    ids = [token for token in request.ids[:len(request.ids) - len(tail)] if token == MARK or next(text_ids) < limit] + tail
     lost = request.blanks - len(set(self.vocabulary.sentinels[:request.blanks]) & set(ids))
     if lost:
       raise ConfigError(f'{given}; cut to InferConfig.input_length = {limit} it would lose {lost} of its {request.blanks} '
                         'blanks: raise InferConfig.input_length.')
-    return request._replace(ids=self.prompt + ids, is_cut=True)
+    return request._replace(ids=with_prompt(ids), is_cut=True)
 
   def targets(self, request: Request, target: str | Sequence[str]) -> list[int]:
     """The tokens of a given answer.
@@ -219,7 +275,8 @@ class Codec:
     if self.is_pairs:
       if not isinstance(target, str):
         raise ConfigError(f'the target {shown(target)} is not one text, but the model was trained on inputs and targets.')
-      return vocabulary.encode(target) + self.end
+      ids = vocabulary.encode(target)
+      return [vocabulary.sentinels[0], *ids, vocabulary.sentinels[1]] if self.is_span else ids + self.end
     texts = [target] if isinstance(target, str) else list(target)
     if len(texts) != request.blanks:
       raise ConfigError(f'{len(texts)} texts for the {request.blanks} blanks of {shown(request.text)}: give one for each.')
@@ -261,7 +318,7 @@ class Codec:
     if not request.blanks:
       return self.vocabulary.decode(self.before_stop(request, ids)), []
     texts = self.fills(request, ids)
-    return (fill(request.text, texts) if BLANK in request.text else texts[0]), texts
+    return (fill(request.text, texts) if BLANK in request.text and not self.is_pairs else texts[0]), texts
 
   def shown(self, request: Request, ids: Sequence[int]) -> str:
     """Generated tokens as one text; where there are several blanks, '<s_k>' announces the k-th."""

@@ -19,14 +19,14 @@ def make(config: DeltaConfig) -> Method:
   """The method 'prompt'."""
 
   def declared(model: ModelConfig) -> Weight:
-    return Weight((1, config.prompt_length, model.d_model), ('slot', None, 'embed'),
+    return Weight((1, config.prompts, model.d_model), ('slot', None, 'embed'),
                   lambda key, shape: jax.random.uniform(key, shape, minval=-0.5, maxval=0.5))
 
   return Method(prompt=declared)
 
 
 def first_ids(config: DeltaConfig, vocabulary: Vocabulary, seed: int) -> np.ndarray | None:
-  """The tokens whose embeddings the prompt is at first [prompt_length]; None where it is random.
+  """The tokens whose embeddings the prompt is at first [prompts]; None where it is random.
 
   Args:
     config: `prompt_init` 'vocabulary' draws from the FREQUENT first ids of the vocabulary, special ones apart, each as seldom
@@ -43,12 +43,12 @@ def first_ids(config: DeltaConfig, vocabulary: Vocabulary, seed: int) -> np.ndar
     ids = vocabulary.encode(config.prompt_text)
     if not ids:
       raise ConfigError(f'DeltaConfig.prompt_text = {config.prompt_text!r} has no token in {vocabulary.spec}.')
-    return np.resize(np.array(ids, np.int32), config.prompt_length)
+    return np.resize(np.array(ids, np.int32), config.prompts)
   special = {vocabulary.pad_id, vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id, *vocabulary.sentinels}
   frequent = np.array([token for token in range(min(FREQUENT, vocabulary.size)) if token not in special], np.int32)
   rng = np.random.default_rng(seed)
-  rounds = -(-config.prompt_length // len(frequent))
-  return np.concatenate([rng.permutation(frequent) for _ in range(rounds)])[:config.prompt_length]
+  rounds = -(-config.prompts // len(frequent))
+  return np.concatenate([rng.permutation(frequent) for _ in range(rounds)])[:config.prompts]
 
 
 register('prompt', make)
