@@ -137,7 +137,7 @@ def located(config: Config, folder: str) -> Config:
   task = dataclasses.replace(
       config.task, vocabulary=f'{kind}{colon}{absolute(file)}', cache_dir=absolute(config.task.cache_dir))
   own = dataclasses.replace(own, files=each(own.files), validation_files=each(own.validation_files))
-  delta = dataclasses.replace(config.delta, base=absolute(config.delta.base))
+  delta = dataclasses.replace(config.delta, base=absolute(config.delta.base), prompt_file=absolute(config.delta.prompt_file))
   return dataclasses.replace(config, task=task, local_task=own, delta=delta)
 
 

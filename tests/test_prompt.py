@@ -136,20 +136,57 @@ def test_a_run_of_a_prompt(base_dir, tmp_path):
   assert len(limited.request('四' * 30).ids) == 6 + P  # the limit counts the input alone
 
 
-def test_what_a_prompt_is_at_first(base_dir):
+def test_what_a_prompt_is_at_first(base_dir, tmp_path):
   vocabulary = load(test_tuning.tuned(base_dir).task.vocabulary)
   def first(**fields):
-    return tuning.prompt.first_ids(dataclasses.replace(PROMPT, **fields), vocabulary, 3)
+    return tuning.prompt.first_tokens(dataclasses.replace(PROMPT, **fields), vocabulary, 3)
 
-  assert first(prompt_init='random') is None
+  assert first(prompt_init='random') == first(prompt_init='file', prompt_file='x') == []
   drawn = first(prompt_length=100)
   special = {vocabulary.pad_id, vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id, *vocabulary.sentinels}
-  assert len(set(drawn.tolist())) == 100 and not special & set(drawn.tolist())
-  np.testing.assert_array_equal(drawn, first(prompt_length=100))
+  assert len({token for token, in drawn}) == 100 and not special & {token for token, in drawn}
+  assert drawn == first(prompt_length=100)
   assert len(first(prompt_length=20_000)) == 20_000
-  for fields, message in (({'prompt_init': 'text'}, 'needs one'), ({'prompt_text': 'x'}, "goes with 'text'"),
-                          ({'prompt_length': 0}, 'at least 1'), ({'prompt_init': 'sampled'}, "'vocabulary'")):
+  words = first(prompt_init='words', prompt_words=('一二', '三'))
+  assert words[:2] == [vocabulary.encode('一二'), vocabulary.encode('三')] and len(words) == P
+  for fields, message in (({'prompt_init': 'text'}, 'needs it'), ({'prompt_text': 'x'}, "goes with 'text'"),
+                          ({'prompt_length': 0}, 'at least 1'), ({'prompt_init': 'sampled'}, "'vocabulary'"),
+                          ({'prompt_init': 'words', 'prompt_words': ('x',) * 6}, '6 words for 5 vectors')):
     with pytest.raises(ConfigError, match=re.escape(message)):
       dataclasses.replace(PROMPT, **fields).validate()
   with pytest.raises(ConfigError, match="inputs of 'pairs' alone"):
     Config(delta=PROMPT).validate()
+
+  def read(content, D=8):
+    np.save(tmp_path / 'a.npy', content, allow_pickle=True)
+    return tuning.prompt.from_file(
+        dataclasses.replace(PROMPT, prompt_init='file', prompt_file=str(tmp_path / 'a.npy')), D)
+
+  array = np.random.default_rng(0).normal(size=(P, 8))
+  np.testing.assert_array_equal(read(array), array.astype(np.float32))
+  for content, message in ((array[:4], 'has the shape (4, 8); expected (5, 8)'), (array * np.nan, 'finite'),
+                           (array.astype(int), 'floating'), (np.array([None]), 'cannot be read')):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+      read(content)
+  for file in (tmp_path / 'none.npy', tmp_path):
+    with pytest.raises(ConfigError):
+      tuning.prompt.from_file(dataclasses.replace(PROMPT, prompt_init='file', prompt_file=str(file)), 8)
+
+
+@pytest.mark.parametrize('sight', [(True, True), (False, True), (True, False), (False, False)])
+def test_who_sees_whom(sight):
+  config = test_tuning.with_delta(delta=dataclasses.replace(PROMPT, prompt_sees_text=sight[0], text_sees_prompt=sight[1]),
+                                  num_encoder_layers=1)
+  model, V = tuning.build_model(config), config.model.vocab_size
+  params = jax.jit(model.init)(jax.random.key(0))
+  batch = with_prompt(test_step.random_batch(config, 0), V)
+  batch['encoder_segment_ids'] = np.ones_like(batch['encoder_segment_ids'])
+  encode = jax.jit(model.encode)
+  before = encode(params, batch)
+  words = batch['encoder_input_tokens'].copy()
+  words[:, P:] = (words[:, P:] + 1) % V
+  with_words = np.abs(encode(params, batch | {'encoder_input_tokens': words}) - before).max(axis=(0, 2))
+  other = params | {'delta': jax.tree.map(lambda x: x + 1, params['delta'])}
+  with_vectors = np.abs(encode(other, batch) - before).max(axis=(0, 2))
+  assert ((with_words[:P] > 1e-6) == sight[0]).all() and (with_words[P:] > 1e-6).all()
+  assert ((with_vectors[P:] > 1e-6) == sight[1]).all() and (with_vectors[:P] > 1e-6).all()

@@ -21,8 +21,12 @@ class DeltaConfig(Typed):
   base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
   prompt_length: int = 100  # of 'prompt': how many vectors stand before the input of the encoder
   lengths: tuple[int, ...] = ()  # of 'prompt': instead of that, how many stand in each <prompt> of the task's inputs_template
-  prompt_init: str = 'vocabulary'  # of 'prompt': what they are at first: 'random', 'vocabulary' (frequent pieces), 'text'
-  prompt_text: str = ''  # of 'prompt': the text whose tokens they are at first, again and again; for prompt_init = 'text'
+  prompt_init: str = 'vocabulary'  # of 'prompt': what they are at first: 'random', 'vocabulary', 'words', 'text' or 'file'
+  prompt_words: tuple[str, ...] = ()  # for prompt_init = 'words', such as the names of classes: each is the first of a vector
+  prompt_text: str = ''  # for prompt_init = 'text': the text whose tokens they are at first, again and again
+  prompt_file: str = ''  # for prompt_init = 'file': a .npy array [vectors, d_model], or the model_dir or folder of a delta
+  prompt_sees_text: bool = True  # of 'prompt': whether its vectors attend to the tokens of the input
+  text_sees_prompt: bool = True  # of 'prompt': whether the tokens of the input attend to its vectors
   sites: tuple[str, ...] = ('query', 'value')  # of 'lora': which matrices get a product of two small ones added
   rank: int = 8  # of 'lora': columns of the first small matrix
   alpha: float = 16.0  # of 'lora': the product of the two is multiplied by alpha / rank
@@ -32,16 +36,21 @@ class DeltaConfig(Typed):
 
   def validate(self) -> None:
     choice(self, 'base_dtype', ('float32', 'bfloat16'))
-    choice(self, 'prompt_init', ('random', 'vocabulary', 'text'))
+    choice(self, 'prompt_init', ('random', 'vocabulary', 'words', 'text', 'file'))
     in_range(self, 'prompt_length', 1)
     if not all(length >= 1 for length in self.lengths):
       raise ConfigError(f'DeltaConfig.lengths = {shown(self.lengths)}: expected numbers of at least 1.')
     choice(self, 'adapter', ('serial', 'parallel'))
     in_range(self, 'bottleneck', 1)
     in_range(self, 'rank', 1)
-    if (self.prompt_init == 'text') != bool(self.prompt_text):
-      raise ConfigError(f"DeltaConfig.prompt_init = {self.prompt_init!r} and prompt_text = {shown(self.prompt_text)}: the text "
-                        "goes with 'text', and 'text' needs one.")
+    for field in ('words', 'text', 'file'):
+      value = getattr(self, f'prompt_{field}')
+      if (self.prompt_init == field) != bool(value):
+        raise ConfigError(f'DeltaConfig.prompt_{field} = {shown(value)} with DeltaConfig.prompt_init = {self.prompt_init!r}: '
+                          f'prompt_{field} goes with {field!r}, which needs it.')
+    if len(self.prompt_words) > self.prompts > 0:
+      raise ConfigError(f'DeltaConfig.prompt_words has {len(self.prompt_words)} words for {self.prompts} vectors: give as many '
+                        'as there are vectors, or fewer.')
     if self.base and not self.method:
       raise ConfigError(f"DeltaConfig.base = {shown(self.base)} with DeltaConfig.method = '': set the method, for example to "
                         "'lora', to train a delta on that base.")

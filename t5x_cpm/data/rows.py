@@ -77,9 +77,6 @@ class Component(abc.ABC):
       ConfigError: the objective needs sentinels, and the vocabulary has none.
     """
     objective = config.task.objective
-    if len(vocabulary.sentinels) < 2 and config.task.target_form == 'span':
-      raise ConfigError(f"TaskConfig.target_form = 'span' puts targets between sentinels, and {vocabulary.spec!r} has none: "
-                        "leave it at 'text'.")
     if not vocabulary.sentinels and objective != 'pairs':
       raise ConfigError(f'TaskConfig.objective = {objective!r} marks masked spans with sentinels, and {vocabulary.spec!r} has '
                         "none (CPM-1's have none): only TaskConfig.objective = 'pairs' works with it, or set another "

@@ -11,7 +11,7 @@ from t5x_cpm.models import model, stacks
 from t5x_cpm.models.attention import Cache, additive_mask, segment_mask
 from t5x_cpm.models.component import Component, Params
 from t5x_cpm.models.context import Context
-from t5x_cpm.models.hooks import PROMPT, Delta
+from t5x_cpm.models.hooks import PROMPT, Delta, seen
 from t5x_cpm.models.layers import Embedding, Head, at_least_float32, compute_dtype
 from t5x_cpm.models.model import Experts, resident, row_of, stack_components, summary
 
@@ -61,7 +61,7 @@ class Model(model.Model):
     S, wide = tokens.shape[1], at_least_float32(compute_dtype(self.config))
     ctx = Context(
         self_bias=self.module('encoder/relative_bias', params).sequence(S, S, wide),
-        self_mask=additive_mask(segment_mask(segments, segments), wide),
+        self_mask=additive_mask(seen(self.delta, tokens >= self.config.vocab_size, segment_mask(segments, segments)), wide),
         **self.context(tokens, segments != 0, row_of(batch), key, train))
     return self._embed(params, tokens, ctx), ctx
 

@@ -101,9 +101,25 @@ class Delta(Protocol):
     """Vectors that stand for tokens from ModelConfig.vocab_size on, [n, tokens, D] of n slots; None where there are none."""
     ...
 
+  @property
+  def sight(self) -> tuple[bool, bool]:
+    """In the encoder, whether these vectors attend to other tokens, and other tokens to them."""
+    ...
+
   def weights(self, site: Site) -> dict[str, dict[str, Weight]]:
     """Method -> name -> what it declares for a site, without the axes of layers and slots; {} where none acts."""
     ...
+
+
+def seen(delta: Delta | None, is_prompt_BS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """A mask [B, 1, S, S] of who attends to whom in the encoder, without what `Delta.sight` takes away."""
+  if delta is None or delta.prompt is None:
+    return mask_BTS
+  query, key = is_prompt_BS[:, None, :, None], is_prompt_BS[:, None, None, :]
+  sees_text, is_seen = delta.sight
+  if not sees_text:
+    mask_BTS &= key | ~query
+  return mask_BTS if is_seen else mask_BTS & (query | ~key)
 
 
 def component(delta: Delta, base: Component, role: str) -> Declared | None:

@@ -55,6 +55,9 @@ def check_sentinels(config: Config, found: vocabularies.Vocabulary) -> None:
   """Raises ConfigError unless the vocabulary has the sentinels that the objective needs."""
   task, sentinels = config.task, len(found.sentinels)
   if task.objective == 'pairs':
+    if task.target_form == 'span' and sentinels < 2:
+      raise ConfigError(f"TaskConfig.target_form = 'span', but the vocabulary {found.spec} has {sentinels} sentinels: set it "
+                        "to 'text'.")
     return
   told = f'TaskConfig.objective = {task.objective!r}, but the vocabulary {found.spec} has {sentinels} sentinels'
   needed = 1 if task.objective == 't5' else 2  # a span, and what ends the targets

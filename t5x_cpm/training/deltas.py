@@ -20,10 +20,13 @@ def find(config: Config, model_dir: Any) -> tuning.Base | None:
   """The checkpoint on which a run trains a delta: the newest of DeltaConfig.base, or the one that the run began with.
 
   Raises:
-    ConfigError: there is none, or it is not the one that the run began with.
+    ConfigError: there is none, or it is not the one that the run began with; or DeltaConfig.prompt_file cannot be what a new
+      run begins with.
   """
   if not config.delta.method:
     return None
+  if not before.has_begun(model_dir):
+    tuning.prompt.from_file(config.delta, config.model.d_model)
   wanted = run_directory.read_run(model_dir).info.get('base') if before.has_begun(model_dir) else None
   return tuning.find(config.delta.base, wanted)
 
@@ -49,12 +52,19 @@ def tell(base: tuning.Base, config: Config, step: Step, say: Callable[[str], Non
 
 
 def initial(config: Config, state: State, frozen: Frozen, vocabulary: Vocabulary) -> State:
-  """A fresh state, in which a prompt is what DeltaConfig.prompt_init says: embeddings of the base, or at random."""
-  ids = tuning.prompt.first_ids(config.delta, vocabulary, config.train.seed) if config.delta.prompts else None
-  if ids is not None:
-    table = state['params']['delta']['prompt']['table']
-    rows = frozen['base']['token_embedder']['embedding'][ids].astype(table.dtype)
-    state['params']['delta']['prompt']['table'] = jax.device_put(rows[None], table.sharding)
+  """A fresh state, in which a prompt is what DeltaConfig.prompt_init says."""
+  if not config.delta.prompts:
+    return state
+  table = state['params']['delta']['prompt']['table']
+  vectors: Any = tuning.prompt.from_file(config.delta, table.shape[-1])
+  tokens = tuning.prompt.first_tokens(config.delta, vocabulary, config.train.seed)
+  if tokens:
+    embedding = frozen['base']['token_embedder']['embedding']
+    rows = embedding[np.concatenate(tokens)].astype(table.dtype)
+    vector = np.repeat(np.arange(len(tokens)), [len(some) for some in tokens])
+    vectors = jax.ops.segment_sum(rows, vector, len(tokens)) / np.array([[len(some)] for some in tokens], np.float32)
+  if vectors is not None:
+    state['params']['delta']['prompt']['table'] = jax.device_put(vectors[None], table.sharding)
   return state
 
 

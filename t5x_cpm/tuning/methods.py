@@ -75,6 +75,7 @@ class Delta:
   Attributes:
     methods: by name, in the order in which they act.
     prompt: what stands for tokens from ModelConfig.vocab_size on; None where nothing does.
+    sight: in the encoder, whether its vectors attend to other tokens, and other tokens to them.
   """
 
   def __init__(self, config: DeltaConfig, model: ModelConfig):
@@ -88,6 +89,7 @@ class Delta:
     self.methods: tuple[tuple[str, hooks.Method], ...] = tuple(self._made.items())
     prompts = [method.prompt(model) for method in self._made.values() if method.prompt]
     self.prompt = prompts[0] if prompts else None
+    self.sight = config.prompt_sees_text, config.text_sees_prompt
 
   def weights(self, site: Site) -> dict[str, dict[str, Weight]]:
     """Method -> name -> what it declares for a site."""
