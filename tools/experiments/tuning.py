@@ -1,0 +1,236 @@
+"""Compares ways of tuning on one small base: full tuning and deltas, lengths, initial values and places of prompts.
+
+  python tools/experiments/tuning.py --lcqmc=DIR --texts='DIR/*.txt' --output=OUT
+
+A base is pre-trained on the texts and on lines of arithmetic ("3 + 5 = 8") by span corruption, and once more by prefix_lm.
+Then every arm is trained with each seed and evaluated on answers that it generates: on LCQMC (dev.txt trains, test.txt tests),
+and on sums whose operator is left out ("3 5 =" -> "8"), so that an arm must say which of four operations the base is to do.
+Every arm keeps what it found in a file of its own, OUT/arms/ARM/results.json: the same command goes on where it was stopped. At
+the end OUT/table.md and OUT/table.png show the means and the spread over seeds.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from t5x_cpm import files, user_files
+from t5x_cpm.cli.errors import run_script
+from t5x_cpm.cli.parse import Parser, at_least
+from t5x_cpm.config import ConfigError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+MODEL = '--gin_file=gin/models/cpm2_tiny.gin'
+LABELS = {'0': '矛盾', '1': '相似'}
+OPERATIONS = {'+': lambda a, b: a + b, '-': lambda a, b: a - b, '大': max, '小': min}
+QUESTIONS = '“{sentence1}”与“{sentence2}”的意思'
+POSITIONS = {  # of CPM-2: front, middle, back, and mixes
+    'F': ('{p}{a}{b}', (100,)), 'M': ('{a}{p}{b}', (100,)), 'B': ('{a}{b}{p}', (100,)), 'F+M': ('{p}{a}{p}{b}', (50, 50)),
+    'M+B': ('{a}{p}{b}{p}', (50, 50)), 'F+B': ('{p}{a}{b}{p}', (50, 50)), 'F+M+B': ('{p}{a}{p}{b}{p}', (33, 34, 33))}
+METHODS = ('prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit')
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One way of tuning.
+
+  Attributes:
+    table: the comparison that it is part of.
+    name: in this comparison.
+    task: 'lcqmc' or 'sums'.
+    gin: a file of gin/runs.
+    flags: what it changes, as CLASS.FIELD -> value.
+    base: 'adapted', or 'pretrained' by span corruption alone.
+  """
+
+  table: str
+  name: str
+  task: str
+  gin: str
+  flags: dict[str, object] = dataclasses.field(default_factory=dict)
+  base: str = 'adapted'
+
+
+def arms() -> Iterator[Arm]:
+  """All arms; one that is part of two comparisons comes twice, and is trained once."""
+  for task in ('lcqmc', 'sums'):
+    yield Arm('method', 'full', task, 'finetune', {'OptimizerConfig.learning_rate': 0.0005})
+    for method in METHODS:
+      yield Arm('method', method, task, 'prompt_tune' if method == 'prompt' else method)
+    yield Arm('method', 'prompt, not adapted', task, 'prompt_tune', base='pretrained')
+    yield Arm('method', 'full, not adapted', task, 'finetune', {'OptimizerConfig.learning_rate': 0.0005}, base='pretrained')
+  for length in (1, 5, 20, 100):
+    changed = {} if length == 100 else {'DeltaConfig.prompt_length': length}
+    yield Arm('prompt length', str(length), 'sums', 'prompt_tune', changed)
+  for name, flags in (('random', {'DeltaConfig.prompt_init': 'random'}), ('vocabulary', {}),
+                      ('words', {'DeltaConfig.prompt_init': 'words', 'DeltaConfig.prompt_words': tuple(OPERATIONS)})):
+    yield Arm('initial values', name, 'sums', 'prompt_tune', flags)
+  for name, (form, lengths) in POSITIONS.items():
+    template = form.format(p='<prompt>', a='“{sentence1}”', b='“{sentence2}”')
+    yield Arm('place', name, 'lcqmc', 'prompt_tune', {
+        'LocalTaskConfig.inputs_template': template, 'DeltaConfig.lengths': lengths})
+
+
+def gin_flags(values: dict[str, object]) -> list[str]:
+  return [f'--gin.{name}={value!r}' for name, value in values.items()]
+
+
+def command(log: pathlib.Path, *arguments: str) -> None:
+  """Runs t5x_cpm; what it prints goes to a log.
+
+  Raises:
+    ConfigError: it failed.
+  """
+  with log.open('a', encoding='utf-8') as file:
+    file.write(f'$ {" ".join(arguments)}\n')
+    file.flush()
+    code = subprocess.run([sys.executable, '-m', 't5x_cpm', *arguments], cwd=ROOT, stdout=file, stderr=file).returncode
+  if code:
+    raise ConfigError(f'`t5x_cpm {arguments[0]}` ended with {code}: see {log}.')
+
+
+def write_lines(path: pathlib.Path, lines: Iterator[str]) -> None:
+  files.write_atomically(path, ''.join(f'{line}\n' for line in lines).encode())
+
+
+def lcqmc_lines(path: pathlib.Path) -> Iterator[str]:
+  """Lines of LCQMC (tab-separated sentence, sentence, 0 or 1) as JSON, with a word of CPM-2 for the label."""
+  for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    parts = line.split('\t')
+    if len(parts) != 3 or parts[2] not in LABELS:
+      raise ConfigError(f'{path}:{number}: expected two sentences and 0 or 1, with tabs between.')
+    yield json.dumps({'sentence1': parts[0], 'sentence2': parts[1], 'label': LABELS[parts[2]]}, ensure_ascii=False)
+
+
+def prepare(lcqmc: pathlib.Path, texts: str, output: pathlib.Path) -> None:
+  """Writes the data of all arms: arithmetic to pre-train on, sums, and LCQMC."""
+  rng = random.Random(0)
+  output.mkdir(parents=True, exist_ok=True)
+  numbers = list(itertools.product(range(20), range(20)))
+  write_lines(output / 'arithmetic.txt', (
+      f'{a} {name} {b} = {operation(a, b)}' for _ in range(40) for a, b in rng.sample(numbers, 400)
+      for name, operation in OPERATIONS.items()))
+  rng.shuffle(numbers)
+  for name, some in (('train', numbers[:300]), ('test', numbers[300:])):
+    write_lines(output / f'sums.{name}.jsonl', (json.dumps({'a': a, 'b': b, 'c': a + b}) for a, b in some))
+  for name, file in (('train', 'dev.txt'), ('test', 'test.txt')):
+    write_lines(output / f'lcqmc.{name}.jsonl', lcqmc_lines(lcqmc / file))
+  user_files.find(texts, '--texts')
+
+
+def bases(texts: str, output: pathlib.Path, steps: int) -> None:
+  """Trains the vocabulary and both bases, unless they are there."""
+  log, vocabulary = output / 'bases.log', output / 'vocab.txt'
+  inputs = [texts, f'{output}/arithmetic.txt']
+  if not vocabulary.exists():
+    command(log, 'vocabulary', *(f'--input={path}' for path in inputs), '--size=3200', '--sentinels=50', '--byte_fallback',
+            f'--output={vocabulary}')
+  common = [MODEL, *gin_flags({
+      'TaskConfig.name': 'local', 'TaskConfig.vocabulary': f'cpm2:{vocabulary}', 'TaskConfig.encoder_length': 256,
+      'TaskConfig.decoder_length': 64, 'TaskConfig.cache_dir': str(output / 'cache'), 'TrainConfig.batch_size': 16,
+      'LocalTaskConfig.files': {'texts': texts, 'arithmetic': inputs[1]}, 'CheckpointConfig.keep': 1,
+      'LocalTaskConfig.rates': {'texts': 2, 'arithmetic': 1}})]
+  for name, run, first, count in (('pretrained', 'pretrain', '', steps),
+                                  ('adapted', 'adapt_prefix_lm', f'{output}/pretrained', steps // 2)):
+    if not (output / f'{name}.done').exists():
+      started = time.monotonic()
+      source = [f'--init_from={first}'] if first else []
+      command(log, 'train', f'--gin_file=gin/runs/{run}.gin', *common, *source, f'--model_dir={output}/{name}',
+              *gin_flags({'TrainConfig.steps': count, 'TrainConfig.eval_every': max(count // 5, 1)}))
+      files.write_atomically(output / f'{name}.done', f'{time.monotonic() - started:.0f} s\n'.encode())
+
+
+def run_arm(arm: Arm, seed: int, steps: int, output: pathlib.Path) -> dict:
+  """Trains and evaluates an arm with a seed, unless its results are there."""
+  changed = ''.join(f'-{value}' for value in arm.flags.values())
+  label = ''.join(c if c.isalnum() or c in '-_' else '_' for c in f'{arm.task}-{arm.gin}-{arm.base}{changed}')
+  folder = output / 'arms' / f'{label}-{seed}'
+  results = folder / 'results.json'
+  if results.exists():
+    return user_files.json_file(results, str(results))
+  folder.mkdir(parents=True, exist_ok=True)
+  started, is_sums = time.monotonic(), arm.task == 'sums'
+  flags = {
+      'TaskConfig.vocabulary': f'cpm2:{output}/vocab.txt', 'TaskConfig.cache_dir': str(output / 'cache'),
+      'TaskConfig.encoder_length': 192, 'TaskConfig.decoder_length': 8, 'TrainConfig.batch_size': 16, 'TrainConfig.seed': seed,
+      'TrainConfig.steps': steps, 'TrainConfig.eval_every': steps, 'CheckpointConfig.every': steps,
+      'LocalTaskConfig.files': f'{output}/{arm.task}.train.jsonl',
+      'LocalTaskConfig.validation_files': f'{output}/{arm.task}.test.jsonl',
+      'LocalTaskConfig.inputs_template': '{a} {b} =' if is_sums else QUESTIONS,
+      'LocalTaskConfig.targets_template': '{c}' if is_sums else '{label}'} | arm.flags
+  base = [f'--{"init_from" if arm.gin == "finetune" else "base"}={output}/{arm.base}']
+  command(folder / 'log', 'train', *base, f'--gin_file=gin/runs/{arm.gin}.gin', *gin_flags(flags),
+          f'--model_dir={folder}/model')
+  trained = time.monotonic() - started
+  command(folder / 'log', 'eval', f'--model_dir={folder}/model', '--tasks=local', *gin_flags({
+      'EvalConfig.max_examples': 1000, 'EvalConfig.batch_size': 64, 'DecodeConfig.max_new_tokens': 8}))
+  newest = max((folder / 'model' / 'eval').iterdir(), key=lambda path: int(path.name))
+  metrics = user_files.json_file(newest / 'metrics.json', str(newest))['local']['metrics']
+  found = {'arm': dataclasses.asdict(arm), 'seed': seed, 'steps': steps, 'accuracy': metrics['exact_match'], 'seconds': trained,
+           'command': 'python -m t5x_cpm train ' + ' '.join([*base, *gin_flags(flags)])}
+  shutil.rmtree(folder / 'model')
+  files.write_atomically(results, (json.dumps(found, ensure_ascii=False, indent=1) + '\n').encode())
+  return found
+
+
+def show(found: dict[tuple[str, str], dict[str, list[float]]], output: pathlib.Path) -> str:
+  """Writes the table and the plot of (comparison, task) -> arm -> accuracies, and returns the table."""
+  import matplotlib
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  lines = ['| comparison | task | arm | seeds | accuracy | spread |', '|---|---|---|---:|---:|---:|']
+  figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 4), squeeze=False)
+  for axis, ((comparison, task), accuracies) in zip(axes[0], found.items()):
+    means = [100 * statistics.mean(values) for values in accuracies.values()]
+    spreads = [100 * (max(values) - min(values)) / 2 for values in accuracies.values()]
+    axis.barh(list(accuracies), means, xerr=spreads, color='#4c72b0')
+    axis.invert_yaxis()
+    axis.set(title=f'{comparison}, {task}', xlabel='accuracy of answers, %', xlim=(0, 100))
+    for (name, values), mean, spread in zip(accuracies.items(), means, spreads):
+      lines.append(f'| {comparison} | {task} | {name} | {len(values)} | {mean:.1f} % | {spread:.1f} |')
+  figure.tight_layout()
+  figure.savefig(output / 'table.png', dpi=120)
+  pyplot.close(figure)
+  table = '\n'.join(lines)
+  files.write_atomically(output / 'table.md', f'{table}\n'.encode())
+  return table
+
+
+def main() -> None:
+  parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--lcqmc', type=pathlib.Path, required=True, help='folder with dev.txt and test.txt of LCQMC')
+  parser.add_argument('--texts', required=True, help='glob of the text files that the base is pre-trained on')
+  parser.add_argument('--output', type=pathlib.Path, required=True, help='where everything is written')
+  parser.add_argument('--seeds', type=at_least(1), default=3)
+  parser.add_argument('--base_steps', type=at_least(1), default=4000, help='steps of pre-training; half as many adapt the base')
+  parser.add_argument('--steps', type=at_least(1), default=500, help='steps of each arm')
+  parser.add_argument('--only', default='', help='comparisons, joined by commas; all by default')
+  args = parser.parse_args()
+  output = args.output.resolve()
+  prepare(args.lcqmc, args.texts, output)
+  bases(args.texts, output, args.base_steps)
+  wanted = [arm for arm in arms() if not args.only or arm.table in args.only.split(',')]
+  if not wanted:
+    raise ConfigError(f'--only={args.only!r}: expected some of {", ".join(dict.fromkeys(arm.table for arm in arms()))}.')
+  found: dict[tuple[str, str], dict[str, list[float]]] = {}
+  started = time.monotonic()
+  for number, (seed, arm) in enumerate(itertools.product(range(args.seeds), wanted), 1):
+    result = run_arm(arm, seed, args.steps, output)
+    found.setdefault((arm.table, arm.task), {}).setdefault(arm.name, []).append(result['accuracy'])
+    left = (time.monotonic() - started) / number * (len(wanted) * args.seeds - number)
+    print(f'{number}/{len(wanted) * args.seeds}  {arm.table}, {arm.task}, {arm.name}, seed {seed}: {result["accuracy"]:.1%} '
+          f'(about {left / 60:.0f} min left)', flush=True)
+  print(show(found, output))
+
+
+if __name__ == '__main__':
+  run_script(main)
