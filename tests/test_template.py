@@ -132,6 +132,26 @@ def test_rows_and_requests_have_prompts_in_their_places(tmp_path, form):
   assert len(names) == len({inputs for inputs, _ in CASES})  # prompts of all lengths read one cache
 
 
+def test_the_decoder_reads_its_prompt_before_its_start(tmp_path):
+  records = write_pairs(tmp_path, np.random.default_rng(6), 20)
+  config = pairs_config(tmp_path, '{a}<prompt>', lengths=(2,), validation_fraction=0.0)
+  config = dataclasses.replace(config, delta=dataclasses.replace(config.delta, decoder_prompt_length=3),
+                               task=dataclasses.replace(config.task, decoder_length=12))
+  reader = small_data.open_reader(config, 'train')
+  vocabulary, batch = reader.vocabulary, reader.batch(0)
+  prefix = (V + 2, V + 3, V + 4, vocabulary.bos_id)
+  assert text.Codec(vocabulary, config).prefix == prefix
+  labels = {tuple(vocabulary.encode(str(record['label']))) for record in records}
+  for inputs, targets, weights in zip(*(list(segments(batch, f'decoder_{name}', 'decoder'))
+                                        for name in ('input_tokens', 'target_tokens', 'loss_weights'))):
+    assert inputs[:4] == prefix and targets[-1] == vocabulary.eos_id and targets[3:-1] in labels
+    assert weights == (0.0,) * 3 + (1.0,) * (len(targets) - 3) and inputs[4:] == targets[3:-1]
+    assert max(targets) < V
+  with pytest.raises(ConfigError, match=re.escape('DeltaConfig.decoder_prompt_length = 9 leaves 3')):
+    delta = dataclasses.replace(config.delta, decoder_prompt_length=9)
+    small_data.open_reader(dataclasses.replace(config, delta=delta), 'train')
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
   for config, message in (
       (pairs_config(tmp_path, '{a}<prompt>', lengths=(2, 2)), 'has 1 places <prompt>'),
@@ -150,13 +170,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_run_with_a_prompt_in_two_places_answers_lines_with_fields(base_dir, tmp_path):
   records = write_pairs(tmp_path, np.random.default_rng(5), 20)
-  config = test_tuning.tuned(base_dir, delta=DeltaConfig(method='prompt', lengths=(2, 3), prompt_init='random'), steps=1)
+  delta = DeltaConfig(method='prompt', lengths=(2, 3), prompt_init='random', decoder_prompt_length=2)
+  config = test_tuning.tuned(base_dir, delta=delta, steps=1)
   own = dataclasses.replace(config.local_task, files=str(tmp_path / 'pairs.jsonl'), inputs_template='<prompt>{a}<prompt>{b}',
                             targets_template='{label}', validation_fraction=0.5)
   config = dataclasses.replace(config, local_task=own, task=dataclasses.replace(
       config.task, target_form='span', encoder_length=64))
   training.run(config, str(tmp_path / 'run'))
-  assert tuning.read(tmp_path / 'run').tensors['prompt/table'].shape[0] == 5
+  assert tuning.read(tmp_path / 'run').tensors['prompt/table'].shape[0] == 7
   engine = inference.load(tmp_path / 'run')
   config = dataclasses.replace(engine.config, eval=dataclasses.replace(engine.config.eval, split='validation'))
   metrics, told = evaluate.evaluate_task(engine, config, 'local')['local']

@@ -21,6 +21,7 @@ class DeltaConfig(Typed):
   base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
   prompt_length: int = 100  # of 'prompt': how many vectors stand before the input of the encoder
   lengths: tuple[int, ...] = ()  # of 'prompt': instead of that, how many stand in each <prompt> of the task's inputs_template
+  decoder_prompt_length: int = 0  # of 'prompt': how many more vectors the decoder reads before its start token
   prompt_init: str = 'vocabulary'  # of 'prompt': what they are at first: 'random', 'vocabulary', 'words', 'text' or 'file'
   prompt_words: tuple[str, ...] = ()  # for prompt_init = 'words', such as the names of classes: each is the first of a vector
   prompt_text: str = ''  # for prompt_init = 'text': the text whose tokens they are at first, again and again
@@ -38,6 +39,7 @@ class DeltaConfig(Typed):
     choice(self, 'base_dtype', ('float32', 'bfloat16'))
     choice(self, 'prompt_init', ('random', 'vocabulary', 'words', 'text', 'file'))
     in_range(self, 'prompt_length', 1)
+    in_range(self, 'decoder_prompt_length', 0)
     if not all(length >= 1 for length in self.lengths):
       raise ConfigError(f'DeltaConfig.lengths = {shown(self.lengths)}: expected numbers of at least 1.')
     choice(self, 'adapter', ('serial', 'parallel'))
@@ -48,8 +50,8 @@ class DeltaConfig(Typed):
       if (self.prompt_init == field) != bool(value):
         raise ConfigError(f'DeltaConfig.prompt_{field} = {shown(value)} with DeltaConfig.prompt_init = {self.prompt_init!r}: '
                           f'prompt_{field} goes with {field!r}, which needs it.')
-    if len(self.prompt_words) > self.prompts > 0:
-      raise ConfigError(f'DeltaConfig.prompt_words has {len(self.prompt_words)} words for {self.prompts} vectors: give as many '
+    if len(self.prompt_words) > self.vectors > 0:
+      raise ConfigError(f'DeltaConfig.prompt_words has {len(self.prompt_words)} words for {self.vectors} vectors: give as many '
                         'as there are vectors, or fewer.')
     if self.base and not self.method:
       raise ConfigError(f"DeltaConfig.base = {shown(self.base)} with DeltaConfig.method = '': set the method, for example to "
@@ -70,5 +72,10 @@ class DeltaConfig(Typed):
 
   @property
   def prompts(self) -> int:
-    """How many vectors a prompt has. As tokens, they have the ids from ModelConfig.vocab_size on."""
+    """How many vectors stand in an input."""
     return sum(self.parts)
+
+  @property
+  def vectors(self) -> int:
+    """How many vectors a prompt has. As tokens, they have the ids from ModelConfig.vocab_size on, those of the decoder last."""
+    return self.prompts + self.decoder_prompt_length if self.parts else 0

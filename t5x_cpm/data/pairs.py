@@ -137,10 +137,15 @@ class Pairs(Packed):
     super().__init__(cache, split, config, vocabulary)
     prompts, self.marks = config.delta.prompts, config.marks
     self.parts = config.delta.parts or (0,) * self.marks
-    self.first_vector = config.model.vocab_size  # as a token
+    self.first_vector, self.decoder_prompts = config.model.vocab_size, config.delta.vectors - prompts
     self.is_span = config.task.target_form == 'span'
-    self.around = np.array([prompts, int(self.is_span)])  # slots of a pair beside its texts and their ends
-    self.text_room = (self.room[0] - prompts, self.room[1] - int(self.is_span))
+    # Slots of a pair beside its texts and their ends.
+    self.around = np.array([prompts, self.decoder_prompts + int(self.is_span)])
+    self.text_room = (self.room[0] - prompts, self.room[1] - int(self.around[1]))
+    if self.decoder_prompts and self.text_room[1] < 4:
+      raise ConfigError(f'DeltaConfig.decoder_prompt_length = {self.decoder_prompts} leaves {self.text_room[1]} of '
+                        f'TaskConfig.decoder_length = {self.room[1]} tokens for the targets: set a longer decoder_length, or a '
+                        'shorter prompt.')
     if prompts and self.text_room[0] < 4:
       field = 'lengths' if config.delta.lengths else 'prompt_length'
       raise ConfigError(f'DeltaConfig.{field} = {getattr(config.delta, field)} leaves {self.text_room[0]} of '
@@ -182,6 +187,11 @@ class Pairs(Packed):
     tokens, length = objectives.append(tokens, length, end)
     return objectives.expand(tokens, length, mark, self.parts, self.first_vector) if self.parts else (tokens, length)
 
+  def _with_decoder_prompt(self, tokens: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    marked, longer = objectives.prepend(tokens, length, self.vocabulary.size)
+    first = self.first_vector + int(self.around[0])
+    return objectives.expand(marked, longer, self.vocabulary.size, (self.decoder_prompts,), first)
+
   def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:
     del class_ids, keys
     eos, sentinels = self.vocabulary.eos_id, self.sentinels
@@ -194,4 +204,8 @@ class Pairs(Packed):
     if self.is_span:
       targets, targets_length = objectives.prepend(targets, targets_length, int(sentinels[0]))
     shifted = objectives.shift_right(targets, targets_length, self.vocabulary.bos_id)
+    if self.decoder_prompts:
+      shifted, _ = self._with_decoder_prompt(shifted, targets_length)
+      targets, targets_length = self._with_decoder_prompt(targets, targets_length)
+      targets[targets >= self.first_vector] = self.vocabulary.pad_id  # nothing is predicted after a vector
     return Segments(inputs_length, inputs, targets_length, shifted, targets)

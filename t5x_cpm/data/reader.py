@@ -26,7 +26,8 @@ _TOKENS = {'encoder': {'encoder_tokens': 'encoder_input_tokens'},
            'decoder': {'decoder_inputs': 'decoder_input_tokens', 'decoder_targets': 'decoder_target_tokens'}}
 
 
-def assemble(found: list[RowSegments], rows: int, room: tuple[int, int], pad: int, unpredicted: int | None) -> Batch:
+def assemble(found: list[RowSegments], rows: int, room: tuple[int, int], pad: int, unpredicted: int | None,
+             first_vector: int | None = None) -> Batch:
   """Puts segments into rows, one after another on each side, with positions that begin anew in each.
 
   Args:
@@ -35,6 +36,7 @@ def assemble(found: list[RowSegments], rows: int, room: tuple[int, int], pad: in
     room: encoder and decoder slots of a row.
     pad: the token of empty slots; their segment and weight are 0.
     unpredicted: a decoder input after which nothing is predicted, or None.
+    first_vector: that and all greater decoder inputs are vectors of a prompt, after which nothing is predicted; None: none are.
 
   Returns:
     The features of a batch, int32 [rows, slots], and float32 loss weights.
@@ -64,6 +66,8 @@ def assemble(found: list[RowSegments], rows: int, room: tuple[int, int], pad: in
   weights = (batch['decoder_segment_ids'] > 0).astype(np.float32)
   if unpredicted is not None:
     weights[batch['decoder_input_tokens'] == unpredicted] = 0.0
+  if first_vector is not None:
+    weights[batch['decoder_input_tokens'] >= first_vector] = 0.0
   batch['decoder_loss_weights'] = weights
   return batch
 
@@ -90,6 +94,7 @@ class Reader:
     self.config, self.task, self.seed, self.batch_size = config, config.task, config.train.seed, config.train.batch_size
     self.room = (self.task.encoder_length, self.task.decoder_length)
     self.unpredicted = vocabulary.eos_id if self.task.objective == 'cpm2' else None
+    self.first_vector = config.model.vocab_size if config.delta.vectors else None
     self.mixer = packing.Mixer(packing.rate_counts(rates), self.seed)
     self.rows_per_epoch = float(sum(component.rows_per_epoch for component in components))
     self.fingerprint: dict[str, Any] = {
@@ -143,7 +148,7 @@ class Reader:
       mine = np.flatnonzero(component == number)
       row, segments = read(self.components[number], stream_row[mine])
       found.append(RowSegments(mine[row], segments))
-    batch = assemble(found, rows, self.room, self.vocabulary.pad_id, self.unpredicted)
+    batch = assemble(found, rows, self.room, self.vocabulary.pad_id, self.unpredicted, self.first_vector)
     for name, value in self.carried_by_component.items():
       batch[name] = np.resize(value[component], rows)  # in empty rows the value does not matter
     return batch

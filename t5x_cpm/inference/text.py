@@ -136,7 +136,8 @@ class Codec:
     """
     self.vocabulary, self.limits = vocabulary, config.infer
     self.row = row_features.defaults(config) if row is None else row
-    self.prefix = (vocabulary.bos_id,)
+    vectors = range(config.model.vocab_size, config.model.vocab_size + config.delta.vectors)
+    self.prefix = (*vectors[config.delta.prompts:], vocabulary.bos_id)
     self.is_pairs = config.task.objective == 'pairs'
     self.is_span = self.is_pairs and config.task.target_form == 'span'
     self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') and not self.is_span else []

@@ -22,7 +22,7 @@ def make(config: DeltaConfig) -> Method:
   """The method 'prompt'."""
 
   def declared(model: ModelConfig) -> Weight:
-    return Weight((1, config.prompts, model.d_model), ('slot', None, 'embed'),
+    return Weight((1, config.vectors, model.d_model), ('slot', None, 'embed'),
                   lambda key, shape: jax.random.uniform(key, shape, minval=-0.5, maxval=0.5))
 
   return Method(prompt=declared)
@@ -54,22 +54,22 @@ def first_tokens(config: DeltaConfig, vocabulary: Vocabulary, seed: int) -> list
     if not all(words):
       empty = config.prompt_words[words.index([])]
       raise ConfigError(f'DeltaConfig.prompt_words: {empty!r} has no token in {vocabulary.spec}.')
-    return words + _sampled(config.prompts - len(words), vocabulary, seed)
+    return words + _sampled(config.vectors - len(words), vocabulary, seed)
   if config.prompt_init == 'text':
     ids = vocabulary.encode(config.prompt_text)
     if not ids:
       raise ConfigError(f'DeltaConfig.prompt_text = {config.prompt_text!r} has no token in {vocabulary.spec}.')
-    return np.resize(np.array(ids, np.int32), config.prompts)[:, None].tolist()
-  return _sampled(config.prompts, vocabulary, seed) if config.prompt_init == 'vocabulary' else []
+    return np.resize(np.array(ids, np.int32), config.vectors)[:, None].tolist()
+  return _sampled(config.vectors, vocabulary, seed) if config.prompt_init == 'vocabulary' else []
 
 
 def from_file(config: DeltaConfig, d_model: int) -> np.ndarray | None:
-  """The vectors [prompts, d_model] in DeltaConfig.prompt_file, of whatever base they were trained on; None where it names none.
+  """The vectors [vectors, d_model] in DeltaConfig.prompt_file, of whatever base they were trained on; None where it names none.
 
   Raises:
     ConfigError: they cannot be read, or are more, fewer or of another width.
   """
-  if config.prompt_init != 'file' or not config.prompts:
+  if config.prompt_init != 'file' or not config.vectors:
     return None
   name = f'DeltaConfig.prompt_file = {config.prompt_file!r}'
   if epath.Path(config.prompt_file).is_dir():
@@ -83,9 +83,9 @@ def from_file(config: DeltaConfig, d_model: int) -> np.ndarray | None:
     except (OSError, ValueError, EOFError) as error:
       raise ConfigError(f'{name} cannot be read as an array of NumPy, nor is it the folder of a delta '
                         f'({one_line(str(error))}).') from None
-  if not isinstance(found, np.ndarray) or found.shape != (config.prompts, d_model):
-    raise ConfigError(f'{name} has the shape {getattr(found, "shape", None)}; expected {(config.prompts, d_model)}, of '
-                      f'{config.prompts} vectors of ModelConfig.d_model.')
+  if not isinstance(found, np.ndarray) or found.shape != (config.vectors, d_model):
+    raise ConfigError(f'{name} has the shape {getattr(found, "shape", None)}; expected {(config.vectors, d_model)}, of '
+                      f'{config.vectors} vectors of ModelConfig.d_model.')
   if not np.issubdtype(found.dtype, np.floating) or not np.isfinite(found).all():
     raise ConfigError(f'{name}: expected finite floating-point numbers.')
   return found.astype(np.float32)
