@@ -4,10 +4,10 @@
     python tools/benchmarks/tuning_cost.py [--repeats=9] [--threads=2] [--json=FILE]
 
 The same model, batch and float32 on both sides. Each case runs in a process of its own, and they take turns, so that other
-load on the machine hits all of them. `step` is the median of wall time, `CPU` of the processor's, `of full` compares a case with
-full tuning on its side. `memory` is what the process holds at its peak beyond what it held before the model was made; `program`
-is what XLA says that the arguments and temporaries of a step take. `saved` is a checkpoint: what is trained, and the optimizer's
-state.
+load on the machine hits all of them. `step` is the median of wall time, `CPU` of the processor's, `of full` compares a case
+with full tuning on its side. `memory` is what the process holds at its peak beyond what it held before the model was made;
+`program` is what XLA says that the arguments and temporaries of a step take. `saved` is the size of a checkpoint: of what is
+trained, and of the optimizer's state.
 """
 
 import argparse
