@@ -1,7 +1,11 @@
 """Prompts: vectors before the inputs of a frozen base, in batches, in the model, in answers."""
 
 import dataclasses
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import train as training
 from t5x_cpm.vocabularies import load
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 base_dir = test_tuning.base_dir
 P = 5
 FEATURES = ('input_tokens', 'segment_ids', 'positions')
@@ -190,3 +195,37 @@ def test_who_sees_whom(sight):
   with_vectors = np.abs(encode(other, batch) - before).max(axis=(0, 2))
   assert ((with_words[:P] > 1e-6) == sight[0]).all() and (with_words[P:] > 1e-6).all()
   assert ((with_vectors[P:] > 1e-6) == sight[1]).all() and (with_vectors[:P] > 1e-6).all()
+
+
+@pytest.mark.slow
+def test_a_prompt_first_and_then_everything(base_dir, tmp_path):
+  """The two stages of CPM-2, as commands."""
+  first, both = tmp_path / 'first', tmp_path / 'both'
+  config = test_tuning.tuned(base_dir, delta=PROMPT, steps=2)
+  training.run(config, str(first))
+  flags = [f'--gin.{name}={value!r}' for name, value in (
+      ('TaskConfig.name', 'local'), ('TaskConfig.objective', 'pairs'), ('TaskConfig.encoder_length', 32),
+      ('TaskConfig.decoder_length', 16), ('LocalTaskConfig.files', config.local_task.files), ('TrainConfig.batch_size', 4),
+      ('TaskConfig.cache_dir', str(base_dir.parent)), ('LocalTaskConfig.validation_fraction', 0.2))]
+
+  def command(mode, *arguments):
+    done = subprocess.run([sys.executable, '-m', 't5x_cpm', mode, *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+    return done.returncode, done.stdout + done.stderr
+
+  for steps, learning_rate in ((0, 0.0), (2, 0.0), (3, 0.1)):  # at rate 0 what is stored is what stage one ended with
+    code, said = command('train', f'--init_from={first}', f'--model_dir={both}-{learning_rate}', *flags,
+                         f'--gin.TrainConfig.steps={steps}', f'--gin.OptimizerConfig.learning_rate={learning_rate}')
+    assert code == 0, said
+  one, same, other = (inference.load(path) for path in (first, f'{both}-0.0', f'{both}-0.1'))
+  for a, b, c in zip(*map(jax.tree.leaves, (one.program.params, same.program.params, other.program.params)), strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
+  assert one.generate('四', max_new_tokens=8) == same.generate('四', max_new_tokens=8)
+  assert not (tmp_path / 'both-0.0' / 'delta').exists()
+  for mode, arguments, message in (
+      ('train', [f'--base={both}-0.1', '--gin_file=gin/runs/lora.gin', f'--model_dir={tmp_path}/no', *flags], 'together with'),
+      ('train', ['--gin.DeltaConfig.train_base=True', '--gin.DeltaConfig.method=prompt', f'--model_dir={tmp_path}/no', *flags,
+                 f'--gin.TaskConfig.vocabulary={config.task.vocabulary}'], '--init_from=DIR')):
+    code, said = command(mode, *arguments)
+    assert code == 2 and message in said, said

@@ -280,6 +280,9 @@ def read_run(model_dir: Any, step: int | None = None) -> RunInfo:
 
 def check_is_model(model_dir: Any, config: Config) -> None:
   """Raises CheckpointError if the run in a model_dir, configured so, trained a delta, and no model of its own."""
+  if config.delta.train_base:
+    raise CheckpointError(f'{model_dir} holds a model that was trained together with a delta ({config.delta.method}): `infer`, '
+                          '`eval` and --init_from take it, but what needs a plain model does not.')
   if config.delta.method:
     raise CheckpointError(f'{model_dir} holds no model, but a delta ({config.delta.method}) on {config.delta.base}: `infer` '
                           'and `eval` take it, but what needs a whole model takes its base.')

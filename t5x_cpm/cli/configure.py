@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_cpm.cli.parse import Arguments
-from t5x_cpm.config import Config, ConfigError, MeshConfig, TaskConfig
+from t5x_cpm.config import Config, ConfigError, DeltaConfig, MeshConfig, TaskConfig
 from t5x_cpm.config.fields import as_count, one_line
 
 
@@ -85,13 +85,16 @@ def vocabulary_of(model_dir: str) -> str:
 
 
 def origin(source: str, model_dir: str) -> Config:
-  """The configuration that a run inherits from the run `source`: its model and its vocabulary."""
+  """The configuration that a run inherits from the run `source`: model and vocabulary, and a delta that trains on with them."""
   from t5x_cpm.checkpoints import run_directory
 
   if model_dir and run_directory.scan(run_directory.resolve(model_dir))[0]:  # a resumed run has its own; the source may be gone
     own = run_directory.read_run(model_dir).config
-    return Config(model=own.model, task=TaskConfig(vocabulary=own.task.vocabulary))
-  return Config(model=run_directory.read_run(source).config.model, task=TaskConfig(vocabulary=vocabulary_of(source)))
+    return Config(model=own.model, task=TaskConfig(vocabulary=own.task.vocabulary),
+                  delta=own.delta if own.delta.train_base else DeltaConfig())
+  theirs = run_directory.read_run(source).config
+  delta = dataclasses.replace(theirs.delta, base='', train_base=bool(theirs.delta.method))
+  return Config(model=theirs.model, task=TaskConfig(vocabulary=vocabulary_of(source)), delta=delta)
 
 
 def check_routers(config: Config) -> None:
@@ -132,6 +135,8 @@ def make_config(arguments: Arguments) -> Config:
     base = dataclasses.replace(tasks.located(run.config, run.started.get('folder', '')), mesh=MeshConfig())
   elif source or frozen:
     base = origin(source or frozen, model_dir)
+    if frozen:  # a base that has a delta is refused later
+      base = dataclasses.replace(base, delta=DeltaConfig())
   if source:
     overrides.append(f'TrainConfig.init_from={source!r}')
   if frozen:

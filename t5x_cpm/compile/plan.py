@@ -122,7 +122,7 @@ def _needed(config: Config, step: str) -> float:
   """Floating-point operations that the model needs for a step, all chips together."""
   S, T = config.task.encoder_length, config.task.decoder_length
   if step == 'train':
-    return flops.model_flops(config.model, *_token_slots(config, step), S, T, frozen=bool(config.delta.method))
+    return flops.model_flops(config.model, *_token_slots(config, step), S, T, frozen=config.delta.frozen)
   return flops.inference_flops(config.model, step, config.infer.batch_size, S, T)
 
 

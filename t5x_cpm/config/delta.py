@@ -18,6 +18,7 @@ class DeltaConfig(Typed):
 
   method: str = ''  # 'prompt', 'lora', 'ia3', 'adapter', 'bitfit'; several are joined by '+'; '' trains all parameters
   base: str = free('')  # the model_dir of the base; `--base` sets it
+  train_base: bool = False  # train the base and the delta of another run together; --init_from with a delta's run sets it
   base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
   prompt_length: int = 100  # of 'prompt': how many vectors stand before the input of the encoder
   lengths: tuple[int, ...] = ()  # of 'prompt': instead of that, how many stand in each <prompt> of the task's inputs_template
@@ -53,6 +54,9 @@ class DeltaConfig(Typed):
     if len(self.prompt_words) > self.vectors > 0:
       raise ConfigError(f'DeltaConfig.prompt_words has {len(self.prompt_words)} words for {self.vectors} vectors: give as many '
                         'as there are vectors, or fewer.')
+    if self.train_base and (self.base or not self.method):
+      raise ConfigError('DeltaConfig.train_base = True trains what another run has, base and delta: give --init_from with the '
+                        'model_dir of a run that trained a delta, and no --base.')
     if self.base and not self.method:
       raise ConfigError(f"DeltaConfig.base = {shown(self.base)} with DeltaConfig.method = '': set the method, for example to "
                         "'lora', to train a delta on that base.")
@@ -64,6 +68,11 @@ class DeltaConfig(Typed):
   def methods(self) -> tuple[str, ...]:
     """The names of the methods."""
     return tuple(self.method.split('+')) if self.method else ()
+
+  @property
+  def frozen(self) -> bool:
+    """Whether a base stays as it is beside the delta."""
+    return bool(self.method) and not self.train_base
 
   @property
   def parts(self) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm import tuning
-from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.config import Config, row_features
 from t5x_cpm.inference import decode
 from t5x_cpm.models import attention, encoder_decoder
@@ -138,12 +137,7 @@ class Functions:
 
 def read_params(functions: Functions, model_dir: Any, step: int) -> Params:
   """The parameters of a checkpoint, as the functions take them, with its base if it is a delta. A device reads its own part."""
-  if not functions.config.delta.method:
-    return functions.prepare(arrays.load_params(model_dir, step=step, into=functions.stored))
-  base = tuning.find(functions.config.delta.base, run_directory.read_run(model_dir, step).info['base'])
-  into = {name: tree for name, tree in functions.stored.items() if name != 'delta'}
-  delta = arrays.load_params(model_dir, step=step, into={'delta': functions.stored['delta']})
-  return functions.prepare(tuning.load(base, into) | delta)
+  return functions.prepare(tuning.load_whole(model_dir, step, functions.config.delta, functions.stored))
 
 
 class Resident:

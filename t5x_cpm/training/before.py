@@ -72,16 +72,18 @@ def check_sentinels(config: Config, found: vocabularies.Vocabulary) -> None:
                         f"{expected:.0f}. Set a shorter encoder_length, a larger mean_span_length, or objective 'isolated'.")
 
 
-def check_source(field: str, model_dir: str, found: vocabularies.Vocabulary) -> None:
+def check_source(field: str, model_dir: str, found: vocabularies.Vocabulary, with_delta: bool = False) -> None:
   """Raises ConfigError if the run in model_dir, from which another starts, has another vocabulary, or no model.
 
   Args:
     field: the field of the configuration that names the run.
     model_dir: its value.
     found: the vocabulary of the other run.
+    with_delta: whether the other run may have a delta.
   """
   run = run_directory.read_run(model_dir)
-  run_directory.check_is_model(model_dir, run.config)
+  if not with_delta:
+    run_directory.check_is_model(model_dir, run.config)
   theirs = run.info.get('vocabulary')
   if theirs != found.fingerprint:
     flag = '--' + field.rpartition('.')[2]
@@ -97,12 +99,15 @@ def check(config: Config, model_dir: Any = '') -> None:
     config: the run, with its ModelConfig.vocab_size resolved.
     model_dir: where it will write; a run that continues there no longer reads TrainConfig.init_from.
   """
-  if config.delta.method and not config.delta.base:
+  if config.delta.train_base and not config.train.init_from and not has_begun(model_dir):
+    raise ConfigError('DeltaConfig.train_base = True goes on from a delta and its base: give --init_from=DIR, the model_dir of '
+                      'the run that trained the delta.')
+  if config.delta.frozen and not config.delta.base:
     raise ConfigError(f'DeltaConfig.method = {config.delta.method!r} trains a delta on another run: give --base=DIR, its '
                       'model_dir.')
   found = vocabulary(config)
   if config.train.init_from and not has_begun(model_dir):  # first: its vocabulary decides, not ModelConfig.vocab_size
-    check_source('TrainConfig.init_from', config.train.init_from, found)
+    check_source('TrainConfig.init_from', config.train.init_from, found, config.delta.train_base)
   if config.delta.base:
     check_source('DeltaConfig.base', config.delta.base, found)
   vocabularies.check_size(config.model, found)

@@ -23,7 +23,7 @@ def find(config: Config, model_dir: Any) -> tuning.Base | None:
     ConfigError: there is none, or it is not the one that the run began with; or DeltaConfig.prompt_file cannot be what a new
       run begins with.
   """
-  if not config.delta.method:
+  if not config.delta.frozen:
     return None
   if not before.has_begun(model_dir):
     tuning.prompt.from_file(config.delta, config.model.d_model)
@@ -53,7 +53,7 @@ def tell(base: tuning.Base, config: Config, step: Step, say: Callable[[str], Non
 
 def initial(config: Config, state: State, frozen: Frozen, vocabulary: Vocabulary) -> State:
   """A fresh state, in which a prompt is what DeltaConfig.prompt_init says."""
-  if not config.delta.prompts:
+  if not config.delta.prompts or config.train.init_from:
     return state
   table = state['params']['delta']['prompt']['table']
   vectors: Any = tuning.prompt.from_file(config.delta, table.shape[-1])

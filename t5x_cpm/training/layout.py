@@ -136,7 +136,7 @@ def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | Non
   for rules in (param_rules, optimizer_rules):
     mesh_lib.check_tree_divides(mesh, _abstract(everything), _axes(everything), rules)
   group_rows = _group_rows(config, model, mesh)
-  leaves, base = _in_two(everything, ('delta',) if trained is None and config.delta.method else trained)
+  leaves, base = _in_two(everything, ('delta',) if trained is None and config.delta.frozen else trained)
   by_gradient = trees.split(leaves, leaves, lambda leaf: leaf.has_gradient)[0]
   tx = optimizer.make(config.optimizer, config.train.steps, by_gradient)
 

@@ -154,7 +154,7 @@ class Writers:
     model, task = self._config.model, self._config.task
     per_step = flops.model_flops(
         model, values['encoder_tokens'], values['decoder_tokens'], task.encoder_length, task.decoder_length,
-        frozen=bool(self._config.delta.method))
+        frozen=self._config.delta.frozen)
     rate = self._steps / self._seconds
     result = {
         'steps_per_second': rate, 'tokens_per_second': self._tokens / self._seconds, 'model_flops_per_second': per_step * rate}

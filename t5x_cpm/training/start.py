@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from t5x_cpm.checkpoints import arrays, run_directory
+from t5x_cpm import tuning
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config
@@ -24,7 +25,8 @@ def fresh(config: Config, step: Step, frozen: Frozen) -> State:
   """
   state = step.init(jax.random.key(config.train.seed), frozen)
   if config.train.init_from:
-    state['params'] = arrays.load_params(config.train.init_from, into=step.abstract_state['params'])
+    source = run_directory.read_run(config.train.init_from)
+    state['params'] = tuning.load_whole(config.train.init_from, source.step, source.config.delta, step.abstract_state['params'])
     state = step.complete(host_memory.saved(state))
   return state
 

@@ -64,7 +64,7 @@ def find(model_dir: Any, wanted: str | None = None) -> Base:
 def held(leaves: Any, config: DeltaConfig) -> Any:
   """Shapes of parameters, from their leaves: of a base in the type that a delta run holds it in, but routers keep theirs."""
   def shape(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    is_base = config.method and leaf.casts and not leaf.name.startswith('delta/')
+    is_base = config.frozen and leaf.casts and not leaf.name.startswith('delta/')
     return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.base_dtype if is_base else leaf.dtype))
 
   return jax.tree.map(shape, leaves)
@@ -73,3 +73,18 @@ def held(leaves: Any, config: DeltaConfig) -> Any:
 def load(base: Base, into: Any) -> Any:
   """The weights of a base, with the shapes, types and shardings of `into`."""
   return arrays.load_params(base.model_dir, step=base.step, into=into)
+
+
+def load_whole(model_dir: Any, step: int, config: DeltaConfig, into: Any) -> Any:
+  """The parameters of a checkpoint, together with those of its base where it holds a delta alone.
+
+  Args:
+    model_dir, step: say which checkpoint.
+    config: `base` says where the base lies now.
+    into: shapes, types and shardings of all parameters.
+  """
+  if not config.frozen:
+    return arrays.load_params(model_dir, step=step, into=into)
+  base = find(config.base, run_directory.read_run(model_dir, step).info['base'])
+  delta = arrays.load_params(model_dir, step=step, into={'delta': into['delta']})
+  return load(base, {name: tree for name, tree in into.items() if name != 'delta'}) | delta
