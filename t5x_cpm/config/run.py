@@ -55,7 +55,7 @@ class TaskConfig(Typed):
 
   name: str = 'quickstart'  # the task or mixture; `t5x_cpm tasks` lists them
   vocabulary: str = ''  # 'cpm2:FILE', 'cpm1:FILE', 'sentencepiece:FILE'; '' is the task's own
-  objective: str = 'isolated'  # 'isolated', 'cpm2', 't5', or 'pairs' for tasks that have inputs and targets of their own
+  objective: str = 'isolated'  # 'isolated', 'cpm2', 't5', 'prefix_lm', or 'pairs' for tasks that have inputs and targets
   target_form: str = 'text'  # for 'pairs': targets and an end of sequence ('text'); or, as CPM-2, between sentinels ('span')
   encoder_length: int = 512  # encoder tokens of a row, padding included
   decoder_length: int = 128  # decoder tokens of a row, padding included
@@ -65,7 +65,7 @@ class TaskConfig(Typed):
   cache_processes: int = free(0)  # processes that make a cache; 0: one per core
 
   def validate(self) -> None:
-    choice(self, 'objective', ('isolated', 'cpm2', 't5', 'pairs'))
+    choice(self, 'objective', ('isolated', 'cpm2', 't5', 'prefix_lm', 'pairs'))
     choice(self, 'target_form', ('text', 'span'))
     if self.target_form == 'span' and self.objective != 'pairs':
       raise ConfigError(f"TaskConfig.target_form = 'span' is a form of pairs, and TaskConfig.objective = {self.objective!r}: "

@@ -1,5 +1,6 @@
-"""Objectives 'isolated' and 't5': documents are cut into pieces, and each piece is corrupted by itself."""
+"""Objectives 'isolated', 't5' and 'prefix_lm': documents are cut into pieces, and each is corrupted or continued by itself."""
 
+import abc
 import functools
 import pathlib
 from collections.abc import Iterator
@@ -108,7 +109,72 @@ def _lengths(longest: int) -> np.ndarray:
   return np.maximum(np.arange(longest + 1), 2)
 
 
-class Pieces(Packed):
+class Cut(Packed):
+  """Rows of pieces of documents. A subclass says how many slots a piece takes, and what it puts there.
+
+  Attributes:
+    with_end: whether a document is followed by an end of document, which then is a token of its last piece.
+    purpose: what a document may be too short for.
+  """
+
+  with_end: bool
+  purpose: str
+
+  def _open(self, longest: int, name: str) -> None:
+    """Finds the pieces, of at most `longest` tokens. `name` says what their slots depend on beside the length of a row."""
+    self.documents = self.cache.lengths(self.split, 'targets')
+    longest = self._choose_longest(longest, name)
+    found = table(self.folder, self.split, self.documents, longest, self.with_end, self.cache.identity)
+    self.left_out = found['dropped']
+    self.facts = {'longest_piece': longest, 'too_short': self.left_out}
+    self._pack(self._sizes(longest), np.array(found['counts'], np.int64),
+               index.load(self.folder, found['name'], 'members', np.int64))
+
+  def describe(self) -> str:
+    """See the base class."""
+    unfit = f'{self.left_out:,} too short {self.purpose}' if self.left_out else ''
+    pieces = f'{counted(int(self.counts.sum()), "piece")} of at most {self.facts["longest_piece"]:,} tokens'
+    return in_words(self.cache.info['splits'][self.split], unfit=unfit, after=f', {pieces}')
+
+  @abc.abstractmethod
+  def _sizes(self, longest: int) -> np.ndarray:
+    """[longest + 1, 2] encoder and decoder slots of a piece of each length."""
+
+  def _choose_longest(self, longest: int, name: str) -> int:
+    """Takes shorter pieces where those that just fit leave over 10 % of the slots empty, as when all documents have 300 tokens.
+
+    Halves, thirds and quarters of the longest piece fill rows whatever the lengths of the documents; they are taken where
+    that saves 5 % of the rows.
+    """
+    return index.store(self.folder, f'{self.split}.cut-{self.room[0]}-{self.room[1]}-{name}',
+                       lambda prefix: {'longest': self._try_lengths(longest)},
+                       {'longest': range(SHORTEST, longest + 1)}, self.cache.identity)['longest']
+
+  def _try_lengths(self, longest: int) -> int:
+    rows, documents = {}, np.asarray(self.documents)
+    for divisor in range(1, 5):
+      length = longest // divisor
+      if length < 8:
+        break
+      counts, sizes = histogram(documents, length, self.with_end), self._sizes(length)
+      rows[length] = packing.pack(sizes, counts, self.room, self.most).rows
+      if (counts @ sizes / self.room).max() >= 0.9 * rows[length]:
+        break
+    best = min(rows, key=rows.__getitem__, default=longest)
+    return best if best == longest or rows[best] < 0.95 * rows[longest] else longest
+
+  def _read(self, members: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The tokens of pieces, flat, with the ends of documents."""
+    start, ends = members >> 1, (members & 1).astype(bool)
+    token = objectives.ranges(start, length)
+    last = (np.cumsum(length) - 1)[ends]
+    token[last] -= 1  # the end of document is not in the cache
+    tokens = self.tokens['targets'][token].astype(np.int32)
+    tokens[last] = self.vocabulary.eos_id
+    return tokens
+
+
+class Pieces(Cut):
   """Rows of corrupted pieces: 'isolated' and 't5'.
 
   'isolated' has CPM-2's form, with an end of document, and masks spans anywhere in a piece. 't5' has T5's form, without an
@@ -122,7 +188,9 @@ class Pieces(Packed):
       ConfigError: a row is too short for any piece.
     """
     super().__init__(cache, split, config, vocabulary)
+    self.purpose = 'for a mask'
     self.t5 = self.task.objective == 't5'
+    self.with_end = not self.t5
     if not self.t5:
       self.rules = {SPANS: 'anywhere in a piece; earlier versions always masked its end'}
     longest = objectives.longest_piece(*self.room, self.task.noise_density, self.task.mean_span_length, len(self.sentinels),
@@ -130,58 +198,47 @@ class Pieces(Packed):
     if longest < SHORTEST:
       raise ConfigError(f'TaskConfig.encoder_length = {self.room[0]} and decoder_length = {self.room[1]} do not hold a piece '
                         f'of {SHORTEST} tokens with {len(self.sentinels)} sentinels: set longer ones.')
-    self.documents = cache.lengths(split, 'targets')
-    longest = self._choose_longest(longest)
-    found = table(self.folder, split, self.documents, longest, not self.t5, cache.identity)
-    self.noise, self.spans = objectives.noise_counts(_lengths(longest), self.task.noise_density, self.task.mean_span_length)
-    self.left_out = found['dropped']
-    self.facts = {'longest_piece': longest, 'too_short': self.left_out}
-    self._pack(self._sizes(longest), np.array(found['counts'], np.int64),
-               index.load(self.folder, found['name'], 'members', np.int64))
-
-  def describe(self) -> str:
-    """See the base class."""
-    unfit = f'{self.left_out:,} too short for a mask' if self.left_out else ''
-    pieces = f'{counted(int(self.counts.sum()), "piece")} of at most {self.facts["longest_piece"]:,} tokens'
-    return in_words(self.cache.info['splits'][self.split], unfit=unfit, after=f', {pieces}')
+    self._open(longest, f'{self.task.noise_density}-{self.task.mean_span_length}-{len(self.sentinels)}-{int(self.t5)}')
+    self.noise, self.spans = objectives.noise_counts(
+        _lengths(self.facts['longest_piece']), self.task.noise_density, self.task.mean_span_length)
 
   def _sizes(self, longest: int) -> np.ndarray:
-    """[longest + 1, 2] encoder and decoder slots of a piece of each length."""
     return np.stack(objectives.corrupted_lengths(_lengths(longest), self.task.noise_density, self.task.mean_span_length,
                                                  self.t5), axis=1)
 
-  def _choose_longest(self, longest: int) -> int:
-    """Takes shorter pieces where those that just fit leave over 10 % of the slots empty, as when all documents have 300 tokens.
+  def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:
+    tokens, start, noise, spans = self._read(members, class_ids), members >> 1, self.noise[class_ids], self.spans[class_ids]
+    drawn = objectives.draw_spans(objectives.combine(keys, start), class_ids, noise, spans, anywhere=not self.t5)
+    return objectives.corrupt(tokens, class_ids, drawn, noise, self.sentinels, start=self.vocabulary.bos_id,
+                              eos=self.vocabulary.eos_id if self.t5 else None)
 
-    Halves, thirds and quarters of the longest piece fill rows whatever the lengths of the documents; they are taken where
-    that saves 5 % of the rows.
-    """
-    name = (f'{self.split}.cut-{self.room[0]}-{self.room[1]}-{self.task.noise_density}-{self.task.mean_span_length}-'
-            f'{len(self.sentinels)}-{int(self.t5)}')
-    return index.store(self.folder, name, lambda prefix: {'longest': self._try_lengths(longest)},
-                       {'longest': range(SHORTEST, longest + 1)}, self.cache.identity)['longest']
 
-  def _try_lengths(self, longest: int) -> int:
-    rows, documents = {}, np.asarray(self.documents)
-    for divisor in range(1, 5):
-      length = longest // divisor
-      if length < 8:
-        break
-      counts, sizes = histogram(documents, length, not self.t5), self._sizes(length)
-      rows[length] = packing.pack(sizes, counts, self.room, self.most).rows
-      if (counts @ sizes / self.room).max() >= 0.9 * rows[length]:
-        break
-    best = min(rows, key=rows.__getitem__, default=longest)
-    return best if best == longest or rows[best] < 0.95 * rows[longest] else longest
+class Continuations(Cut):
+  """Rows of pieces that are cut in two: 'prefix_lm' (Raffel et al. 2020), to which Lester et al. (2021) adapt a model.
+
+  The encoder reads what is before the cut and an end of sequence, as the inputs of a pair have one; the decoder writes the
+  rest, with an end of document where the document ends, and without one where only the piece does. All cuts by which each side
+  has a token and fits its row are equally likely.
+  """
+
+  def __init__(self, cache: cache_lib.Cache, split: str, config: Config, vocabulary: Vocabulary):
+    super().__init__(cache, split, config, vocabulary)
+    self.with_end, self.purpose = True, 'to be cut'
+    # The longest pieces fill the encoder up to some place in its last half decoder, so that their cut still varies.
+    self._open(self.room[0] + self.room[1] // 2, 'prefix_lm')
+
+  def _sizes(self, longest: int) -> np.ndarray:
+    length = _lengths(longest)
+    return np.stack([np.minimum(length, self.room[0]), np.minimum(length - 1, self.room[1])], axis=1)
 
   def _segments(self, members: np.ndarray, class_ids: np.ndarray, keys: np.ndarray) -> Segments:
-    length, start, ends = class_ids, members >> 1, (members & 1).astype(bool)
-    token = objectives.ranges(start, length)
-    last = (np.cumsum(length) - 1)[ends]
-    token[last] -= 1  # the end of document is not in the cache
-    tokens = self.tokens['targets'][token].astype(np.int32)
-    tokens[last] = self.vocabulary.eos_id
-    noise, spans = self.noise[length], self.spans[length]
-    drawn = objectives.draw_spans(objectives.combine(keys, start), length, noise, spans, anywhere=not self.t5)
-    return objectives.corrupt(tokens, length, drawn, noise, self.sentinels, start=self.vocabulary.bos_id,
-                              eos=self.vocabulary.eos_id if self.t5 else None)
+    tokens, length = self._read(members, class_ids), class_ids.astype(np.int64)
+    first = np.maximum(length - self.room[1], 1)
+    choices = np.minimum(length - 1, self.room[0] - 1) - first + 1
+    drawn = objectives.combine(keys, members >> 1) >> np.uint64(32)
+    before = first + (drawn * choices.astype(np.uint64) >> np.uint64(32)).astype(np.int64)  # tokens before the cut
+    is_input = objectives.ramp(length) < np.repeat(before, length)
+    inputs, inputs_length = objectives.append(tokens[is_input], before, self.vocabulary.eos_id)
+    targets, targets_length = tokens[~is_input], length - before
+    return Segments(inputs_length, inputs, targets_length,
+                    objectives.shift_right(targets, targets_length, self.vocabulary.bos_id), targets)

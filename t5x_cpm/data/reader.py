@@ -14,14 +14,15 @@ from t5x_cpm.config import Config, ConfigError, row_features
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import objectives, packing
 from t5x_cpm.data.pairs import Pairs
-from t5x_cpm.data.pieces import Pieces
+from t5x_cpm.data.pieces import Continuations, Pieces
 from t5x_cpm.data.rows import FIXED_SEED, Component, RowSegments
 from t5x_cpm.data.streams import Windows
 from t5x_cpm.vocabularies import Vocabulary
 
 Batch = dict[str, np.ndarray]
 EVERY = slice(None)  # every row of a batch
-COMPONENTS: dict[str, type[Component]] = {'isolated': Pieces, 't5': Pieces, 'cpm2': Windows, 'pairs': Pairs}  # by objective
+COMPONENTS: dict[str, type[Component]] = {  # by objective
+    'isolated': Pieces, 't5': Pieces, 'cpm2': Windows, 'prefix_lm': Continuations, 'pairs': Pairs}
 _TOKENS = {'encoder': {'encoder_tokens': 'encoder_input_tokens'},
            'decoder': {'decoder_inputs': 'decoder_input_tokens', 'decoder_targets': 'decoder_target_tokens'}}
 
@@ -212,7 +213,7 @@ def open_reader(path: pathlib.Path, config: Config, split: str, *, vocabulary: V
       continue
     if ('inputs' in cache.features) != (config.task.objective == 'pairs'):
       what, wanted = (('inputs and targets', "'pairs'") if 'inputs' in cache.features else
-                      ('text only', "'isolated', 'cpm2' or 't5'"))
+                      ('text only', "'isolated', 'cpm2', 't5' or 'prefix_lm'"))
       raise ConfigError(f'TaskConfig.objective = {config.task.objective!r}, but task {cache.name!r} has {what}: expected '
                         f'{wanted}.')
     component = COMPONENTS[config.task.objective](cache, split, config, own)

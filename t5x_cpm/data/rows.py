@@ -19,6 +19,7 @@ from t5x_cpm.data.objectives import Segments
 from t5x_cpm.vocabularies import Vocabulary
 
 FIXED_SEED = 233  # for what is drawn once, whatever the seed of the run; CPM-2's preprocessing has the same
+WITHOUT_SENTINELS = ('pairs', 'prefix_lm')  # objectives that mark no spans
 
 BLANK_FILES = 'blank_files'  # among the reasons for which documents are left out, in cache.json: files without any
 
@@ -77,10 +78,10 @@ class Component(abc.ABC):
       ConfigError: the objective needs sentinels, and the vocabulary has none.
     """
     objective = config.task.objective
-    if not vocabulary.sentinels and objective != 'pairs':
+    if not vocabulary.sentinels and objective not in WITHOUT_SENTINELS:
       raise ConfigError(f'TaskConfig.objective = {objective!r} marks masked spans with sentinels, and {vocabulary.spec!r} has '
-                        "none (CPM-1's have none): only TaskConfig.objective = 'pairs' works with it, or set another "
-                        'TaskConfig.vocabulary.')
+                        "none (CPM-1's have none): only TaskConfig.objective = 'pairs' and 'prefix_lm' work with it, or "
+                        'set another TaskConfig.vocabulary.')
     self.cache, self.split, self.task, self.rules = cache, split, config.task, {}
     self.name, self.checksum, self.vocabulary = cache.name, cache.info['checksum'], vocabulary
     self.folder = cache.path / 'index'

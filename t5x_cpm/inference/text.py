@@ -5,9 +5,10 @@ end with a blank gets one more, which asks for what would follow, and the answer
 masks the end of every piece, so that all its inputs are so. Where spans may lie anywhere, a text with a single blank is still
 much shorter in training than most that users write: models fill it better in this form than where it ends as a document does.
 
-A model that was trained on inputs and targets knows no blanks: whatever is written in its inputs is text. Where its targets
-stood between sentinels (TaskConfig.target_form = 'span'), the first sentinel ends its inputs. A model with a prompt of several
-parts has each where the input says <prompt>; one part may be left out, and then stands before the input.
+A model that was trained on inputs and targets, or to continue texts, knows no blanks: whatever is written in its inputs is
+text. Where its targets stood between sentinels (TaskConfig.target_form = 'span'), the first sentinel ends its inputs. A model
+with a prompt of several parts has each where the input says <prompt>; one part may be left out, and then stands before the
+input.
 """
 
 import dataclasses
@@ -121,7 +122,7 @@ class Codec:
     prefix: tokens that the decoder reads before it writes.
     end: tokens with which inputs and targets end.
     parts: how many tokens, which stand for the vectors of a delta, take the place of each <prompt> of an input.
-    is_pairs: whether the model was trained on inputs and targets; else it fills blanks.
+    is_pairs: whether the model was trained on inputs and targets, its own or the two parts of a text; else it fills blanks.
     is_span: whether these targets stood between sentinels.
   """
 
@@ -138,9 +139,9 @@ class Codec:
     self.row = row_features.defaults(config) if row is None else row
     vectors = range(config.model.vocab_size, config.model.vocab_size + config.delta.vectors)
     self.prefix = (*vectors[config.delta.prompts:], vocabulary.bos_id)
-    self.is_pairs = config.task.objective == 'pairs'
+    self.is_pairs = config.task.objective in ('pairs', 'prefix_lm')
     self.is_span = self.is_pairs and config.task.target_form == 'span'
-    self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs') and not self.is_span else []
+    self.end = [vocabulary.eos_id] if config.task.objective in ('t5', 'pairs', 'prefix_lm') and not self.is_span else []
     self.parts, self._first_vector = config.delta.parts, config.model.vocab_size
     self._number = {token: k for k, token in enumerate(vocabulary.sentinels)}
 

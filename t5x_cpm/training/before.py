@@ -11,6 +11,7 @@ from t5x_cpm import tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import cache as cache_lib
+from t5x_cpm.data import rows
 from t5x_cpm.tasks import caches
 
 # Of the spans that a window of 'cpm2' has on average, some documents have fewer, because counts are rounded.
@@ -58,6 +59,8 @@ def check_sentinels(config: Config, found: vocabularies.Vocabulary) -> None:
     if task.target_form == 'span' and sentinels < 2:
       raise ConfigError(f"TaskConfig.target_form = 'span', but the vocabulary {found.spec} has {sentinels} sentinels: set it "
                         "to 'text'.")
+    return
+  if task.objective in rows.WITHOUT_SENTINELS:
     return
   told = f'TaskConfig.objective = {task.objective!r}, but the vocabulary {found.spec} has {sentinels} sentinels'
   needed = 1 if task.objective == 't5' else 2  # a span, and what ends the targets
