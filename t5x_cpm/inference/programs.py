@@ -140,10 +140,11 @@ def read_params(functions: Functions, model_dir: Any, step: int) -> Params:
   """The parameters of a checkpoint, as the functions take them, with its base if it is a delta. A device reads its own part."""
   if not functions.config.delta.method:
     return functions.prepare(arrays.load_params(model_dir, step=step, into=functions.stored))
-  base = tuning.find(functions.config.delta.base, run_directory.read_run(model_dir, step).info['base'])
+  info, delta = run_directory.read_run(model_dir, step).info, functions.config.delta
+  base = tuning.find(delta.base, info['base'], allow_other=delta.allow_other_base, vocabulary=info['vocabulary'])
   into = {name: tree for name, tree in functions.stored.items() if name != 'delta'}
-  delta = arrays.load_params(model_dir, step=step, into={'delta': functions.stored['delta']})
-  return functions.prepare(tuning.load(base, into) | delta)
+  trained = arrays.load_params(model_dir, step=step, into={'delta': functions.stored['delta']})
+  return functions.prepare(tuning.load(base, into) | trained)
 
 
 class Resident:
