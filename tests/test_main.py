@@ -150,6 +150,7 @@ def test_tasks(call):
     (['eval', '--model_dir=x'], 'eval needs --tasks=NAME'),
     (['eval', '--model_dir=x', '--tasks=a', '--step=last'], '--step=last: expected the number of a checkpoint or all'),
     (['infer', '--model_dir=nowhere'], 'No checkpoint in .*nowhere: the directory does not exist'),
+    (['train', '--model_dir=x', '--allow_other_base'], 'is for the base of a delta, and this run trains none'),
     (['train', '--model_dir=x', '--init_from=nowhere'], 'No checkpoint in .*nowhere'),
     (['train', '--model_dir=x', '--profile_steps=5'], 'expected START:COUNT'),
     (['train', '--model_dir=x', '--import=no_such_module'], '--import=no_such_module: there is no module no_such_module'),

@@ -11,11 +11,12 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 from hostile import OTHER, SECRET, insult
 from small_training import ROOT, command, environment, losses, wait_for_step, write_run
 
-from t5x_cpm import backend
+from t5x_cpm import backend, tuning
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.cluster import group, launch
 from t5x_cpm.cluster import secret as secret_lib
@@ -324,6 +325,22 @@ def test_any_number_of_processes_trains_the_same_and_continues(folder):
     finish(folder, 'many', start_all(folder, 'many', steps, count))
   assert losses(folder, 'many') == pytest.approx(expected, rel=1e-5)
   assert (folder / 'many' / 'loss.png').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('processes')
+def test_two_processes_train_the_same_delta_as_one_and_write_it_once(folder):
+  more = (f'--base={folder / "one"}', '--gin.DeltaConfig.method=lora')
+  for name, count in (('delta_one', 1), ('delta_two', 2)):
+    finish(folder, name, start_all(folder, name, 6, count, *more))
+  assert losses(folder, 'delta_two') == pytest.approx(losses(folder, 'delta_one'), rel=1e-5)
+  one, two = (tuning.read(folder / name) for name in ('delta_one', 'delta_two'))
+  assert sorted(file.name for file in (folder / 'delta_two' / 'delta').iterdir()) == ['delta.json', 'weights-6.safetensors']
+  assert one.about['base'] == two.about['base'] and one.tensors.keys() == two.tensors.keys()
+  for name, value in one.tensors.items():
+    np.testing.assert_allclose(two.tensors[name], value, atol=1e-5)
+  told = [(folder / f'delta_two.out{index}').read_text() for index in range(2)]
+  assert ['parameters are trained' in text for text in told] == [True, False]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 from small_training import ROOT, command, environment, losses, run, wait_for_step, write_run
 
+from t5x_cpm import tuning
 from t5x_cpm.checkpoints import manager, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, read_run
 from t5x_cpm.config import ConfigError
@@ -44,6 +45,24 @@ def test_a_run_stopped_at_any_step_continues_bit_for_bit(folder, number):
   assert done.returncode == 0, done.stderr[-3000:]
   assert 'from step' in done.stdout
   assert losses(folder, name) == losses(folder, 'whole')
+
+
+@pytest.mark.slow
+def test_a_delta_that_was_killed_at_any_step_continues_bit_for_bit(folder):
+  more = (f'--base={folder / "whole"}', '--gin.DeltaConfig.method=lora', '--gin.CheckpointConfig.every=3')
+  done = run(folder, 'delta', 12, *more)
+  assert done.returncode == 0, done.stderr[-3000:]
+  process = subprocess.Popen(command(folder, 'killed', 12, *more), cwd=ROOT, env=environment(folder),
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  wait_for_step(folder, 'killed', 8, process)
+  process.kill()
+  process.wait(60)
+  before = tuning.read(folder / 'killed').about['step']  # what is there is complete, whenever the kill came
+  done = run(folder, 'killed', 12, *more)
+  assert done.returncode == 0 and 'from step' in done.stdout, done.stderr[-3000:]
+  assert losses(folder, 'killed') == losses(folder, 'delta')
+  digests = [tuning.read(folder / name).about['weights_digest'] for name in ('killed', 'delta')]
+  assert digests[0] == digests[1] and before in (3, 6, 9, 12)
 
 
 def test_a_reached_step_count_is_said_and_changes_nothing(folder):

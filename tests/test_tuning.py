@@ -220,7 +220,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(base_dir, whole, tmp_path):
   assert tuning.read(run).about['weights_digest'] == tuning.read(whole[0]).about['weights_digest']
 
 
-def test_a_delta_belongs_to_its_base(base_dir, whole, tmp_path):
+def test_a_delta_belongs_to_its_base(base_dir, whole, tmp_path, capsys):
   # Of a base that has trained on, or moved, the same weights are found; of another one they are not.
   run, other = whole[0], tmp_path / 'moved'
   shutil.copytree(base_dir, other)
@@ -230,6 +230,12 @@ def test_a_delta_belongs_to_its_base(base_dir, whole, tmp_path):
   shutil.rmtree(other / 'checkpoints' / '5')
   with pytest.raises(ConfigError, match='was trained on a base with the fingerprint'):
     inference.load(run, config=moved)
+  allowed = dataclasses.replace(moved, delta=dataclasses.replace(moved.delta, allow_other_base=True))
+  inference.load(run, config=allowed)
+  prints = [tuning.find(folder).fingerprint for folder in (base_dir, other)]
+  assert re.search(f'{prints[0]}.*{prints[1]} at step 3: it is used all the same', capsys.readouterr().err)
+  with pytest.raises(ConfigError, match='another vocabulary .* --allow_other_base does not allow'):
+    tuning.find(other, prints[0], allow_other=True, vocabulary='f00d')
   with pytest.raises(ConfigError, match='give --base=DIR'):
     training.run(dataclasses.replace(tuned(base_dir), delta=dataclasses.replace(LORA, base='')), str(tmp_path / 'twice'))
   source = dataclasses.replace(tuned(base_dir).train, init_from=str(run))

@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -51,13 +51,14 @@ class Manager:
   progress is completed even when an exception leaves the block.
   """
 
-  def __init__(self, model_dir: Any, config: Config, *, info: dict[str, Any]):
+  def __init__(self, model_dir: Any, config: Config, *, info: dict[str, Any], may_differ: Collection[str] = ()):
     """Makes model_dir usable, or says why it is not, before anything in it is changed.
 
     Args:
       model_dir: made if it does not exist.
       config: compared field by field with that of the last checkpoint.
       info: JSON tree of what else must not change between starts: fingerprints of the vocabulary and of the data.
+      may_differ: entries of info that may have changed all the same.
 
     Raises:
       CheckpointError: the directory cannot be written, belongs to something else, or holds a run of another identity.
@@ -74,7 +75,7 @@ class Manager:
       if self._primary:
         claim.enter_context(run_directory.claim(self.model_dir))
       _wait_for_all('claimed')
-      run_directory.check_identity(self.model_dir, config, info)
+      run_directory.check_identity(self.model_dir, config, info, may_differ)
       _wait_for_all('checked')
       if self._primary:
         self._clear_partial()

@@ -18,7 +18,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -344,8 +344,8 @@ def info_differences(saved: Any, given: Any, name: str = '') -> list[str]:
   return [] if saved == given else [f'{name}: {_short(saved)} in the checkpoint, {_short(given)} now']
 
 
-def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any]) -> None:
-  """Compares a configuration and `info` with those of the last checkpoint, if there is one.
+def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any], may_differ: Collection[str] = ()) -> None:
+  """Compares a configuration and `info`, but for the entries in `may_differ`, with those of the last checkpoint, if any.
 
   Raises:
     CheckpointError: lists every identity field and every entry of info that differs.
@@ -355,7 +355,9 @@ def check_identity(model_dir: epath.Path, config: Config, info: dict[str, Any]) 
     return
   saved = _read_meta_or_offer(model_dir, steps[-1])
   lines = identity_differences(from_dict(saved['config']), config)
-  lines += info_differences(saved['info'], json.loads(json.dumps(info)))
+  before, now = ({name: value for name, value in tree.items() if name not in may_differ}
+                 for tree in (saved['info'], json.loads(json.dumps(info))))
+  lines += info_differences(before, now)
   if lines:
     raise CheckpointError(
         f'--model_dir={model_dir} holds checkpoint {steps[-1]} of another run:\n  ' + '\n  '.join(lines) +

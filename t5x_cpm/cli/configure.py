@@ -141,8 +141,12 @@ def make_config(arguments: Arguments) -> Config:
     overrides.append(f'TrainConfig.init_from={source!r}')
   if frozen:
     overrides.append(f'DeltaConfig.base={frozen!r}')
+  if arguments.get('allow_other_base'):
+    overrides.append('DeltaConfig.allow_other_base=True')
 
   config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=base, check=check_routers)
+  if arguments.get('allow_other_base') and not config.delta.method:
+    raise ConfigError('--allow_other_base is for the base of a delta, and this run trains none (DeltaConfig.method).')
   if base and not config.model.vocab_size:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=base.model.vocab_size))
   elif arguments.mode.scope == 'train':

@@ -21,6 +21,7 @@ DIRECTIONS = {'import': ('vocabulary', 'objective'), 'export': ('step',)}  # of 
 TEXTS = Flag('input', 'GLOB', 'files of text: .txt, .tsv or .jsonl, also .gz', repeat=True)
 FIELD = Flag('field', 'NAME', 'of .jsonl, the field with the text', default='text')
 BASE = Flag('base', 'DIR', 'the run whose model a delta is trained on (DeltaConfig.method); also where it has moved')
+OTHER_BASE = Flag('allow_other_base', '', 'use a base whose weights are not those that the delta was trained on, and say so')
 INIT_FROM = Flag('init_from', 'DIR', 'start from the parameters of another run, with its model and vocabulary')
 
 
@@ -145,7 +146,7 @@ MODES = {mode.name: mode for mode in (
     Mode('train', 'pre-train or fine-tune; the same command again continues where it stopped', train, """\
 t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart.gin \\
     --gin.TrainConfig.steps=20 --model_dir=runs/example""",
-         flags=(MODEL_DIR, INIT_FROM, BASE, *GIN_FLAGS,
+         flags=(MODEL_DIR, INIT_FROM, BASE, OTHER_BASE, *GIN_FLAGS,
                 Flag('profile_steps', 'START:COUNT', 'write a profile of these steps for TensorBoard'),
                 Flag('coordinator', 'HOST:PORT',
                      'where process 0 of several is; SLURM, Open MPI and TPUs say it themselves'),
@@ -156,14 +157,14 @@ t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart
               'CheckpointConfig', 'ProcessesConfig', 'MetricsConfig', 'DeltaConfig')),
     Mode('eval', 'evaluate checkpoints on tasks: metrics, predictions and a table', evaluate, """\
 t5x_cpm eval --model_dir=runs/example --tasks=quickstart --gin.EvalConfig.max_examples=64""",
-         flags=(MODEL_DIR, BASE, Flag('tasks', 'NAME,...', 'tasks to evaluate'),
+         flags=(MODEL_DIR, BASE, OTHER_BASE, Flag('tasks', 'NAME,...', 'tasks to evaluate'),
                 Flag('step', 'STEP', 'checkpoint to read, or all; default the last'), *GIN_FLAGS),
          needs=('model_dir', 'tasks'), scope='eval',
          gin=('EvalConfig', 'DecodeConfig', 'InferConfig', 'MeshConfig', 'TaskConfig', 'LocalTaskConfig')),
     Mode('infer', 'answer a file of inputs, or a prompt; a blank is written <span>', infer, """\
 printf 'She opened the <span> and looked outside.\\n' > runs/blanks.txt
 t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/answers.jsonl""",
-         flags=(MODEL_DIR, BASE,
+         flags=(MODEL_DIR, BASE, OTHER_BASE,
                 Flag('input', 'FILE', '.txt (one input a line) or .jsonl, whose other fields its answer carries too; - reads '
                      'standard input as .txt, -.jsonl as .jsonl; without it the prompt is interactive'),
                 Flag('output', 'FILE', '.jsonl of answers, or .txt of their texts, one a line (a line feed in it as \\n); '

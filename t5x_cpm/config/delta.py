@@ -19,6 +19,7 @@ class DeltaConfig(Typed):
   method: str = ''  # 'prompt', 'lora', 'ia3', 'adapter', 'bitfit'; several are joined by '+'; '' trains all parameters
   base: str = free('')  # the model_dir of the base; `--base` sets it
   train_base: bool = False  # train the base and the delta of another run together; --init_from with a delta's run sets it
+  allow_other_base: bool = free(False)  # go on where the base has other weights than the delta was trained on; of one command
   base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
   prompt_length: int = 100  # of 'prompt': how many vectors stand before the input of the encoder
   lengths: tuple[int, ...] = ()  # of 'prompt': instead of that, how many stand in each <prompt> of the task's inputs_template

@@ -96,12 +96,14 @@ def of_model(config: Config, trained: Config) -> Config:
   """A configuration with what belongs to the model: hyperparameters, delta, and the objective that gave texts their form.
 
   Args:
-    config: how to decode, on which mesh, where the base of a delta lies now ('': where it was), and how to read a task; its
+    config: how to decode, on which mesh, where the base of a delta lies now ('': where it was) and
+      whether it may be another one, and how to read a task; its
       objective says no more than that.
     trained: the configuration of the model's own run.
   """
   task = dataclasses.replace(config.task, objective=trained.task.objective, target_form=trained.task.target_form)
-  delta = dataclasses.replace(trained.delta, base=config.delta.base or trained.delta.base)
+  delta = dataclasses.replace(trained.delta, base=config.delta.base or trained.delta.base,
+                              allow_other_base=config.delta.allow_other_base)
   return dataclasses.replace(config, model=trained.model, task=task, delta=delta)
 
 

@@ -1,5 +1,6 @@
 """What a run that trains a delta does beside a plain one: finds and loads its base, and writes the delta as files."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,15 +21,20 @@ def find(config: Config, model_dir: Any) -> tuning.Base | None:
   """The checkpoint on which a run trains a delta: the newest of DeltaConfig.base, or the one that the run began with.
 
   Raises:
-    ConfigError: there is none, or it is not the one that the run began with; or DeltaConfig.prompt_file cannot be what a new
-      run begins with.
+    ConfigError: there is none, or it is not the one that the run began with and DeltaConfig.allow_other_base is False; or
+      DeltaConfig.prompt_file cannot be what a new run begins with.
   """
   if not config.delta.frozen:
     return None
   if not before.has_begun(model_dir):
     tuning.prompt.from_file(config.delta, config.model.d_model)
   wanted = run_directory.read_run(model_dir).info.get('base') if before.has_begun(model_dir) else None
-  return tuning.find(config.delta.base, wanted)
+  return tuning.find(config.delta.base, wanted, allow_other=config.delta.allow_other_base)
+
+
+def as_saved(config: Config) -> Config:
+  """The configuration as a checkpoint of the run holds it: what one command allowed is not allowed for ever."""
+  return dataclasses.replace(config, delta=dataclasses.replace(config.delta, allow_other_base=False))
 
 
 def load(base: tuning.Base | None, step: Step) -> Frozen:
@@ -84,9 +90,13 @@ def write(base: tuning.Base, config: Config, step: Step, manager: Manager, state
 
 
 def mend(base: tuning.Base, config: Config, step: Step, manager: Manager, latest: int) -> None:
-  """Writes the delta of the last checkpoint, unless it is there: a run may be killed between the two."""
+  """Writes the delta of the last checkpoint, unless it is there as it should be: a run may be killed between the two."""
+  if run_directory.read_run(manager.model_dir, latest).info['base'] != base.fingerprint:
+    return  # what was allowed to go on has not gone on
   try:
-    if tuning.read(manager.model_dir).about['step'] == latest:
+    saved = tuning.read(manager.model_dir)
+    tuning.fitted(saved.tensors, step.model.leaves()['delta'], manager.model_dir / 'delta')
+    if saved.about['step'] == latest:
       return
   except ConfigError:
     pass

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from t5x_cpm import tuning
+from t5x_cpm import tasks, tuning
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.chips import GiB
@@ -26,7 +26,8 @@ def fresh(config: Config, step: Step, frozen: Frozen) -> State:
   state = step.init(jax.random.key(config.train.seed), frozen)
   if config.train.init_from:
     source = run_directory.read_run(config.train.init_from)
-    state['params'] = tuning.load_whole(config.train.init_from, source.step, source.config.delta, step.abstract_state['params'])
+    theirs = tasks.located(source.config, source.started.get('folder', ''))
+    state['params'] = tuning.load_whole(config.train.init_from, source.step, theirs.delta, step.abstract_state['params'])
     state = step.complete(host_memory.saved(state))
   return state
 

@@ -51,6 +51,8 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   mesh = mesh_lib.make_mesh(config.mesh)
   step = step_lib.build(config, mesh)
   base = deltas.find(config, model_dir)
+  may_differ = ('base',) if config.delta.allow_other_base else ()
+  config = deltas.as_saved(config)
   validation.check_metric(config, step)
 
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
@@ -63,7 +65,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   with contextlib.ExitStack() as until_the_loop:
-    manager = until_the_loop.enter_context(Manager(model_dir, config, info=info))
+    manager = until_the_loop.enter_context(Manager(model_dir, config, info=info, may_differ=may_differ))
     if group.first:
       with run_directory.writing(manager.model_dir):
         reader.vocabulary.save(manager.model_dir / 'vocabulary')

@@ -7,9 +7,9 @@ answers are made.
 
 from t5x_cpm.tuning import adapter, bitfit, ia3, lora, prompt  # noqa: F401  # they register themselves
 from t5x_cpm.tuning.base import Base, find, held, load, load_whole
-from t5x_cpm.tuning.files import Saved, read, write
+from t5x_cpm.tuning.files import Saved, fitted, read, write
 from t5x_cpm.tuning.methods import METHODS, Method, build_model, register
 
 __all__ = [
-    'METHODS', 'Base', 'Method', 'Saved', 'build_model', 'find', 'held', 'load', 'load_whole', 'prompt', 'read', 'register',
-    'write']
+    'METHODS', 'Base', 'Method', 'Saved', 'build_model', 'find', 'fitted', 'held', 'load', 'load_whole', 'prompt', 'read',
+    'register', 'write']

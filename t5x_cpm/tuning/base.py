@@ -1,5 +1,6 @@
 """The base of a delta: which checkpoint it is, by the digests of its weights, and where it lies now."""
 
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +41,14 @@ def fingerprint(model_dir: Any, step: int) -> str:
   return stored.digest({name: text for name, text in known.items() if name.startswith(PREFIX)})
 
 
-def find(model_dir: Any, wanted: str | None = None) -> Base:
+def find(model_dir: Any, wanted: str | None = None, *, allow_other: bool = False, vocabulary: str | None = None) -> Base:
   """The base in a model_dir: its newest checkpoint, or the newest one with a fingerprint.
+
+  Args:
+    model_dir: of the run of the base.
+    wanted: the fingerprint; None: any.
+    allow_other: whether the newest checkpoint is taken where none has the fingerprint, which is then told on stderr.
+    vocabulary: the fingerprint of the vocabulary of the delta, which such a base must have, too; None: any.
 
   Raises:
     CheckpointError: there is none; or the run is a delta itself.
@@ -55,10 +62,21 @@ def find(model_dir: Any, wanted: str | None = None) -> Base:
   for step in reversed(run.steps[:-1]):
     if fingerprint(model_dir, step) == wanted:
       return Base(model_dir, step, wanted)
+  if allow_other:
+    theirs = run.info.get('vocabulary')
+    if None not in (vocabulary, theirs) and vocabulary != theirs:
+      raise CheckpointError(f'--base={model_dir}: that run has another vocabulary ({theirs}) than the delta was trained with '
+                            f'({vocabulary}), which --allow_other_base does not allow.')
+    if jax.process_index() == 0:
+      print(f'warning: the delta was trained on a base with the fingerprint {wanted}, and --base={model_dir} has '
+            f'{newest.fingerprint} at step {run.step}: it is used all the same, as --allow_other_base says.', file=sys.stderr,
+            flush=True)
+    return newest
   others = ', those of other steps have others' if len(run.steps) > 1 else ''
   raise CheckpointError(
       f'--base={model_dir}: the delta was trained on a base with the fingerprint {wanted}; the weights of step {run.step} '
-      f'there have {newest.fingerprint}{others}. Give the base that it was trained on.')
+      f'there have {newest.fingerprint}{others}. Give the base that it was trained on; '
+      '--allow_other_base takes this one.')
 
 
 def held(leaves: Any, config: DeltaConfig) -> Any:
@@ -85,6 +103,7 @@ def load_whole(model_dir: Any, step: int, config: DeltaConfig, into: Any) -> Any
   """
   if not config.frozen:
     return arrays.load_params(model_dir, step=step, into=into)
-  base = find(config.base, run_directory.read_run(model_dir, step).info['base'])
+  info = run_directory.read_run(model_dir, step).info
+  base = find(config.base, info['base'], allow_other=config.allow_other_base, vocabulary=info['vocabulary'])
   delta = arrays.load_params(model_dir, step=step, into={'delta': into['delta']})
   return load(base, {name: tree for name, tree in into.items() if name != 'delta'}) | delta

@@ -9,13 +9,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
 
 import t5x_cpm
-from t5x_cpm import files, stored
+from t5x_cpm import files, stored, trees
 from t5x_cpm.config import Config, ConfigError, DeltaConfig, from_dict, to_dict
 from t5x_cpm.tuning.base import Base
 
@@ -73,6 +74,37 @@ def write(folder: epath.Path, tensors: Mapping[str, np.ndarray], config: Config,
     if other.name != weights:
       with contextlib.suppress(OSError):
         other.unlink()
+
+
+def fitted(tensors: Mapping[str, np.ndarray], leaves: Any, where: Any) -> Any:
+  """The tensors of a delta as the subtree 'delta' of a model's parameters [L, n, ...], with one slot.
+
+  Args:
+    tensors: by name, without the axis of slots, as `read` gives them.
+    leaves: the description of the subtree, Model.leaves()['delta'].
+    where: what errors call the delta.
+
+  Raises:
+    ConfigError: names every tensor that is missing, left over, of another shape or not of floating point, or not finite.
+  """
+  wanted = trees.named(leaves)
+  problems = [f'{name} is missing' for name in sorted(wanted.keys() - tensors.keys())]
+  problems += [f'{name} is left over' for name in sorted(tensors.keys() - wanted.keys())]
+  arrays = {}
+  for name in sorted(wanted.keys() & tensors.keys()):
+    value, slot = tensors[name], wanted[name].axes.index('slot')
+    shape = tuple(size for axis, size in enumerate(wanted[name].shape) if axis != slot)
+    if value.shape != shape:
+      problems.append(f'{name} is {list(value.shape)}, expected {list(shape)}')
+    elif not jnp.issubdtype(value.dtype, jnp.floating):
+      problems.append(f'{name} is of type {value.dtype}, expected float32')
+    elif not np.isfinite(value).all():
+      problems.append(f'{name} is not finite')
+    else:
+      arrays[name] = np.expand_dims(value, slot).astype(wanted[name].dtype)
+  if problems:
+    raise ConfigError(f'{where}: the weights do not fit the delta that {NAME} describes: {"; ".join(problems)}. {REMEDY}')
+  return trees.nested(arrays)
 
 
 def read(path: Any) -> Saved:
