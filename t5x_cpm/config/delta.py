@@ -28,6 +28,7 @@ class DeltaConfig(Typed):
   rank_stabilised: bool = False  # of 'lora': alpha / sqrt(rank) instead (Kalajdzievski 2023)
   bottleneck: int = 24  # of 'adapter': the width of the network
   adapter: str = 'serial'  # of 'adapter': 'serial' reads what a sublayer gives, 'parallel' what it reads
+  slots: int = free(8)  # of `infer --delta`: how many deltas of a kind the device holds at a time; others wait in host memory
 
   def validate(self) -> None:
     choice(self, 'base_dtype', ('float32', 'bfloat16'))
@@ -36,6 +37,7 @@ class DeltaConfig(Typed):
     choice(self, 'adapter', ('serial', 'parallel'))
     in_range(self, 'bottleneck', 1)
     in_range(self, 'rank', 1)
+    in_range(self, 'slots', 1)
     if (self.prompt_init == 'text') != bool(self.prompt_text):
       raise ConfigError(f"DeltaConfig.prompt_init = {self.prompt_init!r} and prompt_text = {shown(self.prompt_text)}: the text "
                         "goes with 'text', and 'text' needs one.")

@@ -22,7 +22,7 @@ def make(config: DeltaConfig) -> Method:
     return Weight((1, config.prompt_length, model.d_model), ('slot', None, 'embed'),
                   lambda key, shape: jax.random.uniform(key, shape, minval=-0.5, maxval=0.5))
 
-  return Method(prompt=declared)
+  return Method(prompt=declared, alike={'prompt_length': 1})
 
 
 def first_ids(config: DeltaConfig, vocabulary: Vocabulary, seed: int) -> np.ndarray | None:
