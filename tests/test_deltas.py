@@ -69,10 +69,14 @@ def configured(base_dir, delta=None, **fields):
   return dataclasses.replace(config, mesh=MeshConfig(), delta=dataclasses.replace(delta or config.delta, **fields))
 
 
-def alone(base_dir, saved):
+@pytest.fixture(scope='module')
+def engine(base_dir, folders):
+  return inference.load(base_dir, deltas={name: folders[name] for name in ('poem', 'sums')})
+
+
+def alone(base_dir, saved, plain):
   """The plain reference: the engine of one delta, all of whose rows use the first slot."""
   config = configured(base_dir, saved.config)
-  plain = inference.load(base_dir)
   functions = programs.build(config, plain.program.functions.mesh)
   axes = {name: leaf.axes.index('slot') for name, leaf in trees.named(functions.model.leaves()['delta']).items()}
   delta = trees.nested({name: np.expand_dims(tensor, axes[name]) for name, tensor in saved.tensors.items()})
@@ -80,12 +84,13 @@ def alone(base_dir, saved):
   return engine_lib.Engine(programs.Resident(functions, functions.prepare(base | {'delta': delta})), plain.vocabulary, config)
 
 
-def check_rows(base_dir, folders, names, calls=('score', 'encode', 'generate'), **fields):
+def check_rows(base_dir, folders, names, calls=('score', 'encode', 'generate'), engine=None, **fields):
   """Rows with these deltas together give what an engine of each alone gives."""
   texts = TEXTS[:len(names)]
-  engine = inference.load(base_dir, deltas={name: folders[name] for name in names if name},
-                          config=configured(base_dir, **fields))
-  engines = {name: alone(base_dir, tuning.read(folders[name])) if name else inference.load(base_dir) for name in set(names)}
+  engine = engine or inference.load(base_dir, deltas={name: folders[name] for name in names if name},
+                                    config=configured(base_dir, **fields))
+  engines = {None: engine_lib.Engine(engine.program, engine.vocabulary, engine.config)}  # which knows of no delta
+  engines |= {name: alone(base_dir, tuning.read(folders[name]), engine) for name in set(names) - {None}}
   for call in calls:
     more = [texts] if call == 'score' else []
     found = getattr(engine, call)(texts, *more, delta=names)
@@ -98,8 +103,8 @@ def check_rows(base_dir, folders, names, calls=('score', 'encode', 'generate'), 
   return engine, engines
 
 
-def test_rows_with_different_deltas_and_none(base_dir, folders):
-  engine, engines = check_rows(base_dir, folders, ['poem', None, 'sums', 'poem'], calls=['score'])
+def test_rows_with_different_deltas_and_none(base_dir, folders, engine):
+  _, engines = check_rows(base_dir, folders, ['poem', None, 'sums', 'poem'], calls=['score'], engine=engine)
   assert abs(engine.score('一', '丁', delta='poem')[0] - engines[None].score('一', '丁')[0]) > 0.1
 
 
@@ -144,19 +149,18 @@ def test_a_method_of_ones_own_shares_a_batch_with_its_like(base_dir):
     del tuning.METHODS['scaled']
 
 
-def test_what_cannot_be_served_is_refused(base_dir, folders, tmp_path):
-  engine = inference.load(base_dir, deltas={'poem': folders['poem']})
+def test_what_cannot_be_served_is_refused(base_dir, folders, engine, tmp_path):
   other = {name: write(tmp_path / name, base_dir, LORA, 0, **about) for name, about in {
       'base': {'fingerprint': 'f00d'}, 'words': {'vocabulary': 'f00d'}}.items()}
   cut, fewer = tmp_path / 'cut', dict(list(tuning.read(folders['poem']).tensors.items())[1:])
   tuning.write(cut, fewer, configured(base_dir, LORA),
                tuning.find(base_dir), step=1, vocabulary=engine.vocabulary.fingerprint, metrics={})
   for use, message in [
-      (lambda: engine.generate(TEXTS, delta='peom'), "'peom': expected 'poem', or None for the base alone. Did you mean poem"),
+      (lambda: engine.generate(TEXTS, delta='peom'), "expected 'poem', 'sums', or None for the base alone. Did you mean poem"),
       (lambda: engine.score('一', '一', delta=['poem', None]), '2 names for 1 texts'),
       (lambda: engine.generate(['一'], delta=[3]), 'generate: delta: 3 (int): expected the name of a delta'),
-      (lambda: engine.stream('一', delta='sums'), "delta = 'sums'"),
-      (lambda: engine.remove_delta('sums'), "remove_delta: delta = 'sums'"),
+      (lambda: engine.stream('一', delta='third'), "delta = 'third'"),
+      (lambda: engine.remove_delta('third'), "remove_delta: delta = 'third'"),
       (lambda: engine.add_delta('poem', folders['sums']), "two deltas have the name 'poem'"),
       (lambda: engine.add_delta('', folders['sums']), 'expected a text that is not empty'),
       (lambda: engine.add_delta('x', 3), 'add_delta: model_dir = 3 (int)'),
@@ -169,7 +173,7 @@ def test_what_cannot_be_served_is_refused(base_dir, folders, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
       use()
     assert '\n' not in str(error.value)
-  assert engine.deltas.names == ('poem',)
+  assert engine.deltas.names == ('poem', 'sums')
 
 
 @pytest.fixture
@@ -218,10 +222,12 @@ def test_deltas_come_and_go_without_compiling(base_dir, folders, compiled):
 LINES = [('一', 'poem'), ('丁', None), ('ab', 'peom'), ('ab', 3), ('七', ''), ('丄', 'sums')]
 
 
-def test_lines_of_a_file_name_their_delta(base_dir, folders, tmp_path, capsys):
+def test_lines_of_a_file_name_their_delta(base_dir, folders, engine, tmp_path, capsys, monkeypatch):
   path, out = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
-  path.write_text(''.join(json.dumps({'text': line} | ({} if name is None else {'delta': name})) + '\n' for line, name in LINES))
-  given = {name: folders[name] for name in ('poem', 'sums')}
+  path.write_text(''.join(json.dumps({'text': line} | ({} if name is None else {'delta': name})) + '\n'
+                          for line, name in LINES))
+  given, calls = {name: folders[name] for name in ('poem', 'sums')}, []
+  monkeypatch.setattr(inference, 'load', lambda *_, deltas, **__: calls.append(deltas) or engine)
 
   def run(deltas=given, path=path):
     modes.run(parse.parse(['infer', f'--model_dir={base_dir}', f'--input={path}', f'--output={out}',
@@ -233,7 +239,7 @@ def test_lines_of_a_file_name_their_delta(base_dir, folders, tmp_path, capsys):
   records = [json.loads(line) for line in out.read_text().splitlines()]
   assert [record.get('delta') for record in records] == [name for _, name in LINES]
   assert [bool(record.get('note')) for record in records] == [False, False, True, True, False, False]
-  engine = inference.load(base_dir, deltas=given)
+  assert calls == [given]
   good = [(line, name, record) for (line, name), record in zip(LINES, records) if not record.get('note')]
   assert [record['output'] for *_, record in good] == engine.generate(
       [line for line, *_ in good], delta=[name for _, name, _ in good])

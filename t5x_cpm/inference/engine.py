@@ -14,52 +14,15 @@ from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, DecodeConfig, MeshConfig, row_features
 from t5x_cpm.inference import arguments, decode, programs, score, text
 from t5x_cpm.inference import deltas as deltas_lib
+from t5x_cpm.inference.answer import Answer, new_text
 
 LENGTH_STEP = 64  # lengths are rounded up to multiples of it, so that few shapes are compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  """The answer to one input.
-
-  Attributes:
-    output: the input with its blanks filled, or for an input without blanks what the model wrote.
-    blanks: the texts of the blanks.
-    score: the sum of the log-probabilities of the generated tokens; with beams divided by length ** length_penalty.
-    tokens: how many were generated.
-    finished: False where max_new_tokens cut the answer off.
-    ids: the generated tokens.
-  """
-
-  output: str
-  blanks: list[str]
-  score: float
-  tokens: int
-  finished: bool
-  ids: list[int] = dataclasses.field(repr=False)
+DeltaNames = str | None | Sequence[str | None]  # the name of a delta, or one for each text
 
 
 def round_up(length: int) -> int:
   """A length, or 1, rounded up to a multiple of LENGTH_STEP."""
   return -(-max(length, 1) // LENGTH_STEP) * LENGTH_STEP
-
-
-def new_text(shown: Iterator[str]) -> Iterator[str]:
-  """What is new in each of some growing texts. The pieces add up to the last of them.
-
-  A text that ends with a replacement character is held back, because the last character is not complete yet, unless nothing
-  follows.
-  """
-  given = written = ''
-  for written in shown:
-    if written != given and written.startswith(given) and not written.endswith('\ufffd'):
-      yield written[len(given):]
-      given = written
-  if written != given:
-    yield written[len(given):]
-
-
-Delta = str | None | Sequence[str | None]
 
 
 class Engine:
@@ -86,7 +49,7 @@ class Engine:
 
   # What users call.
 
-  def generate(self, texts: Sequence[str] | str, *, delta: Delta = None, **overrides: Any) -> list[str]:
+  def generate(self, texts: Sequence[str] | str, *, delta: DeltaNames = None, **overrides: Any) -> list[str]:
     """Answers texts: blanks, written `<span>`, are filled, and a text without blanks is continued.
 
     Args:
@@ -105,7 +68,7 @@ class Engine:
     return [answer.output for answer in self.answer_requests(requests, config)]
 
   def score(self, inputs: Sequence[str] | str, targets: Sequence[str | Sequence[str]] | str, *,
-            delta: Delta = None) -> list[float]:
+            delta: DeltaNames = None) -> list[float]:
     """Sums of the log-probabilities of given targets.
 
     Args:
@@ -126,7 +89,7 @@ class Engine:
                                      for request, target in zip(requests, answers)])[0]
 
   def choose(self, inputs: Sequence[str] | str, choices: Sequence[Sequence[str]] | Sequence[str], *,
-             normalize: bool = False, delta: Delta = None) -> list[int]:
+             normalize: bool = False, delta: DeltaNames = None) -> list[int]:
     """For each input, the index of the most likely of its choices.
 
     Args:
@@ -151,7 +114,7 @@ class Engine:
       begin += len(some)
     return best
 
-  def encode(self, texts: Sequence[str] | str, *, delta: Delta = None) -> list[np.ndarray]:
+  def encode(self, texts: Sequence[str] | str, *, delta: DeltaNames = None) -> list[np.ndarray]:
     """The encoder's output for each text, or for one, [tokens, d_model].
 
     The tokens are those of the text, with an end of sequence where training has one. Unlike in `generate`, a text that does

@@ -63,7 +63,7 @@ def _check(saved: Saved, config: Config, what: str) -> None:
   found = {name: tensor.shape for name, tensor in saved.tensors.items()}
   for name in sorted(expected.keys() | found.keys()):
     if expected.get(name) != found.get(name):
-      raise ConfigError(f'{what}: {name} is {found.get(name, "not there")}, expected {expected.get(name, "no such tensor")}. It '
+      raise ConfigError(f'{what}: {name} is {found.get(name, "not there")}, expected {expected.get(name, "no such one")}. It '
                         'does not fit this base, or its files were changed.')
 
 
