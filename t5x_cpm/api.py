@@ -11,7 +11,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from t5x_cpm.config import Config, MeshConfig
@@ -68,17 +68,21 @@ def train(config: Config, model_dir: Directory) -> dict[str, float]:
   return training.run(config, folder)
 
 
-def load(model_dir: Directory, *, step: int | None = None, config: Config | None = None) -> 'Engine':
+def load(model_dir: Directory, *, step: int | None = None, config: Config | None = None,
+         deltas: Mapping[str, Directory] | None = None) -> 'Engine':
   """Loads a trained model, which generates, scores, chooses, encodes and streams.
 
   Args:
     model_dir: the run's directory.
     step: the step of the checkpoint; by default the last.
-    config: its decode, infer and mesh parts are used; by default those of the run, on all devices of this process.
+    config: its decode, infer and mesh parts are used, and DeltaConfig.slots; by default those of the run, on all devices of
+      this process.
+    deltas: by name, the model_dir of each delta to serve beside the model, or a copy of its folder `delta`: texts are then
+      answered by `generate(texts, delta=name)`.
 
   Raises:
     TypeError: an argument has the wrong type.
-    ConfigError: there is no such checkpoint, or it is damaged.
+    ConfigError: there is no such checkpoint, or it is damaged; or a delta is, or belongs to another base or vocabulary.
   """
   folder = _directory('load', model_dir)
   _check_step('load', step)
@@ -86,7 +90,7 @@ def load(model_dir: Directory, *, step: int | None = None, config: Config | None
     _checked('load', config)
   from t5x_cpm import inference
 
-  return inference.load(folder, step=step, config=config)
+  return inference.load(folder, step=step, config=config, deltas=deltas)
 
 
 def evaluate(model_dir: Directory, tasks: str | Iterable[str], *, step: int | str | None = None,

@@ -72,6 +72,19 @@ def checkpoint_step(arguments: Arguments) -> int | None:
   return number
 
 
+def named_folders(flag: str, values: Sequence[str]) -> dict[str, str]:
+  """The values NAME=DIR of a flag that may be repeated. Raises ConfigError for another form, or a name that comes twice."""
+  found: dict[str, str] = {}
+  for value in values:
+    name, _, folder = value.partition('=')
+    if not name.strip() or not folder:
+      raise ConfigError(f'--{flag}={one_line(value)}: expected --{flag}=NAME=DIR.')
+    if name in found:
+      raise ConfigError(f'--{flag}={one_line(value)}: the name {name!r} is given twice, for {found[name]} and {folder}.')
+    found[name] = folder
+  return found
+
+
 def vocabulary_of(model_dir: str) -> str:
   """The vocabulary of a run as a value of TaskConfig.vocabulary."""
   from t5x_cpm import vocabularies

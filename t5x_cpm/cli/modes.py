@@ -52,7 +52,8 @@ def infer(arguments: Arguments, config: Config) -> None:
   """Answers a file or a prompt."""
   from t5x_cpm.inference import infer as infer_lib
 
-  infer_lib.run(config, *map(arguments.get, ('model_dir', 'input', 'output')), step=configure.checkpoint_step(arguments))
+  infer_lib.run(config, *map(arguments.get, ('model_dir', 'input', 'output')), step=configure.checkpoint_step(arguments),
+                deltas=configure.named_folders('delta', arguments.get('delta')))
 
 
 def compile_step(arguments: Arguments, config: Config) -> None:
@@ -169,8 +170,10 @@ t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/ans
                      'standard input as .txt, -.jsonl as .jsonl; without it the prompt is interactive'),
                 Flag('output', 'FILE', '.jsonl of answers, or .txt of their texts, one a line (a line feed in it as \\n); '
                      'without it they are printed'),
+                Flag('delta', 'NAME=DIR', 'serve the delta of this run beside the model: it answers the lines of a .jsonl that '
+                     'have its name in the field delta', repeat=True),
                 Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
-         needs=('model_dir',), scope='eval', gin=('InferConfig', 'DecodeConfig', 'MeshConfig')),
+         needs=('model_dir',), scope='eval', gin=('InferConfig', 'DecodeConfig', 'MeshConfig', 'DeltaConfig')),
     Mode('compile', 'compile a step for a TPU slice on any machine: memory, collectives, bound on its time', compile_step, """\
 t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain.gin \\
     --topology=v5e:2x2""",

@@ -36,6 +36,7 @@ class DeltaConfig(Typed):
   rank_stabilised: bool = False  # of 'lora': alpha / sqrt(rank) instead (Kalajdzievski 2023)
   bottleneck: int = 24  # of 'adapter': the width of the network
   adapter: str = 'serial'  # of 'adapter': 'serial' reads what a sublayer gives, 'parallel' what it reads
+  slots: int = free(8)  # of `infer --delta`: how many deltas of a kind the device holds at a time; others wait in host memory
 
   def validate(self) -> None:
     choice(self, 'base_dtype', ('float32', 'bfloat16'))
@@ -47,6 +48,7 @@ class DeltaConfig(Typed):
     choice(self, 'adapter', ('serial', 'parallel'))
     in_range(self, 'bottleneck', 1)
     in_range(self, 'rank', 1)
+    in_range(self, 'slots', 1)
     for field in ('words', 'text', 'file'):
       value = getattr(self, f'prompt_{field}')
       if (self.prompt_init == field) != bool(value):

@@ -39,6 +39,8 @@ def _domain_of_task(config: Config, number: int, tasks: int) -> int:
 ROW_FEATURES: dict[str, RowFeature] = {
     'domain': RowFeature(needed=lambda config: config.model.moe.uses('domain'), default=lambda config: config.infer.domain,
                          from_task=_domain_of_task),
+    # The slot of the row's delta, 0 for none. An engine that serves several deltas puts it into its batches; nothing else does.
+    'delta': RowFeature(needed=lambda config: False, default=lambda config: 0),
 }
 
 

@@ -11,11 +11,14 @@ parameter or writes a checkpoint, and only the evaluation of tasks with SeqIO me
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from collections.abc import Mapping
+
   from t5x_cpm.config import Config
   from t5x_cpm.inference.engine import Engine
 
 
-def load(model_dir: Any, *, step: int | None = None, config: 'Config | None' = None) -> 'Engine':
+def load(model_dir: Any, *, step: int | None = None, config: 'Config | None' = None,
+         deltas: 'Mapping[str, Any] | None' = None) -> 'Engine':
   """Loads a trained model.
 
   Args:
@@ -23,13 +26,14 @@ def load(model_dir: Any, *, step: int | None = None, config: 'Config | None' = N
     step: the step of the checkpoint; by default the last.
     config: says how to decode, with which lengths and on which mesh (without MeshConfig.host_gib, which is for training
       alone); by default as the run says, with all devices of this process along `data`.
+    deltas: by name, the model_dir of each delta to serve beside the model.
 
   Returns:
     An engine with `generate`, `score`, `choose`, `encode` and `stream`.
 
   Raises:
-    ConfigError: there is no such checkpoint, or it is damaged.
+    ConfigError: there is no such checkpoint, or it is damaged; or a delta is, or belongs to another base or vocabulary.
   """
   from t5x_cpm.inference import engine  # JAX is imported here, not by `import t5x_cpm.inference`
 
-  return engine.load(model_dir, step=step, config=config)
+  return engine.load(model_dir, step=step, config=config, deltas=deltas)

@@ -1,6 +1,7 @@
 """What users hand to an engine, checked: a string is one text, wherever texts are expected."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_cpm.config import Config, ConfigError
@@ -78,6 +79,41 @@ def choices(inputs: Any, value: Any) -> tuple[list[str], list[list[str | list[st
       raise ConfigError(f'{name} is empty: give at least one text to choose from.')
     result.append([answer(option, f'{name}[{place}]') for place, option in enumerate(options)])
   return lines, result
+
+
+def delta_names(value: Any, count: int, name: str) -> list[str]:
+  """The delta of each of some texts, '' for none.
+
+  Args:
+    value: None or a name, for all of them; or a list with one of these for each.
+    count: how many texts there are.
+    name: what errors call it, such as 'generate: delta'.
+
+  Raises:
+    ConfigError: it is neither.
+  """
+  expected = 'expected the name of a delta, None, or a list with one of these for each text'
+  given = [value] * count if value is None or isinstance(value, str) else _items(value, name, expected)
+  if len(given) != count:
+    raise ConfigError(f'{name}: {len(given)} names for {count} texts: give one for each, or one for all.')
+  for one in given:
+    if one is not None and not isinstance(one, str):
+      raise ConfigError(f'{name}: {_shown(one)}: {expected}.')
+  return [one or '' for one in given]
+
+
+def deltas(value: Any) -> dict[str, Any]:
+  """Names and folders of deltas, as `load` takes them. Raises ConfigError unless it is a mapping or None."""
+  if value is not None and not isinstance(value, Mapping):
+    raise ConfigError(f'load: deltas = {_shown(value)}: expected a dict from names to folders.')
+  return {name: folder(path, f'load: deltas[{name!r}]') for name, path in (value or {}).items()}
+
+
+def folder(value: Any, name: str) -> str:
+  """The path of a folder. Raises ConfigError if it is none."""
+  if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    raise ConfigError(f'{name} = {_shown(value)}: expected the path of a folder.')
+  return str(os.fspath(value))
 
 
 def is_set(value: Any, name: str) -> bool:

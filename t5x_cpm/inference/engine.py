@@ -13,49 +13,16 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, DecodeConfig, MeshConfig, row_features
 from t5x_cpm.inference import arguments, decode, programs, score, text
+from t5x_cpm.inference import deltas as deltas_lib
+from t5x_cpm.inference.answer import Answer, new_text
 
 LENGTH_STEP = 64  # lengths are rounded up to multiples of it, so that few shapes are compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  """The answer to one input.
-
-  Attributes:
-    output: the input with its blanks filled, or for an input without blanks what the model wrote.
-    blanks: the texts of the blanks.
-    score: the sum of the log-probabilities of the generated tokens; with beams divided by length ** length_penalty.
-    tokens: how many were generated.
-    finished: False where max_new_tokens cut the answer off.
-    ids: the generated tokens.
-  """
-
-  output: str
-  blanks: list[str]
-  score: float
-  tokens: int
-  finished: bool
-  ids: list[int] = dataclasses.field(repr=False)
+DeltaNames = str | None | Sequence[str | None]  # the name of a delta, or one for each text
 
 
 def round_up(length: int) -> int:
   """A length, or 1, rounded up to a multiple of LENGTH_STEP."""
   return -(-max(length, 1) // LENGTH_STEP) * LENGTH_STEP
-
-
-def new_text(shown: Iterator[str]) -> Iterator[str]:
-  """What is new in each of some growing texts. The pieces add up to the last of them.
-
-  A text that ends with a replacement character is held back, because the last character is not complete yet, unless nothing
-  follows.
-  """
-  given = written = ''
-  for written in shown:
-    if written != given and written.startswith(given) and not written.endswith('\ufffd'):
-      yield written[len(given):]
-      given = written
-  if written != given:
-    yield written[len(given):]
 
 
 class Engine:
@@ -71,20 +38,23 @@ class Engine:
     config: the run's configuration.
     step: the step of the checkpoint.
     codec: how texts become inputs, and what the model writes becomes a text.
+    deltas: what may be added to the model for some texts; None where no delta can be.
   """
 
-  def __init__(self, program: programs.Program, vocabulary: vocabularies.Vocabulary, config: Config, step: int = 0):
+  def __init__(self, program: programs.Program, vocabulary: vocabularies.Vocabulary, config: Config, step: int = 0,
+               deltas: deltas_lib.Deltas | None = None):
     self.program, self.vocabulary, self.config, self.step = program, vocabulary, config, step
-    self.codec = text.Codec(vocabulary, config)
+    self.codec, self.deltas = text.Codec(vocabulary, config), deltas
     self._is_told = False
 
   # What users call.
 
-  def generate(self, texts: Sequence[str] | str, **overrides: Any) -> list[str]:
+  def generate(self, texts: Sequence[str] | str, *, delta: DeltaNames = None, **overrides: Any) -> list[str]:
     """Answers texts: blanks, written `<span>`, are filled, and a text without blanks is continued.
 
     Args:
       texts: inputs, or one.
+      delta: the name of the delta that answers them, None for the model alone, or a list with one of these for each text.
       **overrides: fields of DecodeConfig, such as rule='beam' or max_new_tokens=64; the other fields are those of the run.
 
     Returns:
@@ -93,16 +63,19 @@ class Engine:
     Raises:
       ConfigError: an input or a field that cannot be.
     """
-    lines = arguments.texts(texts, 'generate: texts')
-    return [answer.output for answer in self.answers(lines, self.decode_config(**overrides))]
+    config, lines = self.decode_config(**overrides), arguments.texts(texts, 'generate: texts')
+    requests = self.requests(lines, arguments.delta_names(delta, len(lines), 'generate: delta'))
+    return [answer.output for answer in self.answer_requests(requests, config)]
 
-  def score(self, inputs: Sequence[str] | str, targets: Sequence[str | Sequence[str]] | str) -> list[float]:
+  def score(self, inputs: Sequence[str] | str, targets: Sequence[str | Sequence[str]] | str, *,
+            delta: DeltaNames = None) -> list[float]:
     """Sums of the log-probabilities of given targets.
 
     Args:
       inputs: texts, or one.
       targets: for each input the text of its blank, or a list of the texts of its blanks in order, all without sentinels; for
         a model that was trained on inputs and targets, the target. For one input, its target itself.
+      delta: as in `generate`.
 
     Returns:
       A number for each input.
@@ -111,26 +84,29 @@ class Engine:
       ConfigError: a target does not fit its input, or contains the name of a sentinel, such as '<s_0>'.
     """
     lines, answers = arguments.targets(inputs, targets)
-    requests = self.requests(lines)
-    return self.score_ids(requests, [self.codec.targets(*pair) for pair in zip(requests, answers)])[0]
+    requests = self.requests(lines, arguments.delta_names(delta, len(lines), 'score: delta'))
+    return self.score_ids(requests, [self.codec_of(request.delta).targets(request, target)
+                                     for request, target in zip(requests, answers)])[0]
 
   def choose(self, inputs: Sequence[str] | str, choices: Sequence[Sequence[str]] | Sequence[str], *,
-             normalize: bool = False) -> list[int]:
+             normalize: bool = False, delta: DeltaNames = None) -> list[int]:
     """For each input, the index of the most likely of its choices.
 
     Args:
       inputs: texts with one blank, or inputs for a model that was trained on inputs and targets; or one of them.
       choices: for each input the texts to choose from, at least one. For one input, its texts themselves.
       normalize: ranks by the mean log-probability of a token, which does not favour short choices, instead of by the sum.
+      delta: as in `generate`.
 
     Raises:
       ConfigError: as in `score`, or an input without choices.
     """
     lines, options = arguments.choices(inputs, choices)
     normalize = arguments.is_set(normalize, 'choose: normalize')
-    requests = self.requests(lines)
+    requests = self.requests(lines, arguments.delta_names(delta, len(lines), 'choose: delta'))
     pairs = [(request, target) for request, some in zip(requests, options) for target in some]
-    scores, lengths = self.score_ids([request for request, _ in pairs], [self.codec.targets(*pair) for pair in pairs])
+    scores, lengths = self.score_ids([request for request, _ in pairs],
+                                     [self.codec_of(request.delta).targets(request, target) for request, target in pairs])
     best, begin = [], 0
     for some in options:
       mine = slice(begin, begin + len(some))
@@ -138,34 +114,61 @@ class Engine:
       begin += len(some)
     return best
 
-  def encode(self, texts: Sequence[str] | str) -> list[np.ndarray]:
+  def encode(self, texts: Sequence[str] | str, *, delta: DeltaNames = None) -> list[np.ndarray]:
     """The encoder's output for each text, or for one, [tokens, d_model].
 
     The tokens are those of the text, with an end of sequence where training has one. Unlike in `generate`, a text that does
     not end with a blank gets none, and InferConfig.input_length does not limit it. The vectors of a prompt are left out.
+    `delta` is as in `generate`.
     """
-    read = [self.codec.encoder_ids(line) for line in arguments.texts(texts, 'encode: texts')]
-    places = iter([where for _, where in read])
-    result = []
-    for some in self._batches([ids for ids, _ in read]):
-      padded = self._padded(some)
-      hidden = np.asarray(self.program.encode(self._encoder_batch(padded, [self.codec.row] * len(padded))))
-      result += [hidden[i, next(places)] for i in range(len(some))]
+    lines = arguments.texts(texts, 'encode: texts')
+    names = arguments.delta_names(delta, len(lines), 'encode: delta')
+    codecs = [self.codec_of(name) for name in names]
+    read = [codec.encoder_ids(line) for codec, line in zip(codecs, lines)]
+    result = [np.zeros(0)] * len(lines)
+    for mine in self._batches(names):
+      padded = self._padded(mine)
+      program, slots = self._program([names[i] for i in padded])
+      batch = self._encoder_batch([read[i][0] for i in padded], [codecs[i].row for i in padded])
+      hidden = np.asarray(program.encode(batch | slots))
+      for row, i in enumerate(mine):
+        result[i] = hidden[row, read[i][1]]
     return result
 
-  def stream(self, line: str, **overrides: Any) -> Generator[str, None, Answer]:
+  def stream(self, line: str, *, delta: str | None = None, **overrides: Any) -> Generator[str, None, Answer]:
     """Yields pieces of text as they are generated; the value of the generator is the Answer.
 
     The pieces add up to what the model wrote: to the answer of `generate` for a text without blanks, and to the text of the
     blank where there is one. Where there are several, '<s_k>' announces the k-th. Beam search knows its answer only at the
-    end, and yields it in one piece.
+    end, and yields it in one piece. `delta` names the delta that answers.
 
     Raises:
       ConfigError: at once, for an input or a field that cannot be.
     """
     config = self.decode_config(**overrides)
-    request, = self.requests([arguments.one_text(line, 'stream: line')])
+    lines = [arguments.one_text(line, 'stream: line')]
+    request, = self.requests(lines, arguments.delta_names(delta, 1, 'stream: delta'))
     return self._stream(request, config)
+
+  def add_delta(self, name: str, model_dir: Any) -> None:
+    """Adds a delta that was trained on this model.
+
+    Args:
+      name: under which it is asked for.
+      model_dir: of the run that trained it, or a copy of the folder `delta` there.
+
+    Raises:
+      ConfigError: the name is taken; there is no delta, it is damaged, or it is one of another base or vocabulary.
+    """
+    if self.deltas is None:
+      raise ConfigError('add_delta: this engine was not made by t5x_cpm.load, and cannot serve deltas.')
+    self.deltas.add(name, arguments.folder(model_dir, 'add_delta: model_dir'))
+
+  def remove_delta(self, name: str) -> None:
+    """Removes a delta. Raises ConfigError if there is none of this name."""
+    if self.deltas is None:
+      raise ConfigError(f'remove_delta: {deltas_lib.unknown(name, ())}')
+    self.deltas.remove(name)
 
   # What files and evaluation call.
 
@@ -197,9 +200,21 @@ class Engine:
     """
     return self.answer_requests(self.requests(texts), config)
 
-  def requests(self, texts: Sequence[str]) -> list[text.Request]:
-    """Encodes inputs. The first time that one has a mark that was probably meant as a blank, that is told on stderr."""
-    requests = [self.codec.request(line) for line in texts]
+  def codec_of(self, delta: str) -> text.Codec:
+    """The codec of a delta by its name, '' for none. Raises ConfigError for a name that no delta has."""
+    known = self.deltas.codecs if self.deltas is not None else {}
+    if delta and delta not in known:
+      raise ConfigError(deltas_lib.unknown(delta, list(known)))
+    return known[delta] if delta else self.codec
+
+  def requests(self, texts: Sequence[str], deltas: Sequence[str] | None = None) -> list[text.Request]:
+    """Encodes inputs, each for the delta of a name, '' for none.
+
+    The first time that an input has a mark that was probably meant as a blank, that is told on stderr.
+    """
+    names = deltas or [''] * len(texts)
+    codecs = [self.codec_of(name) for name in names]  # all, before the first text is cut into words
+    requests = [codec.request(line)._replace(delta=name) for line, codec, name in zip(texts, codecs, names)]
     self._is_told = self._is_told or text.tell_notes(requests, 'input')
     return requests
 
@@ -214,37 +229,43 @@ class Engine:
     """
     rule = decode.make_rule(config, self.vocabulary.pad_id)
     rows = range(len(requests)) if rows is None else rows
-    result = []
-    for mine in self._batches(list(zip(requests, rows))):
+    names = [request.delta for request in requests]
+    result: dict[int, Answer] = {}
+    for mine in self._batches(names):
       padded = self._padded(mine)
-      batch, prefix, stop, allowed = self._decode_inputs([request for request, _ in padded])
-      numbers = np.asarray([row for _, row in padded], np.int32)
-      out = jax.device_get(self.program.generate(
-          rule, batch, prefix, stop, allowed=allowed, seed=config.seed, rows_B=numbers))
-      result += [self._answer(request, out.tokens[i, :out.length[i]], out.score[i]) for i, (request, _) in enumerate(mine)]
-    return result
+      program, slots = self._program([names[i] for i in padded])
+      batch, prefix, stop, allowed = self._decode_inputs([requests[i] for i in padded])
+      numbers = np.asarray([rows[i] for i in padded], np.int32)
+      out = jax.device_get(program.generate(
+          rule, batch | slots, prefix, stop, allowed=allowed, seed=config.seed, rows_B=numbers))
+      result |= {i: self._answer(requests[i], out.tokens[row, :out.length[row]], out.score[row]) for row, i in enumerate(mine)}
+    return [result[i] for i in range(len(requests))]
 
   def score_ids(self, requests: Sequence[text.Request], targets: Sequence[Sequence[int]]) -> tuple[list[float], list[int]]:
     """For each target, given as tokens: the sum of its log-probabilities, and how many tokens it has."""
-    sums, counts = [], []
-    for mine in self._batches(list(zip(requests, targets))):
-      padded_requests, ids = zip(*self._padded(mine))
-      prefixes = [request.prefix for request in padded_requests]
+    names = [request.delta for request in requests]
+    sums, counts = [0.0] * len(names), [0] * len(names)
+    for mine in self._batches(names):
+      padded = self._padded(mine)
+      program, slots = self._program([names[i] for i in padded])
+      prefixes, ids = [requests[i].prefix for i in padded], [targets[i] for i in padded]
       longest = max(len(prefix) - 1 + len(target) for prefix, target in zip(prefixes, ids))
       batch = score.teacher_forced(
-          self._request_batch(padded_requests), prefixes, ids, round_up(longest), self.vocabulary.pad_id)
-      log_prob, count = jax.device_get(self.program.score(score.row_log_probs, batch))
-      sums += log_prob[:len(mine)].tolist()
-      counts += count[:len(mine)].tolist()
+          self._request_batch([requests[i] for i in padded]), prefixes, ids, round_up(longest), self.vocabulary.pad_id)
+      log_prob, count = jax.device_get(program.score(score.row_log_probs, batch | slots))
+      for row, i in enumerate(mine):
+        sums[i], counts[i] = float(log_prob[row]), int(count[row])
     return sums, counts
 
   # From requests to rows, and from rows to answers.
 
   def _stream(self, request: text.Request, config: DecodeConfig) -> Generator[str, None, Answer]:
     rule: decode.Rule = decode.make_rule(config, self.vocabulary.pad_id)
-    program, rows = self.program, self.whole(1)
+    codec = self.codec_of(request.delta)
+    rows = self.whole(1)
+    program, slots = self._program([request.delta] * rows)
     batch, prefix, stop, allowed = self._decode_inputs([request] * rows)  # equal rows, even where tokens are drawn
-    cache = program.start(batch, prefix.shape[1] + rule.max_new_tokens - 1)
+    cache = program.start(batch | slots, prefix.shape[1] + rule.max_new_tokens - 1)
     states = decode.python_loop(
         program.step, cache, rule, jnp.asarray(prefix), jnp.asarray(stop), take=program.take, reorder=program.reorder,
         seed=config.seed, rows_B=jnp.zeros(rows, jnp.int32), allowed=jnp.asarray(allowed))
@@ -256,19 +277,30 @@ class Engine:
       for state in states:
         if rule.width == 1:
           ids.append(int(state.next[0]))
-          yield self.codec.shown(request, ids)
+          yield codec.shown(request, ids)
 
     yield from new_text(shown())
     out = jax.device_get(rule.result(state))
     answer = self._answer(request, out.tokens[0, :out.length[0]], out.score[0])
     if rule.width > 1:
-      yield self.codec.shown(request, answer.ids)
+      yield codec.shown(request, answer.ids)
     return answer
 
-  def _batches(self, items: list) -> Iterator[list]:
-    size = self.config.infer.batch_size
-    for begin in range(0, len(items), size):
-      yield items[begin:begin + size]
+  def _batches(self, names: Sequence[str]) -> Iterator[list[int]]:
+    """Which rows share a batch, as their indices, from the name of each row's delta."""
+    size, rows = self.config.infer.batch_size, list(range(len(names)))
+    if self.deltas is not None and any(names):
+      yield from self.deltas.together(names, size)
+      return
+    for begin in range(0, len(rows), size):
+      yield rows[begin:begin + size]
+
+  def _program(self, names: Sequence[str]) -> tuple[programs.Program, dict[str, np.ndarray]]:
+    """What computes the rows of a batch, from the name of each row's delta, and what that adds to the batch."""
+    if self.deltas is None or not any(names):
+      return self.program, {}
+    program, slots = self.deltas.program(names)
+    return program, {'delta': slots}
 
   def _padded(self, items: list) -> list:
     """Repeats the last item up to a power of two or the batch size, so that few shapes are compiled.
@@ -297,18 +329,20 @@ class Engine:
     for row, request in enumerate(requests):
       prefix[row, :len(request.prefix)] = request.prefix
       stop[row, :len(request.stop)] = request.stop
-      allowed[row, self.codec.forbidden(request)] = False
+      allowed[row, self.codec_of(request.delta).forbidden(request)] = False
     return self._request_batch(requests), prefix, stop, allowed
 
   def _answer(self, request: text.Request, ids: np.ndarray, log_prob: Any) -> Answer:
     tokens = [int(token) for token in ids]
-    output, blanks = self.codec.output(request, tokens)
+    output, blanks = self.codec_of(request.delta).output(request, tokens)
     return Answer(output, blanks, float(log_prob), len(tokens), bool(tokens) and tokens[-1] in request.stop, tokens)
 
 
-def load(model_dir: Any, *, step: int | None = None, config: Config | None = None) -> Engine:
+def load(model_dir: Any, *, step: int | None = None, config: Config | None = None,
+         deltas: Mapping[str, Any] | None = None) -> Engine:
   """See `t5x_cpm.inference.load`."""
   arguments.check_load(step, config)
+  given = arguments.deltas(deltas)
   run = run_directory.read_run(model_dir, step)
   trained = tasks.located(run.config, run.started.get('folder', ''))
   config = dataclasses.replace(trained, mesh=MeshConfig()) if config is None else config
@@ -319,6 +353,12 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   vocabulary = vocabularies.load_saved(folder)
   run_directory.check_vocabulary(model_dir, run.info, vocabulary.fingerprint)
   config = text.of_model(config, trained)
+  reader = deltas_lib.Reader(model_dir, run.step, vocabulary, config)
+  for name, path in given.items():
+    reader.read(name, path)  # a mistake is told before the model is loaded
   functions = programs.build(config, mesh)
   program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))
-  return Engine(program, vocabulary, config, run.step)
+  engine = Engine(program, vocabulary, config, run.step, deltas_lib.Deltas(program, reader, config))
+  for name, path in given.items():
+    engine.add_delta(name, path)
+  return engine

@@ -21,8 +21,9 @@ import struct
 import sys
 import tempfile
 import time
+import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from t5x_cpm import config as config_lib
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
   from t5x_cpm.inference.engine import Engine
 
 EMPTY = 'empty line'
-_NOTE = {'input': str, 'step': stored.COUNT, 'run': str, 'DecodeConfig': dict, 'InferConfig': dict, 'form?': str}
+_NOTE = {'input': str, 'step': stored.COUNT, 'run': str, 'DecodeConfig': dict, 'InferConfig': dict, 'form?': str,
+         'deltas?': {str: str}}
 STDIN = {'-': '.txt', '-.jsonl': '.jsonl'}  # values of --input, with the ending of the file that each is read as
 
 
@@ -205,8 +207,21 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
   return counts
 
 
+def read_deltas(given: Mapping[str, str], model_dir: str, about: run_directory.RunInfo, vocabulary: vocabularies.Vocabulary,
+                config: Config) -> tuple[dict[str, text.Codec], dict[str, str]]:
+  """By the names of deltas: how texts become their inputs, and what tells them from other deltas. Reads no model."""
+  if not given:
+    return {}, {}
+  from t5x_cpm.inference import deltas
+
+  reader = deltas.Reader(model_dir, about.step, vocabulary, config)
+  found = {name: reader.read(name, path) for name, path in given.items()}
+  digests = {name: stored.digest(one.saved.about) for name, one in found.items()}
+  return {name: one.codec for name, one in found.items()}, digests
+
+
 def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, output_path: str,
-             step: int | None) -> dict[str, int]:
+             step: int | None, deltas: Mapping[str, str]) -> dict[str, int]:
   """Answers a file, which errors call `name`. Arguments and errors as in `run`.
 
   Returns:
@@ -215,12 +230,14 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   # What needs no JAX comes first, so that a mistake is reported at once.
   about = run_directory.read_run(model_dir, step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary', about.info.get('vocabulary'))
-  codec = text.Codec(vocabulary, text.of_model(config, about.config))
+  own = text.of_model(config, about.config)
+  codec, (codecs, digests) = text.Codec(vocabulary, own), read_deltas(deltas, model_dir, about, vocabulary, own)
   template = lines_lib.template_of(about.config)
-  total = lines_lib.check_file(path, name, codec, config, template)
+  total = lines_lib.check_file(path, name, codec, config, codecs, template)
   output = pathlib.Path(output_path) if output_path else None
   is_text = output is not None and output.suffix == '.txt'
-  made_from = identity(path, about, config) | ({'form': 'text'} if is_text else {})
+  made_from = identity(path, about, config) | ({'form': 'text'} if is_text else {}) | (
+      {'deltas': digests} if digests else {})
   first = continue_or_start(output, made_from, total, config.infer.batch_size) if output else 0
   if first:
     print(f'{output} has {first:,} of {total:,} lines: going on from there' if first < total else
@@ -232,9 +249,10 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
 
   from t5x_cpm import inference
 
-  engine = inference.load(model_dir, step=about.step, config=config)
+  engine = inference.load(model_dir, step=about.step, config=config, deltas=deltas)
   started = time.monotonic()
-  lines = lines_lib.checked(lines_lib.read_lines(path, name, config.infer.text_field, template), codec)
+  read = lines_lib.read_lines(path, name, config.infer.text_field, template)
+  lines = lines_lib.checked(read, codec, codecs)
   with _Summed(output) if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
     counts = answer_file(engine, lines, first, total, out, as_text if is_text else as_json)
   told = ''.join(f', {count} {what}' for what, count in counts.items() if count and what != 'answered')
@@ -261,7 +279,8 @@ def input_file(given: str) -> Iterator[tuple[pathlib.Path, str]]:
   yield path, str(path)
 
 
-def run(config: Config, model_dir: str, input_path: str = '', output_path: str = '', *, step: int | None = None) -> None:
+def run(config: Config, model_dir: str, input_path: str = '', output_path: str = '', *, step: int | None = None,
+        deltas: Mapping[str, str] = types.MappingProxyType({})) -> None:
   """Answers a file, or what is typed.
 
   Args:
@@ -271,15 +290,19 @@ def run(config: Config, model_dir: str, input_path: str = '', output_path: str =
       .jsonl; '' answers what is typed, or each line of a pipe as it comes.
     output_path: .jsonl to write, or .txt for the answers alone; '' prints the records.
     step: the step of the checkpoint; by default the last.
+    deltas: by name, the model_dir of each delta that a line of a .jsonl may name in its field `delta`.
 
   Raises:
-    ConfigError: no checkpoint, a bad input line (with its number), or an output that belongs to something else.
+    ConfigError: no checkpoint, a bad delta, a bad input line (with its number), or an output that belongs to something else.
   """
   config.decode.validate()
   config.infer.validate()
+  if deltas and not input_path.endswith('.jsonl'):
+    raise ConfigError(f'--delta with --input={shown(input_path)}: expected a .jsonl, whose lines name their delta in the field '
+                      f'{lines_lib.DELTA!r}. A delta alone answers any input where it is the --model_dir.')
   if input_path:
     with input_file(input_path) as (path, name):
-      run_file(config, model_dir, path, name, output_path, step)
+      run_file(config, model_dir, path, name, output_path, step, deltas)
     return
   if output_path:
     raise ConfigError('--output needs --input: without it answers are printed as they are made.')

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 from t5x_cpm import user_files
 from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config.fields import shown
 from t5x_cpm.config.template import FieldError, Template
 from t5x_cpm.inference import text
 
 SUFFIXES = ('.txt', '.jsonl')
+DELTA = 'delta'  # the field of a JSON object that names the delta which answers it
 
 
 class Line(NamedTuple):
@@ -22,12 +24,14 @@ class Line(NamedTuple):
     text: to answer.
     error: what is wrong, '' for a good line.
     others: the other fields of a JSON object, which its answer carries too.
+    is_alone: whether the error is of a kind that never keeps other lines from being answered.
   """
 
   number: int
   text: str
   error: str = ''
   others: Mapping[str, Any] = types.MappingProxyType({})
+  is_alone: bool = False
 
 
 def from_bytes(number: int, raw: bytes, field: str = '', template: Template | None = None) -> Line:
@@ -67,25 +71,33 @@ def read_lines(path: pathlib.Path, name: str, field: str, template: Template | N
       yield from_bytes(number, raw, field if path.suffix == '.jsonl' else '', template)
 
 
-def checked(lines: Iterator[Line], codec: text.Codec) -> Iterator[tuple[Line, text.Request | None]]:
+def checked(lines: Iterator[Line], codec: text.Codec,
+            deltas: Mapping[str, text.Codec] = types.MappingProxyType({})) -> Iterator[tuple[Line, text.Request | None]]:
   """Encodes every line that is good; a line that cannot be encoded gets its error."""
   for line in lines:
     request = None
     if line.text and not line.error:
+      name = (line.others.get(DELTA) or '') if deltas else ''
+      if name and (not isinstance(name, str) or name not in deltas):
+        wrong = f'{DELTA} = {shown(name)}: expected {", ".join(map(repr, deltas))}, or none'
+        yield line._replace(error=wrong, is_alone=True), None
+        continue
       try:
-        request = codec.request(line.text)
+        request = (deltas[name] if name else codec).request(line.text)._replace(delta=name)
       except ConfigError as error:
         line = line._replace(error=str(error))
     yield line, request
 
 
-def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config, template: Template | None = None) -> int:
+def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config,
+               deltas: Mapping[str, text.Codec] = types.MappingProxyType({}), template: Template | None = None) -> int:
   """Reads the whole input once, so that a bad line is found before hours of work.
 
   Args:
     path: the input.
     name: what errors call it.
     codec, config: those of the run, with the lengths to use.
+    deltas: the codecs of the deltas that lines may name; a line that names another is told, and left unanswered.
     template: as `from_bytes` takes it.
 
   Returns:
@@ -95,13 +107,19 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config,
     ConfigError: the file cannot be read; or the first bad line, with its number, unless InferConfig.skip_malformed.
   """
   count, noted, first = 0, 0, ''
-  for line, request in checked(read_lines(path, name, config.infer.text_field, template), codec):
+  unknown, first_unknown = 0, ''
+  for line, request in checked(read_lines(path, name, config.infer.text_field, template), codec, deltas):
     count += 1
-    if line.error and not config.infer.skip_malformed:
+    if line.is_alone:
+      unknown, first_unknown = unknown + 1, first_unknown or f'{name}:{line.number}: {line.error}'
+    elif line.error and not config.infer.skip_malformed:
       raise ConfigError(f'{name}:{line.number}: {line.error.rstrip(".")}. InferConfig.skip_malformed = True leaves such lines '
                         'unanswered.')
     if request and request.note:
       noted, first = noted + 1, first or f'{name}:{line.number}: {request.note}'
+  if unknown:
+    left = 'This line is' if unknown == 1 else f'{unknown:,} such lines are'
+    print(f'warning: {first_unknown}. {left} left unanswered.', file=sys.stderr, flush=True)
   if first:
     print(f'warning: {first}' + (f' ({noted:,} lines have such marks.)' if noted > 1 else ''), file=sys.stderr, flush=True)
   return count

@@ -46,6 +46,7 @@ class Request(NamedTuple):
     prefix: tokens that the decoder reads before it writes, at least one.
     note: what its writer should know, '' for nothing.
     is_cut: whether the text was too long and its end is not among the tokens.
+    delta: the name of the delta that answers it, '' for none.
   """
 
   text: str
@@ -56,6 +57,7 @@ class Request(NamedTuple):
   prefix: tuple[int, ...]
   note: str = ''
   is_cut: bool = False
+  delta: str = ''
 
 
 def fill(text: str, texts: Sequence[str]) -> str:
@@ -96,13 +98,12 @@ def of_model(config: Config, trained: Config) -> Config:
   """A configuration with what belongs to the model: hyperparameters, delta, and the objective that gave texts their form.
 
   Args:
-    config: how to decode, on which mesh, where the base of a delta lies now ('': where it was) and
-      whether it may be another one, and how to read a task; its
-      objective says no more than that.
+    config: how to decode, on which mesh, where the base of a delta lies now ('': where it was) and whether it may be another
+      one, how many slots for deltas there are, and how to read a task; its objective says no more than that.
     trained: the configuration of the model's own run.
   """
   task = dataclasses.replace(config.task, objective=trained.task.objective, target_form=trained.task.target_form)
-  delta = dataclasses.replace(trained.delta, base=config.delta.base or trained.delta.base,
+  delta = dataclasses.replace(trained.delta, base=config.delta.base or trained.delta.base, slots=config.delta.slots,
                               allow_other_base=config.delta.allow_other_base)
   return dataclasses.replace(config, model=trained.model, task=task, delta=delta)
 

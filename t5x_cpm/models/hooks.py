@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from t5x_cpm import trees
 from t5x_cpm.models.component import Component, Declared, Weight
@@ -135,7 +136,7 @@ class Hooks:
 
   Attributes:
     weights: site -> method -> name -> [n, ...], of n slots for deltas.
-    slots: the slot of each row, int32 [B]; None: all rows use the first.
+    slots: the slot of each row, int32 [B], 0 for a row without a delta; None: all rows use the first.
     methods: by name, in the order in which they act.
   """
 
@@ -149,7 +150,8 @@ class Hooks:
       weights = self.weights.get(site, {}).get(name)
       if weights is not None:
         mine = {key: leaf[:1] if self.slots is None else leaf[self.slots] for key, leaf in weights.items()}
-        y = method.change(mine, x, y)
+        changed = method.change(mine, x, y)
+        y = changed if self.slots is None else jnp.where(self.slots.reshape(-1, *[1] * (y.ndim - 1)) == 0, y, changed)
     return y
 
 

@@ -33,7 +33,7 @@ def make(config: DeltaConfig) -> Method:
     narrow = jax.nn.gelu(product(y if config.adapter == 'serial' else x, weights['down']), approximate=False)
     return y + product(narrow, weights['up'])
 
-  return Method(weights, change)
+  return Method(weights, change, alike={'bottleneck': 1, 'adapter': config.adapter})
 
 
 register('adapter', make)

@@ -24,7 +24,7 @@ def make(config: DeltaConfig) -> Method:
     del x
     return y + weights['bias'][:, None].astype(y.dtype)
 
-  return Method(weights, change)
+  return Method(weights, change, alike={})
 
 
 register('bitfit', make)

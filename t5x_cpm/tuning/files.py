@@ -25,7 +25,7 @@ NAME = 'delta.json'
 FORM = {
     'format_version': range(1, 1 << 31), 'code_version': str, 'method': str, 'DeltaConfig': dict, 'vocabulary': str,
     'base': {'model_dir': str, 'step': stored.COUNT, 'fingerprint': str}, 'step': stored.COUNT, 'metrics': {str: float},
-    'weights': stored.is_plain_name, 'weights_digest': str}
+    'weights': stored.is_plain_name, 'weights_digest': str, 'objective?': str, 'target_form?': str}
 REMEDY = 'Put back a copy of it, or continue the run that it is of, which writes it anew.'
 
 
@@ -69,7 +69,8 @@ def write(folder: epath.Path, tensors: Mapping[str, np.ndarray], config: Config,
       'DeltaConfig': to_dict(config.delta), 'vocabulary': vocabulary,
       'base': {'model_dir': str(base.model_dir), 'step': base.step, 'fingerprint': base.fingerprint}, 'step': step,
       'metrics': {name: float(value) for name, value in metrics.items() if np.isfinite(value)}, 'weights': weights,
-      'weights_digest': _digest(raw)})
+      'weights_digest': _digest(raw), 'objective': config.task.objective,
+      'target_form': config.task.target_form})
   for other in folder.glob('weights-*.safetensors'):
     if other.name != weights:
       with contextlib.suppress(OSError):

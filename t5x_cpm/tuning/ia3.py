@@ -26,7 +26,7 @@ def make(config: DeltaConfig) -> Method:
     del x
     return y * weights['scale'][:, None].astype(y.dtype)
 
-  return Method(weights, change)
+  return Method(weights, change, alike={})
 
 
 register('ia3', make)

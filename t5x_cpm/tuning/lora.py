@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_cpm.config import ConfigError, DeltaConfig
 from t5x_cpm.models.component import Weight
@@ -34,7 +35,10 @@ def make(config: DeltaConfig) -> Method:
   def change(weights: Mapping[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
     return y + product(product(x, weights['a']), weights['b']) * scale
 
-  return Method(weights, change)
+  def folded(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    return {'a': weights['a'], 'b': weights['b'] * np.float32(scale)}
+
+  return Method(weights, change, alike={'rank': 1, 'alpha': 1.0, 'sites': config.sites}, folded=folded)
 
 
 register('lora', make)

@@ -6,8 +6,10 @@ A method is one file: a function that makes a `Method` from a DeltaConfig, regis
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
 from t5x_cpm.config import Config, ConfigError, DeltaConfig, ModelConfig
 from t5x_cpm.config.fields import did_you_mean
@@ -26,11 +28,17 @@ class Method:
     weights: what it declares for a site; {} for a site that it leaves alone. Shapes are without the axes of layers and slots.
     change: (weights, x, y) -> what the site gives in the place of y; see `hooks.Method`.
     prompt: what it declares for the vectors that stand for DeltaConfig.prompts tokens; None: it has none.
+    alike: fields of DeltaConfig, others have their defaults, with which `change` is made for a batch of rows with different
+      deltas, whose axes without a name are then filled up with zeros. Deltas for which it is the same share a batch. None:
+      those share one that have the same configuration.
+    folded: what the weights of a site become for that `change`.
   """
 
   weights: Callable[[Site], Mapping[str, Weight]] = lambda site: {}
   change: Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array] = lambda weights, x, y: y
   prompt: Callable[[ModelConfig], Weight] | None = None
+  alike: Mapping[str, Any] | None = None
+  folded: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = lambda weights: weights
 
 
 METHODS: dict[str, Callable[[DeltaConfig], Method]] = {}

@@ -25,7 +25,8 @@ def make(config: DeltaConfig) -> Method:
     return Weight((1, config.vectors, model.d_model), ('slot', None, 'embed'),
                   lambda key, shape: jax.random.uniform(key, shape, minval=-0.5, maxval=0.5))
 
-  return Method(prompt=declared)
+  sight = {'prompt_sees_text': config.prompt_sees_text, 'text_sees_prompt': config.text_sees_prompt}
+  return Method(prompt=declared, alike={'prompt_length': 1, **sight})
 
 
 def _sampled(count: int, vocabulary: Vocabulary, seed: int) -> list[list[int]]:
