@@ -5,13 +5,14 @@ zeros, to the next of a few sizes, so that a delta can take the place of another
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from t5x_cpm import trees
-from t5x_cpm.config import Config, ConfigError, DeltaConfig
+from t5x_cpm.config import Config, ConfigError, DeltaConfig, ModelConfig
 from t5x_cpm.tuning.files import Saved
 from t5x_cpm.tuning.methods import METHODS, build_model
 
@@ -57,9 +58,14 @@ def form(config: DeltaConfig) -> Form:
   return Form(DeltaConfig(method=config.method, **fields), True)
 
 
+@functools.lru_cache(maxsize=8)
+def _expected(model: ModelConfig, delta: DeltaConfig) -> dict[str, tuple[int, ...]]:
+  leaves = trees.named(build_model(Config(model=model, delta=delta)).leaves()['delta'])
+  return {name: tuple(size for size, axis in zip(leaf.shape, leaf.axes) if axis != 'slot') for name, leaf in leaves.items()}
+
+
 def _check(saved: Saved, config: Config, what: str) -> None:
-  leaves = trees.named(build_model(dataclasses.replace(config, delta=saved.config)).leaves()['delta'])
-  expected = {name: tuple(size for size, axis in zip(leaf.shape, leaf.axes) if axis != 'slot') for name, leaf in leaves.items()}
+  expected = _expected(config.model, saved.config)  # remembered, because there may be hundreds of one configuration
   found = {name: tensor.shape for name, tensor in saved.tensors.items()}
   for name in sorted(expected.keys() | found.keys()):
     if expected.get(name) != found.get(name):
