@@ -139,14 +139,14 @@ def test_a_method_of_ones_own_shares_a_batch_with_its_like(base_dir):
         lambda site: {'scale': Weight((1,), (None,), lambda key, shape: jnp.ones(shape))} if site.name == 'self' else {},
         lambda weights, x, y: y * scale * weights['scale'][:, None].astype(y.dtype))
 
-  tuning.register('scaled', make)
+  tuning.register('louder', make)
   try:
-    given = {name: DeltaConfig(method='scaled', alpha=alpha) for name, alpha in (('a', 1.0), ('b', 1.0), ('c', 2.0))}
+    given = {name: DeltaConfig(method='louder', alpha=alpha) for name, alpha in (('a', 1.0), ('b', 1.0), ('c', 2.0))}
     folders = {name: write(base_dir.parent / name, base_dir, delta, 9 + ord(name)) for name, delta in given.items()}
     engine, _ = check_rows(base_dir, folders, ['a', None, 'b', 'c'], calls=['score'])
     assert len(engine.deltas._groups) == 2
   finally:
-    del tuning.METHODS['scaled']
+    del tuning.METHODS['louder']
 
 
 def test_what_cannot_be_served_is_refused(base_dir, folders, engine, tmp_path):

@@ -5,12 +5,13 @@ zeros, to the next of a few sizes, so that a delta can take the place of another
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_cpm.config import Config, DeltaConfig
+from t5x_cpm.config import Config, DeltaConfig, ModelConfig
 from t5x_cpm.tuning.files import Saved, fitted
 from t5x_cpm.tuning.methods import METHODS, build_model
 
@@ -56,6 +57,12 @@ def form(config: DeltaConfig) -> Form:
   return Form(DeltaConfig(method=config.method, **fields), True)
 
 
+@functools.lru_cache(maxsize=8)
+def _leaves(model: ModelConfig, delta: DeltaConfig) -> Any:
+  # Remembered, because there may be hundreds of deltas of one configuration.
+  return build_model(Config(model=model, delta=delta)).leaves()['delta']
+
+
 def beside(saved: Saved, config: Config, what: str) -> Side:
   """A delta, ready to lie beside others.
 
@@ -67,8 +74,7 @@ def beside(saved: Saved, config: Config, what: str) -> Side:
   Raises:
     ConfigError: nobody registered its method, or its tensors are not those that its configuration declares for the base.
   """
-  leaves = build_model(dataclasses.replace(config, delta=saved.config)).leaves()['delta']
-  fitted(saved.tensors, leaves, what)
+  fitted(saved.tensors, _leaves(config.model, saved.config), what)
   common = form(saved.config)
   if not common.is_loose:
     return Side(common, saved.tensors)
