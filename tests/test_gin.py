@@ -201,7 +201,7 @@ def random_config(rng: random.Random) -> Config:
         changes[field.name] = word()
       elif isinstance(value, float) and field.name in ('learning_rate', 'z_loss', 'weight_decay', 'clip_norm'):
         changes[field.name] = rng.random() * 10 ** rng.randint(-12, 3)
-      elif isinstance(value, bool):
+      elif isinstance(value, bool) and field.name != 'train_base':  # which needs a method
         changes[field.name] = rng.random() < 0.5
     parts[part.name] = dataclasses.replace(values, **changes)
   files = {word(): word() for _ in range(3)}
