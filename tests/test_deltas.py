@@ -152,7 +152,7 @@ def test_a_method_of_ones_own_shares_a_batch_with_its_like(base_dir):
 def test_what_cannot_be_served_is_refused(base_dir, folders, engine, tmp_path):
   other = {name: write(tmp_path / name, base_dir, LORA, 0, **about) for name, about in {
       'base': {'fingerprint': 'f00d'}, 'words': {'vocabulary': 'f00d'}}.items()}
-  cut, fewer = tmp_path / 'cut', dict(list(tuning.read(folders['poem']).tensors.items())[1:])
+  cut, fewer = tmp_path / 'cut', dict(sorted(tuning.read(folders['poem']).tensors.items())[1:])
   tuning.write(cut, fewer, configured(base_dir, LORA),
                tuning.find(base_dir), step=1, vocabulary=engine.vocabulary.fingerprint, metrics={})
   for use, message in [
