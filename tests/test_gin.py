@@ -209,6 +209,13 @@ def random_config(rng: random.Random) -> Config:
   return Config(**parts)
 
 
+def test_a_template_may_begin_with_a_field(load):
+  for text in ('{sum}', '{a} and {b}', '{{x}} {a}'):
+    assert load('', f'LocalTaskConfig.targets_template={text}').local_task.targets_template == text
+  with pytest.raises(ConfigError, match='a bracket or a quote is missing'):
+    load('', 'LocalTaskConfig.rates={a')
+
+
 def test_dump_parses_back_to_the_same_config(load):
   seed = random.randrange(2**31)
   print('seed', seed)

@@ -213,7 +213,9 @@ def _parse_flag(text: str) -> _Binding:
     if parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
       value = parsed
   except (SyntaxError, tokenize.TokenError):
-    if value_text[:1] in ('{', "'", '"'):  # a glob may begin with '[', but nothing plain begins like these
+    # A glob may begin with '[', and a template with '{'; nothing else that is plain begins like these.
+    is_template = value_text[:1] == '{' and _TYPES.get(cls, {}).get(field) is str
+    if value_text[:1] in ('{', "'", '"') and not is_template:
       raise ConfigError(f'{where}: cannot parse the value: a bracket or a quote is missing.') from None
   except (RecursionError, TypeError) as error:
     raise ConfigError(f'{where}: cannot parse the value: {_unreadable(error)}.') from None
