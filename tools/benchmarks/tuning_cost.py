@@ -29,10 +29,9 @@ from t5x_cpm.cli.errors import run_script
 from t5x_cpm.cli.parse import Parser, at_least
 from t5x_cpm.config import Config, ConfigError, DeltaConfig, OptimizerConfig, TaskConfig, TrainConfig
 
-P = 100  # vectors of a prompt or a prefix
+P = 100  # vectors of a prompt
 DELTAS = {
     'full': DeltaConfig(), 'prompt': DeltaConfig(method='prompt', base='base', prompt_length=P),
-    'prefix': DeltaConfig(method='prefix', base='base'),
     'lora': DeltaConfig(method='lora', base='base', sites=('query', 'value'), rank=8),
     'ia3': DeltaConfig(method='ia3', base='base'), 'adapter': DeltaConfig(method='adapter', base='base'),
     'bitfit': DeltaConfig(method='bitfit', base='base')}
