@@ -38,8 +38,10 @@ class Source(Protocol):
 
 
 def encode(vocabulary: Vocabulary, texts: Sequence[str], marked: bool = False) -> Side:
-  """The ids of some texts one after another, and how many each text has. In marked texts an id past
-  those of the vocabulary stands for PROMPT."""
+  """The ids of some texts one after another, and how many each text has.
+
+  In marked texts the id after the vocabulary's last one stands for PROMPT.
+  """
   ids: list[Any]
   if marked:
     pieces = iter(vocabulary.encode_batch([piece for text in texts for piece in text.split(PROMPT)]))

@@ -123,6 +123,8 @@ def test_a_run_of_a_prompt(base_dir, tmp_path):
   training.run(config, str(tmp_path / 'run'))
   vocabulary = load(config.task.vocabulary)
   saved = tuning.read(tmp_path / 'run').tensors
+  again = dataclasses.replace(PROMPT, prompt_init='file', prompt_file=str(tmp_path / 'run'))
+  np.testing.assert_array_equal(tuning.prompt.from_file(again, config.model.d_model), saved['prompt/table'])
   base = inference.load(base_dir)
   ids = (vocabulary.encode('一二三') * P)[:P]
   np.testing.assert_array_equal(saved['prompt/table'], base.program.params['token_embedder']['embedding'][np.array(ids)])

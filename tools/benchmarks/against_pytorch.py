@@ -17,12 +17,9 @@ Weights are random. PyTorch uses its fused AdamW and transformers its default at
 torch.compile is not used.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
-import os
-import pathlib
 import sys
 from typing import Any
 
@@ -34,8 +31,8 @@ from side_by_side import Case, Run
 
 from t5x_cpm import backend
 from t5x_cpm.cli.errors import run_script
-from t5x_cpm.cli.parse import Parser, at_least
-from t5x_cpm.config import Config, ConfigError, ModelConfig, MoEConfig, OptimizerConfig, TaskConfig, TrainConfig
+from t5x_cpm.cli.parse import Parser
+from t5x_cpm.config import Config, ModelConfig, MoEConfig, OptimizerConfig, TaskConfig, TrainConfig
 
 MODEL = ModelConfig(
     vocab_size=26_240, d_model=512, d_ff=1024, num_heads=8, head_dim=64, num_encoder_layers=8, num_decoder_layers=8)
@@ -298,14 +295,7 @@ def cases() -> dict[str, list[Case]]:
 def main() -> None:
   parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('command', nargs='?', default='all', choices=['all', *cases()])
-  parser.add_argument('--repeats', type=at_least(1), default=9, help='runs of each side')
-  parser.add_argument('--threads', type=at_least(1), default=len(os.sched_getaffinity(0)), help='threads of each side')
-  parser.add_argument('--json', help='file to write the figures to as well')
-  parser.add_argument('--worker', choices=['ours', 'theirs'], help=argparse.SUPPRESS)
-  parser.add_argument('--index', type=int, default=0, help=argparse.SUPPRESS)
-  given = parser.parse_args()
-  if given.json and not pathlib.Path(given.json).absolute().parent.is_dir():
-    raise ConfigError(f'--json={given.json}: there is no such folder.')
+  given = side_by_side.arguments(parser)
   if given.worker:
     side_by_side.work(cases()[given.command][given.index], given.worker, given.threads)
     return

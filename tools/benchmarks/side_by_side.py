@@ -4,6 +4,7 @@
 other load on the machine hits both; the table names everything that a figure depends on.
 """
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from t5x_cpm import backend
+from t5x_cpm.cli.parse import Parser, at_least
+from t5x_cpm.config import ConfigError
 
 GEMM = 2048  # size of the square product whose rate is the yardstick
 STREAM = 2**28  # bytes that are summed to measure how fast memory is read
@@ -54,6 +57,23 @@ class Case:
   flops: float
   bytes: float = 0.0
   products: Callable[[], Run] | None = None
+
+
+def arguments(parser: Parser) -> argparse.Namespace:
+  """The arguments of a program that compares, which add to its own how often, with how many threads, and where to write.
+
+  Raises:
+    ConfigError: --json names a file in a folder that is not there.
+  """
+  parser.add_argument('--repeats', type=at_least(1), default=9, help='runs of each case')
+  parser.add_argument('--threads', type=at_least(1), default=len(os.sched_getaffinity(0)), help='threads of each case')
+  parser.add_argument('--json', help='file to write the figures to as well')
+  parser.add_argument('--worker', choices=['ours', 'theirs'], help=argparse.SUPPRESS)
+  parser.add_argument('--index', type=int, default=0, help=argparse.SUPPRESS)
+  given = parser.parse_args()
+  if given.json and not pathlib.Path(given.json).absolute().parent.is_dir():
+    raise ConfigError(f'--json={given.json}: there is no such folder.')
+  return given
 
 
 def machine(threads: int, repeats: int) -> dict[str, Any]:
