@@ -318,7 +318,7 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import MeshConfig
 from t5x_cpm.training import step
 
-delta = dataclasses.replace(test_tuning.LORA, method='prompt+lora', prompt_length=5)
+delta = dataclasses.replace(test_tuning.LORA, method='prompt+lora+prefix', prompt_length=5, prefix_length=3)
 config = test_tuning.with_delta(delta=delta, dropout_rate=0.1)
 batch = test_prompt.with_prompt(test_step.random_batch(config, 0), config.model.vocab_size)
 wanted = None

@@ -81,11 +81,12 @@ def test_counts_of_cpm2():
   config = dataclasses.replace(config, vocab_size=64, d_model=4096, d_ff=10240, num_heads=64, head_dim=64,
                                num_encoder_layers=24, num_decoder_layers=24)
   counts = {}
-  for name in ('prompt', 'lora', 'ia3', 'adapter', 'bitfit'):
+  for name in ('prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit'):
     delta = DeltaConfig(method=name)
     model = tuning.build_model(dataclasses.replace(test_step.CONFIG, model=config, delta=delta))
     counts[name] = sum(leaf.size for leaf in jax.tree.leaves(model.leaves()['delta']))
   attentions, layers = 72, 48
   assert counts == {
-      'prompt': 100 * 4096, 'lora': attentions * 2 * 8 * (4096 + 4096), 'ia3': attentions * 2 * 4096 + layers * 10240,
+      'prompt': 100 * 4096, 'prefix': attentions * 2 * 100 * 4096, 'lora': attentions * 2 * 8 * (4096 + 4096),
+      'ia3': attentions * 2 * 4096 + layers * 10240,
       'adapter': (attentions + layers) * 24 * (4096 + 4096), 'bitfit': attentions * 4 * 4096 + layers * (2 * 10240 + 4096)}

@@ -5,6 +5,8 @@ import dataclasses
 from t5x_cpm.config.fields import ConfigError, choice, free, in_range, shown
 from t5x_cpm.config.typed import Typed
 
+PLACES = ('encoder.self', 'decoder.self', 'decoder.cross')  # where there is attention
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaConfig(Typed):
@@ -16,12 +18,15 @@ class DeltaConfig(Typed):
   part `mlp` (wi_0, wi_1, wo).
   """
 
-  method: str = ''  # 'prompt', 'lora', 'ia3', 'adapter', 'bitfit'; several are joined by '+'; '' trains all parameters
+  method: str = ''  # 'prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit'; several are joined by '+'; '' trains everything
   base: str = free('')  # the model_dir of the base; `--base` sets it
   base_dtype: str = 'float32'  # the type in which the base is held: 'float32' or 'bfloat16'
   prompt_length: int = 100  # of 'prompt': how many vectors stand before the input of the encoder
   prompt_init: str = 'vocabulary'  # of 'prompt': what they are at first: 'random', 'vocabulary' (frequent pieces), 'text'
   prompt_text: str = ''  # of 'prompt': the text whose tokens they are at first, again and again; for prompt_init = 'text'
+  prefix_length: int = 100  # of 'prefix': how many keys and values stand before those of each attention
+  prefix_places: tuple[str, ...] = PLACES  # of 'prefix': the attentions that have one; by default all three kinds
+  prefix_hidden: int = 0  # of 'prefix': the width of a small network that makes keys and values; 0: they are trained themselves
   sites: tuple[str, ...] = ('query', 'value')  # of 'lora': which matrices get a product of two small ones added
   rank: int = 8  # of 'lora': columns of the first small matrix
   alpha: float = 16.0  # of 'lora': the product of the two is multiplied by alpha / rank
@@ -33,6 +38,12 @@ class DeltaConfig(Typed):
     choice(self, 'base_dtype', ('float32', 'bfloat16'))
     choice(self, 'prompt_init', ('random', 'vocabulary', 'text'))
     in_range(self, 'prompt_length', 1)
+    in_range(self, 'prefix_length', 1)
+    in_range(self, 'prefix_hidden', 0)
+    places = self.prefix_places
+    if not places or not set(places) <= set(PLACES) or len(set(places)) < len(places):
+      raise ConfigError(f'DeltaConfig.prefix_places = {shown(places)}: expected one or several different ones of '
+                        f'{", ".join(PLACES)}.')
     choice(self, 'adapter', ('serial', 'parallel'))
     in_range(self, 'bottleneck', 1)
     in_range(self, 'rank', 1)

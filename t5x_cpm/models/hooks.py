@@ -6,10 +6,11 @@ Where there is no delta, a hook is nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from t5x_cpm import trees
 from t5x_cpm.models.component import Component, Declared, Weight
@@ -26,6 +27,8 @@ PRODUCTS: dict[str, dict[str, str]] = {
     'shared': {f'shared.{name}': name for name in ('wi_0', 'wi_1', 'wo')},
 }
 SUBLAYERS = {'self.query': 'self', 'cross.query': 'cross', 'mlp.wi_0': 'mlp'}  # a product of it -> the sublayer
+
+Prefix = tuple[jax.Array, jax.Array]  # keys and values [n, P, heads * head_dim]; n is 1, where all rows have one delta, or B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,13 @@ class Method(Protocol):
     """
     ...
 
+  def prefix(self, weights: Mapping[str, jax.Array]) -> jax.Array | None:
+    """What stands before what a site gives, [1 or B, P, ...], always seen and at no position; None: nothing does.
+
+    It is asked for the sites of keys and values, and must give as many for both. `weights` are as in `change`.
+    """
+    ...
+
 
 class Delta(Protocol):
   """What a model is built with where it has a delta."""
@@ -127,14 +137,24 @@ class Hooks:
   slots: jax.Array | None = None
   methods: tuple[tuple[str, Method], ...] = dataclasses.field(default=(), metadata={'static': True})
 
-  def change(self, site: str, x: Any, y: jax.Array) -> jax.Array:
-    """What the site gives in the place of y."""
+  def _acting(self, site: str) -> Iterator[tuple[Method, dict[str, jax.Array]]]:
+    """The methods that act at a site, each with the weights that the rows have there."""
     for name, method in self.methods:
       weights = self.weights.get(site, {}).get(name)
       if weights is not None:
-        mine = {key: leaf[:1] if self.slots is None else leaf[self.slots] for key, leaf in weights.items()}
-        y = method.change(mine, x, y)
+        yield method, {key: leaf[:1] if self.slots is None else leaf[self.slots] for key, leaf in weights.items()}
+
+  def change(self, site: str, x: Any, y: jax.Array) -> jax.Array:
+    """What the site gives in the place of y."""
+    for method, weights in self._acting(site):
+      y = method.change(weights, x, y)
     return y
+
+  def prefix(self, sublayer: str) -> Prefix | None:
+    """The keys and values that stand before those of an attention ('self' or 'cross'); None where there are none."""
+    keys, values = ([vectors for method, weights in self._acting(f'{sublayer}.{name}')
+                     if (vectors := method.prefix(weights)) is not None] for name in ('key', 'value'))
+    return (jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)) if keys else None
 
 
 Hook = Callable[[str, Any, jax.Array], jax.Array]  # (site, x, y) -> y

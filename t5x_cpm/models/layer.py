@@ -44,7 +44,8 @@ class Block(nnx.Module):
     if cache is not None:
       keys, values = write(cache['self_key'], keys, ctx.positions), write(cache['self_value'], values, ctx.positions)
       written = {'self_key': keys, 'self_value': values}
-    y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of('self.weights'), hook)
+    y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of('self.weights'), hook,
+                       ctx.prefix('self'))
     x_BTD = x_BTD + ctx.dropout(ctx.changed('self', u, y), 'self.output')
     if self.is_decoder:
       u, hook = self.cross_attention_norm(x_BTD), ctx.hook('cross')
@@ -52,7 +53,8 @@ class Block(nnx.Module):
         keys, values = self.cross_attention.keys_and_values(ctx.encoded, hook)
       else:
         keys, values = cache['cross_key'], cache['cross_value']
-      y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of('cross.weights'), hook)
+      y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of('cross.weights'), hook,
+                               ctx.prefix('cross'))
       x_BTD = x_BTD + ctx.dropout(ctx.changed('cross', u, y), 'cross.output')
     return x_BTD, written
 

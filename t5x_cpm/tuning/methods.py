@@ -25,11 +25,13 @@ class Method:
   Attributes:
     weights: what it declares for a site; {} for a site that it leaves alone. Shapes are without the axes of layers and slots.
     change: (weights, x, y) -> what the site gives in the place of y; see `hooks.Method`.
+    prefix: weights -> the vectors that stand before what the site gives, or None; see `hooks.Method`.
     prompt: what it declares for the vectors that stand for DeltaConfig.prompts tokens; None: it has none.
   """
 
   weights: Callable[[Site], Mapping[str, Weight]] = lambda site: {}
   change: Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array] = lambda weights, x, y: y
+  prefix: Callable[[Mapping[str, jax.Array]], jax.Array | None] = lambda weights: None
   prompt: Callable[[ModelConfig], Weight] | None = None
 
 
