@@ -15,7 +15,8 @@ class DeltaConfig(Typed):
   `sites` names places in the layers of the base: 'query' means encoder.self.query, decoder.self.query and decoder.cross.query,
   'cross.query' the last of them, 'self' all in self-attention; anything else is a regular expression for whole names, as in
   'encoder.*value'. The places are those of `self` and `cross` attention (query, key, value, output) and of the feed-forward
-  part `mlp` (wi_0, wi_1, wo).
+  part `mlp` (wi_0, wi_1, wo). Matrices of experts, of which each gets a pair of its own, are meant only by what has the word
+  'experts' in it, such as 'experts' or 'decoder.experts.wo'.
   """
 
   method: str = ''  # 'prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit'; several are joined by '+'; '' trains everything

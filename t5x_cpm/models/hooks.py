@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_cpm import trees
+from t5x_cpm.config import ConfigError
 from t5x_cpm.models.component import Component, Declared, Weight
 from t5x_cpm.models.leaf import Leaf
 
@@ -26,6 +27,7 @@ PRODUCTS: dict[str, dict[str, str]] = {
     'experts': {f'mlp.{name}': name for name in ('wi_0', 'wi_1', 'wo')},
     'shared': {f'shared.{name}': name for name in ('wi_0', 'wi_1', 'wo')},
 }
+EXPERTS = 'experts.'  # what the names of sites of experts begin with
 SUBLAYERS = {'self.query': 'self', 'cross.query': 'cross', 'mlp.wi_0': 'mlp'}  # a product of it -> the sublayer
 
 Prefix = tuple[jax.Array, jax.Array]  # keys and values [n, P, heads * head_dim]; n is 1, where all rows have one delta, or B
@@ -41,6 +43,7 @@ class Site:
     sizes: of the last axis of what it reads, and of what it gives.
     axes: the logical names of these two axes.
     is_product: whether y is x times a matrix.
+    experts: where each token is multiplied by the matrix of its expert, how many experts there are; 0 elsewhere.
   """
 
   stack: str
@@ -48,6 +51,7 @@ class Site:
   sizes: tuple[int, int]
   axes: tuple[str | None, str | None]
   is_product: bool
+  experts: int = 0
 
   @property
   def full_name(self) -> str:
@@ -58,7 +62,8 @@ class Site:
 def sites(component: Component, role: str) -> list[Site]:
   """The sites of the layers whose weights a component holds.
 
-  Among experts there is none: there, rows are not those of the batch. Only their layer as a whole is a site.
+  Among experts, rows are not those of the batch: the sites of their matrices have names of their own ('experts.wi_0'), and
+  their layer as a whole is one.
 
   Args:
     component: of a stack of layers.
@@ -75,9 +80,15 @@ def sites(component: Component, role: str) -> list[Site]:
       found.append(Site(component.stack, name, (rows, columns), (reads, gives), True))
       if name == 'mlp.wi_0':
         found.append(Site(component.stack, 'mlp.hidden', (columns, columns), (gives, gives), False))
+    else:
+      found.append(Site(component.stack, f'{EXPERTS}{path}', (rows, columns), (reads, gives), False, component.stacked[1][1]))
     if name in SUBLAYERS:
       found.append(Site(component.stack, SUBLAYERS[name], (rows, rows), (reads, reads), False))
   return found
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, kernels [E, I, O]) -> rows, each times that of its expert
+ChangeExperts = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array, Product], jax.Array]
 
 
 class Method(Protocol):
@@ -95,6 +106,11 @@ class Method(Protocol):
 
     It is asked for the sites of keys and values, and must give as many for both. `weights` are as in `change`.
     """
+    ...
+
+  @property
+  def change_experts(self) -> 'ChangeExperts | None':
+    """(weights [E, ...], x, y, product) -> what a matrix of each expert gives in the place of y; None: it acts in none."""
     ...
 
 
@@ -116,10 +132,41 @@ class Delta(Protocol):
     ...
 
 
+def _of_each(weight: Weight, experts: int) -> Weight:
+  return dataclasses.replace(weight, shape=(experts, *weight.shape), axes=('expert', *weight.axes))
+
+
 def component(delta: Delta, base: Component, role: str) -> Declared | None:
   """The part of a delta for the layers whose weights a component holds, as site -> method -> name; None where it has none."""
-  found = {site.name: weights for site in sites(base, role) if (weights := delta.weights(site))}
+  found = {}
+  for site in sites(base, role):
+    if weights := delta.weights(site):
+      found[site.name] = weights if not site.experts else {
+          method: {name: _of_each(weight, site.experts) for name, weight in declared.items()}
+          for method, declared in weights.items()}
   return Declared(f'delta/{base.path}', found, (base.stacked[0], ('slot', 1)), base.stack) if found else None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InExperts:
+  """What a delta does in the matrices of experts.
+
+  Attributes:
+    weights: name of the matrix -> method -> name -> [E, ...].
+    methods: by name, in the order in which they act.
+  """
+
+  weights: Mapping[str, Mapping[str, Mapping[str, jax.Array]]]
+  methods: tuple[tuple[str, Method], ...] = dataclasses.field(metadata={'static': True})
+
+  def change(self, name: str, x: jax.Array, y: jax.Array, product: Product) -> jax.Array:
+    """What a matrix gives in the place of y."""
+    for method_name, method in self.methods:
+      weights = self.weights.get(name, {}).get(method_name)
+      if weights is not None and method.change_experts:
+        y = method.change_experts(weights, x, y, product)
+    return y
 
 
 @jax.tree_util.register_dataclass
@@ -155,6 +202,19 @@ class Hooks:
     keys, values = ([vectors for method, weights in self._acting(f'{sublayer}.{name}')
                      if (vectors := method.prefix(weights)) is not None] for name in ('key', 'value'))
     return (jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)) if keys else None
+
+  def in_experts(self) -> 'InExperts | None':
+    """What acts in the matrices of experts; None where nothing does.
+
+    Raises:
+      ConfigError: rows have deltas of their own, but those that an expert multiplies together come from any.
+    """
+    sites = {site.removeprefix(EXPERTS): jax.tree.map(lambda leaf: leaf[0], methods)
+             for site, methods in self.weights.items() if site.startswith(EXPERTS)}
+    if sites and self.slots is not None:
+      raise ConfigError('DeltaConfig.sites names matrices of experts: such a delta serves all rows of a batch, and cannot '
+                        'share it with others. Leave experts out of it, or load it alone.')
+    return InExperts(sites, self.methods) if sites else None
 
 
 Hook = Callable[[str, Any, jax.Array], jax.Array]  # (site, x, y) -> y
