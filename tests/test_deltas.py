@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small_data
 import small_model
+import test_tuning
 
 import t5x_cpm
 from t5x_cpm import inference, trees, tuning, vocabularies
@@ -28,6 +29,8 @@ DELTAS = {
     'short': DeltaConfig(method='prompt', prompt_length=3), 'long': DeltaConfig(method='prompt', prompt_length=11),
     'ia3': DeltaConfig(method='ia3'), 'bitfit': DeltaConfig(method='bitfit'),
     'narrow': DeltaConfig(method='adapter', bottleneck=2), 'wide': DeltaConfig(method='adapter', bottleneck=5),
+    'before': DeltaConfig(method='prefix', prefix_length=3),
+    'network': DeltaConfig(method='prefix', prefix_length=9, prefix_hidden=2),
     'parallel': DeltaConfig(method='adapter', bottleneck=5, adapter='parallel'),
     'both': DeltaConfig(method='prompt+lora', prompt_length=4)}
 
@@ -129,6 +132,19 @@ def test_every_call_takes_deltas(base_dir, folders):
 @pytest.mark.slow
 def test_a_list_may_mix_all_methods(base_dir, folders):
   check_rows(base_dir, folders, ['poem', 'both', None, 'ia3', 'bitfit', 'narrow', 'wide', 'parallel'], calls=['score'], slots=1)
+  check_rows(base_dir, folders, ['before', None, 'network', 'before'])
+
+
+@pytest.mark.slow
+def test_a_base_with_experts(tmp_path):
+  vocabulary = vocabularies.load(f'cpm2:{small_data.vocabulary_file(tmp_path)}')
+  moe = dataclasses.replace(test_tuning.EXPERTS, encoder_every=1)
+  base_dir = small_model.model_dir(tmp_path, vocabulary, objective='pairs', moe=moe)
+  folders = {name: write(tmp_path / name, base_dir, DELTAS[name], 7) for name in ('poem', 'third', 'short', 'before')}
+  engine, _ = check_rows(base_dir, folders, ['poem', None, 'third', 'short', 'before'])
+  inside = write(tmp_path / 'inside', base_dir, dataclasses.replace(LORA, sites=('experts', 'query')), 7)
+  with pytest.raises(ConfigError, match='with experts in DeltaConfig.sites, and such a delta answers alone'):
+    engine.add_delta('inside', inside)
 
 
 @pytest.mark.slow

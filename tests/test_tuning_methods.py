@@ -10,7 +10,7 @@ import test_step
 import test_tuning
 
 from t5x_cpm import trees, tuning
-from t5x_cpm.config import DeltaConfig
+from t5x_cpm.config import ConfigError, DeltaConfig
 from t5x_cpm.models import encoder_decoder
 
 METHODS = {
@@ -81,11 +81,47 @@ def test_counts_of_cpm2():
   config = dataclasses.replace(config, vocab_size=64, d_model=4096, d_ff=10240, num_heads=64, head_dim=64,
                                num_encoder_layers=24, num_decoder_layers=24)
   counts = {}
-  for name in ('prompt', 'lora', 'ia3', 'adapter', 'bitfit'):
+  for name in ('prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit'):
     delta = DeltaConfig(method=name)
     model = tuning.build_model(dataclasses.replace(test_step.CONFIG, model=config, delta=delta))
     counts[name] = sum(leaf.size for leaf in jax.tree.leaves(model.leaves()['delta']))
   attentions, layers = 72, 48
   assert counts == {
-      'prompt': 100 * 4096, 'lora': attentions * 2 * 8 * (4096 + 4096), 'ia3': attentions * 2 * 4096 + layers * 10240,
+      'prompt': 100 * 4096, 'prefix': attentions * 2 * 100 * 4096, 'lora': attentions * 2 * 8 * (4096 + 4096),
+      'ia3': attentions * 2 * 4096 + layers * 10240,
       'adapter': (attentions + layers) * 24 * (4096 + 4096), 'bitfit': attentions * 4 * 4096 + layers * (2 * 10240 + 4096)}
+
+
+def merged_experts(params, config):
+  """The plain reference: the matrix of every expert with the product of its own two small ones added."""
+  flat = trees.named(params)
+  for name in [name for name in flat if name.endswith('/lora/a')]:
+    path = name.removeprefix('delta/').removesuffix('/lora/a').replace('/experts.', '/')
+    a, b = flat[name][:, 0], flat[name.removesuffix('a') + 'b'][:, 0]
+    flat[path] = flat[path] + config.delta.alpha / config.delta.rank * jnp.einsum('LEIr,LErO->LEIO', a, b)
+  return trees.nested({name: leaf for name, leaf in flat.items() if not name.startswith('delta/')})
+
+
+@pytest.mark.parametrize('dispatch', ['dropless', pytest.param('einsum', marks=pytest.mark.slow)])
+def test_lora_of_experts_equals_merged_weights(dispatch):
+  """In a training pass, where `einsum` has a capacity."""
+  moe = dataclasses.replace(test_tuning.EXPERTS, dispatch=dispatch, encoder_every=0, shared_experts=0)
+  config = test_tuning.with_delta(delta=dataclasses.replace(test_tuning.LORA, sites=('experts',)), moe=moe)
+  model, plain = tuning.build_model(config), encoder_decoder.build(config.model)
+  params, batch = jax.jit(model.init)(jax.random.key(0)), test_step.random_batch(config, 0)
+  leaves = {name: leaf.shape for name, leaf in trees.named(params['delta']).items()}
+  assert leaves['experts/decoder/experts.wo/lora/a'] == (1, 1, 4, 32, 3) and len(leaves) == 6, leaves
+  base, changed = {part: tree for part, tree in params.items() if part != 'delta'}, test_tuning.drawn(params)
+  apply = jax.jit(lambda model, params: model.apply(params, batch, train=True)[0], static_argnums=0)
+  expected = apply(plain, base)
+  np.testing.assert_array_equal(apply(model, params), expected)
+  found = apply(model, changed)
+  assert np.abs(found - expected).max() > 0.1
+  np.testing.assert_allclose(found, apply(plain, merged_experts(changed, config)), atol=1e-4)
+
+
+def test_experts_must_be_named():
+  config = test_tuning.with_delta(delta=dataclasses.replace(test_tuning.LORA, sites=('wo', '.*value')), moe=test_tuning.EXPERTS)
+  assert not any('experts.' in name for name in trees.named(tuning.build_model(config).leaves()['delta']))
+  with pytest.raises(ConfigError, match=r"'experts\.wo' names no place"):
+    tuning.build_model(test_tuning.with_delta(delta=dataclasses.replace(test_tuning.LORA, sites=('experts.wo',))))

@@ -5,6 +5,8 @@ import dataclasses
 from t5x_cpm.config.fields import ConfigError, choice, free, in_range, shown
 from t5x_cpm.config.typed import Typed
 
+PLACES = ('encoder.self', 'decoder.self', 'decoder.cross')  # where there is attention
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaConfig(Typed):
@@ -13,10 +15,11 @@ class DeltaConfig(Typed):
   `sites` names places in the layers of the base: 'query' means encoder.self.query, decoder.self.query and decoder.cross.query,
   'cross.query' the last of them, 'self' all in self-attention; anything else is a regular expression for whole names, as in
   'encoder.*value'. The places are those of `self` and `cross` attention (query, key, value, output) and of the feed-forward
-  part `mlp` (wi_0, wi_1, wo).
+  part `mlp` (wi_0, wi_1, wo). Matrices of experts, of which each gets a pair of its own, are meant only by what has the word
+  'experts' in it, such as 'experts' or 'decoder.experts.wo'.
   """
 
-  method: str = ''  # 'prompt', 'lora', 'ia3', 'adapter', 'bitfit'; several are joined by '+'; '' trains all parameters
+  method: str = ''  # 'prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit'; several are joined by '+'; '' trains everything
   base: str = free('')  # the model_dir of the base; `--base` sets it
   train_base: bool = False  # train the base and the delta of another run together; --init_from with a delta's run sets it
   allow_other_base: bool = free(False)  # go on where the base has other weights than the delta was trained on; of one command
@@ -30,6 +33,9 @@ class DeltaConfig(Typed):
   prompt_file: str = ''  # for prompt_init = 'file': a .npy array [vectors, d_model], or the model_dir or folder of a delta
   prompt_sees_text: bool = True  # of 'prompt': whether its vectors attend to the tokens of the input
   text_sees_prompt: bool = True  # of 'prompt': whether the tokens of the input attend to its vectors
+  prefix_length: int = 100  # of 'prefix': how many keys and values stand before those of each attention
+  prefix_places: tuple[str, ...] = PLACES  # of 'prefix': the attentions that have one; by default all three kinds
+  prefix_hidden: int = 0  # of 'prefix': the width of a small network that makes keys and values; 0: they are trained themselves
   sites: tuple[str, ...] = ('query', 'value')  # of 'lora': which matrices get a product of two small ones added
   rank: int = 8  # of 'lora': columns of the first small matrix
   alpha: float = 16.0  # of 'lora': the product of the two is multiplied by alpha / rank
@@ -45,6 +51,12 @@ class DeltaConfig(Typed):
     in_range(self, 'decoder_prompt_length', 0)
     if not all(length >= 1 for length in self.lengths):
       raise ConfigError(f'DeltaConfig.lengths = {shown(self.lengths)}: expected numbers of at least 1.')
+    in_range(self, 'prefix_length', 1)
+    in_range(self, 'prefix_hidden', 0)
+    places = self.prefix_places
+    if not places or not set(places) <= set(PLACES) or len(set(places)) < len(places):
+      raise ConfigError(f'DeltaConfig.prefix_places = {shown(places)}: expected one or several different ones of '
+                        f'{", ".join(PLACES)}.')
     choice(self, 'adapter', ('serial', 'parallel'))
     in_range(self, 'bottleneck', 1)
     in_range(self, 'rank', 1)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from t5x_cpm.config import ModelConfig
 from t5x_cpm.mesh import shard
-from t5x_cpm.models.hooks import Hook, nothing
+from t5x_cpm.models.hooks import Hook, Prefix, nothing
 from t5x_cpm.models.layers import at_least_float32, dropout, normal
 from t5x_cpm.models.products import dense, for_rows
 
@@ -60,13 +60,18 @@ class Attention(nnx.Module):
     y = hook(name, x_BTD, dense(x_BTD, getattr(self, name)[...]))
     return y.reshape(*y.shape[:-1], self.num_heads, -1)
 
+  def _prefix(self, x_nPN: jax.Array, dtype: Any) -> jax.Array:
+    n, P, _ = x_nPN.shape
+    return jnp.swapaxes(x_nPN.astype(dtype).reshape(n, P, self.num_heads, -1), 1, 2)
+
   def keys_and_values(self, x_BSD: jax.Array, hook: Hook = nothing) -> tuple[jax.Array, jax.Array]:
     """[B, S, D] -> keys and values [B, H, S, K]: heads first, the order in which a decoding step reads its cache."""
     k_BSHK, v_BSHK = self._heads(x_BSD, 'key', hook), self._heads(x_BSD, 'value', hook)
     return jnp.swapaxes(k_BSHK, 1, 2), jnp.swapaxes(v_BSHK, 1, 2)
 
   def __call__(self, x_BTD: jax.Array, keys_and_values: tuple[jax.Array, jax.Array], bias: jax.Array | None,
-               mask: jax.Array, key: jax.Array | None = None, hook: Hook = nothing) -> jax.Array:
+               mask: jax.Array, key: jax.Array | None = None, hook: Hook = nothing,
+               prefix: Prefix | None = None) -> jax.Array:
     """Attends from x to the given keys and values.
 
     Args:
@@ -76,6 +81,7 @@ class Attention(nnx.Module):
       mask: additive, broadcastable to [B, H, T, S].
       key: for the dropout of the probabilities.
       hook: what a delta does with each product, by its name here.
+      prefix: keys and values of a delta that every query of a row sees, without a bias; None: there are none.
 
     Returns:
       [B, T, D].
@@ -88,9 +94,21 @@ class Attention(nnx.Module):
     scores_BHTS = jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, preferred_element_type=wide) + mask
     if bias is not None:
       scores_BHTS += bias if bias.ndim == 4 else for_rows(bias, B)
+    if prefix is not None:
+      # Scores are joined, and not keys and values: those of a cache would be copied for every token.
+      prefix_k_nHPK, prefix_v_nHPK = (self._prefix(x, q_BTHK.dtype) for x in (prefix.keys, prefix.values))
+      prefix_BHTP = jnp.einsum('BTHK,BHPK->BHTP', q_BTHK, prefix_k_nHPK, preferred_element_type=wide)
+      if prefix.mask is not None:
+        prefix_BHTP += additive_mask(prefix.mask[:, None, None], wide)
+      scores_BHTS = jnp.concatenate([prefix_BHTP, scores_BHTS], axis=-1)
     weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
     dropped_BHTS = dropout(weights_BHTS.astype(x_BTD.dtype), self.dropout_rate, key)
-    y_BHTK = jnp.einsum('BHTS,BHSK->BHTK', dropped_BHTS, v_BHSK, preferred_element_type=wide)
+    if prefix is None:
+      y_BHTK = jnp.einsum('BHTS,BHSK->BHTK', dropped_BHTS, v_BHSK, preferred_element_type=wide)
+    else:
+      P = prefix_v_nHPK.shape[2]
+      y_BHTK = jnp.einsum('BHTP,BHPK->BHTK', dropped_BHTS[..., :P], prefix_v_nHPK, preferred_element_type=wide)
+      y_BHTK += jnp.einsum('BHTS,BHSK->BHTK', dropped_BHTS[..., P:], v_BHSK, preferred_element_type=wide)
     y_BHTK /= weights_BHTS.sum(axis=-1, keepdims=True)  # of the weights before dropout; this divides [T, K] numbers, not [T, S]
     y_BTHK = jnp.swapaxes(y_BHTK, 1, 2).astype(x_BTD.dtype)
     y_BTN = y_BTHK.reshape(B, T, -1)

@@ -64,6 +64,10 @@ class Context:
     """`changed` for the sites within a sublayer, by their names there."""
     return hooks.within(self.delta, sublayer)
 
+  def prefix(self, sublayer: str) -> hooks.Prefix | None:
+    """The keys and values that a delta puts before those of an attention; None where there are none."""
+    return None if self.delta is None else self.delta.prefix(sublayer)
+
   def key_of(self, site: str) -> jax.Array | None:
     """The key of one of SITES; None where nothing is drawn."""
     return None if self.key is None else jax.random.fold_in(self.key, SITES[site])

@@ -6,6 +6,8 @@ the matrices of its expert; over the expert axis of a mesh, tokens travel by all
 nothing is left behind, whichever way is configured.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +18,18 @@ from flax import nnx
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.mesh import shard
 from t5x_cpm.models.grouped import grouped_dot
+from t5x_cpm.models.hooks import InExperts, Product
 from t5x_cpm.models.layers import MLP, MLP_AXES, dropout, scramble
 from t5x_cpm.models.routing import Routing
 
 MODEL, EXPERT = mesh_lib.RULES['mlp'], mesh_lib.RULES['expert']  # the mesh axes that split the experts' weights
+
+
+def changed(product: Product, delta: InExperts | None) -> Callable[[str, jax.Array, jax.Array], jax.Array]:
+  """The products of experts by the names of their matrices, with what a delta does in them."""
+  if delta is None:
+    return lambda name, x, kernel: product(x, kernel)
+  return lambda name, x, kernel: delta.change(name, x, product(x, kernel), product)
 
 
 def rows_together(rows: int, length: int, group_size: int) -> tuple[int, int]:
@@ -60,15 +70,15 @@ def places_of(routing: Routing) -> tuple[jax.Array, jax.Array]:
   return place_GTK, (place_GTK < routing.capacity) & (routing.expert_GTK < routing.num_experts)
 
 
-def _each_expert(name: str, x_EGCI: jax.Array, kernel_EIO: jax.Array) -> jax.Array:
-  del name
+def _each_expert(x_EGCI: jax.Array, kernel_EIO: jax.Array) -> jax.Array:
   E, G, C, I = x_EGCI.shape
   y = jnp.einsum('ENI,EIO->ENO', x_EGCI.reshape(E, G * C, I), kernel_EIO.astype(x_EGCI.dtype))
   return y.reshape(E, G, C, -1)
 
 
 def einsum(
-    mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
+    mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None,
+    delta: InExperts | None = None) -> jax.Array:
   """The sum of the experts' weighted outputs for each token [G, T, D]; 0 for a token that finds no place."""
   assert routing.capacity is not None
   E, C, dtype = routing.num_experts, routing.capacity, u_GTD.dtype
@@ -77,7 +87,7 @@ def einsum(
   to_C = jax.nn.one_hot(place_GTK, C, dtype=dtype)
   sent_GTEC = jnp.einsum('GTKE,GTKC->GTEC', to_E, to_C)
   x_EGCD = shard(jnp.einsum('GTEC,GTD->EGCD', sent_GTEC, u_GTD), 'expert', 'batch', None, 'embed')
-  y_EGCD = mlp(x_EGCD, lambda hidden: dropout(hidden, rate, key), _each_expert)
+  y_EGCD = mlp(x_EGCD, lambda hidden: dropout(hidden, rate, key), changed(_each_expert, delta))
   weighted_GTEC = jnp.einsum('GTKE,GTKC->GTEC', to_E * routing.weight_GTK[..., None].astype(dtype), to_C)
   return jnp.einsum('GTEC,EGCD->GTD', weighted_GTEC, shard(y_EGCD, 'expert', 'batch', None, 'embed'))
 
@@ -119,27 +129,27 @@ def _dropout_by_row(x_AF: jax.Array, rate: float, seed_A: jax.Array) -> jax.Arra
 
 
 def _by_expert(
-    mlp: MLP, x_AD: jax.Array, expert_A: jax.Array, seed_A: jax.Array, num_experts: int, rate: float) -> jax.Array:
+    mlp: MLP, x_AD: jax.Array, expert_A: jax.Array, seed_A: jax.Array, num_experts: int, rate: float,
+    delta: InExperts | None) -> jax.Array:
   """Puts row a through expert expert_A[a]. What comes out for a row that goes nowhere has no meaning."""
   order_A, inverse_A, counts_E = sort_by_expert(expert_A, num_experts)
 
   def drop(hidden_AF: jax.Array) -> jax.Array:
     return _dropout_by_row(hidden_AF, rate, seed_A[order_A])
 
-  def product(name: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    del name
+  def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return grouped_dot(x, kernel.astype(x.dtype), counts_E)
 
-  return _permute(mlp(_permute(x_AD, order_A, inverse_A), drop, product), inverse_A, order_A)
+  return _permute(mlp(_permute(x_AD, order_A, inverse_A), drop, changed(product, delta)), inverse_A, order_A)
 
 
 def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, seed_NK: jax.Array, *, num_experts: int,
-           rate: float, shards: int) -> jax.Array:
+           rate: float, shards: int, delta: InExperts | None) -> jax.Array:
   """Computes the tokens of one device. The mesh axis `expert` has `shards` devices, which hold equally many experts."""
   K, D = expert_NK.shape[1], u_ND.shape[1]
   x_AD, expert_A, seed_A = jnp.repeat(u_ND, K, axis=0), expert_NK.reshape(-1), seed_NK.reshape(-1)
   if shards == 1:
-    y_AD = _by_expert(mlp, x_AD, expert_A, seed_A, num_experts, rate)
+    y_AD = _by_expert(mlp, x_AD, expert_A, seed_A, num_experts, rate, delta)
   else:
     # A device has room for every choice of every other device, because how many will come is not known at compile time.
     A, mine = expert_A.shape[0], num_experts // shards
@@ -156,15 +166,16 @@ def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array
       room_S = jnp.full((shards * A, *x_A.shape[1:]), empty, x_A.dtype)
       return exchange(room_S.at[slot_A].set(x_A, mode='drop', unique_indices=True))
 
-    y_SD = _by_expert(mlp, send(x_AD, 0), send(expert_A % mine, mine), send(seed_A, 0), mine, rate)
+    y_SD = _by_expert(mlp, send(x_AD, 0), send(expert_A % mine, mine), send(seed_A, 0), mine, rate, delta)
     y_AD = exchange(y_SD).at[slot_A].get(mode='fill', fill_value=0)
   goes_NK = expert_NK < num_experts
   y_NKD = jnp.where(goes_NK[..., None], y_AD.reshape(-1, K, D), 0)
   return jnp.sum(y_NKD * jnp.where(goes_NK, weight_NK, 0)[..., None].astype(y_NKD.dtype), axis=1)
 
 
-def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
-  """The sum of the experts' weighted outputs for each token [G, T, D]."""
+def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None,
+             delta: InExperts | None = None, delta_axes: Any = None) -> jax.Array:
+  """The sum of the experts' weighted outputs for each token [G, T, D]; arguments as in `dispatch`."""
   K, D, num_experts = routing.expert_GTK.shape[-1], u_GTD.shape[-1], routing.num_experts
   expert_NK, weight_NK = routing.expert_GTK.reshape(-1, K), routing.weight_GTK.reshape(-1, K)
   if key is None:
@@ -174,7 +185,7 @@ def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
   tokens = u_GTD.reshape(-1, D), expert_NK, weight_NK, seed_NK
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return _local(mlp, *tokens, num_experts=num_experts, rate=rate, shards=1).reshape(u_GTD.shape)
+    return _local(mlp, *tokens, num_experts=num_experts, rate=rate, shards=1, delta=delta).reshape(u_GTD.shape)
 
   graph, state = nnx.split(mlp)
   leaves = nnx.to_pure_dict(state)
@@ -182,19 +193,24 @@ def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
   rows = mesh_lib.spec(('batch', None))
   shards = mesh.shape[EXPERT]
 
-  def local(leaves: Any, *tokens: jax.Array) -> jax.Array:
+  changes = None if delta is None else jax.tree.map(
+      lambda leaf, axes: mesh_lib.spec(axes), delta, dataclasses.replace(delta, weights=delta_axes))
+
+  def local(leaves: Any, delta: InExperts | None, *tokens: jax.Array) -> jax.Array:
     mlp = nnx.merge(graph, leaves)
-    return jax.lax.psum(_local(mlp, *tokens, num_experts=num_experts, rate=rate, shards=shards), MODEL)
+    return jax.lax.psum(_local(mlp, *tokens, num_experts=num_experts, rate=rate, shards=shards, delta=delta), MODEL)
 
   y_ND = jax.shard_map(
-      local, mesh=mesh, in_specs=(kernels, rows, rows, rows, rows), out_specs=rows, check_vma=False)(leaves, *tokens)
+      local, mesh=mesh, in_specs=(kernels, changes, rows, rows, rows, rows), out_specs=rows,
+      check_vma=False)(leaves, delta, *tokens)
   return y_ND.reshape(u_GTD.shape)
 
 
 # What a layer calls.
 
 
-def dispatch(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None) -> jax.Array:
+def dispatch(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None,
+             delta: InExperts | None = None, delta_axes: Any = None) -> jax.Array:
   """The sum of the weighted outputs of the experts that each token goes to [G, T, D].
 
   Args:
@@ -202,10 +218,12 @@ def dispatch(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax
     u_GTD: the tokens, in groups.
     routing: where they go.
     rate, key: of the dropout of hidden activations; without a key nothing is dropped.
+    delta: what acts in the experts' matrices.
+    delta_axes: the logical axes of its weights, a tree like theirs.
   """
   if routing.capacity is None:
-    return dropless(mlp, u_GTD, routing, rate, key)
-  return einsum(mlp, u_GTD, routing, rate, key)
+    return dropless(mlp, u_GTD, routing, rate, key, delta, delta_axes)
+  return einsum(mlp, u_GTD, routing, rate, key, delta)
 
 
 def left_behind(routing: Routing, valid_GT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,8 @@ Where there is no delta, a hook is nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,22 @@ PRODUCTS: dict[str, dict[str, str]] = {
     'experts': {f'mlp.{name}': name for name in ('wi_0', 'wi_1', 'wo')},
     'shared': {f'shared.{name}': name for name in ('wi_0', 'wi_1', 'wo')},
 }
+EXPERTS = 'experts.'  # what the names of sites of experts begin with
 SUBLAYERS = {'self.query': 'self', 'cross.query': 'cross', 'mlp.wi_0': 'mlp'}  # a product of it -> the sublayer
+
+
+class Prefix(NamedTuple):
+  """Keys and values that stand before those of an attention, at no position.
+
+  Attributes:
+    keys: [n, P, heads * head_dim]; n is 1, where all rows have one delta, or B.
+    values: as keys.
+    mask: which of them a row has, bool [n, P]; None: all.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  mask: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +54,7 @@ class Site:
     sizes: of the last axis of what it reads, and of what it gives.
     axes: the logical names of these two axes.
     is_product: whether y is x times a matrix.
+    experts: where each token is multiplied by the matrix of its expert, how many experts there are; 0 elsewhere.
   """
 
   stack: str
@@ -46,6 +62,7 @@ class Site:
   sizes: tuple[int, int]
   axes: tuple[str | None, str | None]
   is_product: bool
+  experts: int = 0
 
   @property
   def full_name(self) -> str:
@@ -56,7 +73,8 @@ class Site:
 def sites(component: Component, role: str) -> list[Site]:
   """The sites of the layers whose weights a component holds.
 
-  Among experts there is none: there, rows are not those of the batch. Only their layer as a whole is a site.
+  Among experts, rows are not those of the batch: the sites of their matrices have names of their own ('experts.wi_0'), and
+  their layer as a whole is one.
 
   Args:
     component: of a stack of layers.
@@ -73,9 +91,15 @@ def sites(component: Component, role: str) -> list[Site]:
       found.append(Site(component.stack, name, (rows, columns), (reads, gives), True))
       if name == 'mlp.wi_0':
         found.append(Site(component.stack, 'mlp.hidden', (columns, columns), (gives, gives), False))
+    else:
+      found.append(Site(component.stack, f'{EXPERTS}{path}', (rows, columns), (reads, gives), False, component.stacked[1][1]))
     if name in SUBLAYERS:
       found.append(Site(component.stack, SUBLAYERS[name], (rows, rows), (reads, reads), False))
   return found
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, kernels [E, I, O]) -> rows, each times that of its expert
+ChangeExperts = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array, Product], jax.Array]
 
 
 class Method(Protocol):
@@ -86,6 +110,18 @@ class Method(Protocol):
 
     `weights` are those of this site; their first axis is 1, where all rows have one delta, or B.
     """
+    ...
+
+  def prefix(self, weights: Mapping[str, jax.Array]) -> jax.Array | None:
+    """What stands before what a site gives, [1 or B, P, ...], always seen and at no position; None: nothing does.
+
+    It is asked for the sites of keys and values, and must give as many for both. `weights` are as in `change`.
+    """
+    ...
+
+  @property
+  def change_experts(self) -> 'ChangeExperts | None':
+    """(weights [E, ...], x, y, product) -> what a matrix of each expert gives in the place of y; None: it acts in none."""
     ...
 
 
@@ -123,10 +159,41 @@ def seen(delta: Delta | None, is_prompt_BS: jax.Array, mask_BTS: jax.Array) -> j
   return mask_BTS if is_seen else mask_BTS & (query | ~key)
 
 
+def _of_each(weight: Weight, experts: int) -> Weight:
+  return dataclasses.replace(weight, shape=(experts, *weight.shape), axes=('expert', *weight.axes))
+
+
 def component(delta: Delta, base: Component, role: str) -> Declared | None:
   """The part of a delta for the layers whose weights a component holds, as site -> method -> name; None where it has none."""
-  found = {site.name: weights for site in sites(base, role) if (weights := delta.weights(site))}
+  found = {}
+  for site in sites(base, role):
+    if weights := delta.weights(site):
+      found[site.name] = weights if not site.experts else {
+          method: {name: _of_each(weight, site.experts) for name, weight in declared.items()}
+          for method, declared in weights.items()}
   return Declared(f'delta/{base.path}', found, (base.stacked[0], ('slot', 1)), base.stack) if found else None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InExperts:
+  """What a delta does in the matrices of experts.
+
+  Attributes:
+    weights: name of the matrix -> method -> name -> [E, ...].
+    methods: by name, in the order in which they act.
+  """
+
+  weights: Mapping[str, Mapping[str, Mapping[str, jax.Array]]]
+  methods: tuple[tuple[str, Method], ...] = dataclasses.field(metadata={'static': True})
+
+  def change(self, name: str, x: jax.Array, y: jax.Array, product: Product) -> jax.Array:
+    """What a matrix gives in the place of y."""
+    for method_name, method in self.methods:
+      weights = self.weights.get(name, {}).get(method_name)
+      if weights is not None and method.change_experts:
+        y = method.change_experts(weights, x, y, product)
+    return y
 
 
 @jax.tree_util.register_dataclass
@@ -144,15 +211,35 @@ class Hooks:
   slots: jax.Array | None = None
   methods: tuple[tuple[str, Method], ...] = dataclasses.field(default=(), metadata={'static': True})
 
-  def change(self, site: str, x: Any, y: jax.Array) -> jax.Array:
-    """What the site gives in the place of y."""
+  def _acting(self, site: str) -> Iterator[tuple[Method, dict[str, jax.Array]]]:
+    """The methods that act at a site, each with the weights that the rows have there."""
     for name, method in self.methods:
       weights = self.weights.get(site, {}).get(name)
       if weights is not None:
-        mine = {key: leaf[:1] if self.slots is None else leaf[self.slots] for key, leaf in weights.items()}
-        changed = method.change(mine, x, y)
-        y = changed if self.slots is None else jnp.where(self.slots.reshape(-1, *[1] * (y.ndim - 1)) == 0, y, changed)
+        yield method, {key: leaf[:1] if self.slots is None else leaf[self.slots] for key, leaf in weights.items()}
+
+  def change(self, site: str, x: Any, y: jax.Array) -> jax.Array:
+    """What the site gives in the place of y."""
+    for method, weights in self._acting(site):
+      changed = method.change(weights, x, y)
+      y = changed if self.slots is None else jnp.where(self.slots.reshape(-1, *[1] * (y.ndim - 1)) == 0, y, changed)
     return y
+
+  def prefix(self, sublayer: str) -> Prefix | None:
+    """The keys and values that stand before those of an attention ('self' or 'cross'); None where there are none."""
+    keys, values = ([vectors for method, weights in self._acting(f'{sublayer}.{name}')
+                     if (vectors := method.prefix(weights)) is not None] for name in ('key', 'value'))
+    if not keys:
+      return None
+    # Slots hold zeros where a delta is shorter than others, and for rows without a delta. No trained key is zero.
+    joined = jnp.concatenate(keys, axis=1)
+    return Prefix(joined, jnp.concatenate(values, axis=1), None if self.slots is None else (joined != 0).any(axis=-1))
+
+  def in_experts(self) -> 'InExperts | None':
+    """What acts in the matrices of experts, for all rows alike; None where nothing does."""
+    sites = {site.removeprefix(EXPERTS): jax.tree.map(lambda leaf: leaf[0], methods)
+             for site, methods in self.weights.items() if site.startswith(EXPERTS)}
+    return InExperts(sites, self.methods) if sites else None
 
 
 Hook = Callable[[str, Any, jax.Array], jax.Array]  # (site, x, y) -> y

@@ -44,7 +44,8 @@ class Block(nnx.Module):
     if cache is not None:
       keys, values = write(cache['self_key'], keys, ctx.positions), write(cache['self_value'], values, ctx.positions)
       written = {'self_key': keys, 'self_value': values}
-    y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of('self.weights'), hook)
+    y = self.attention(u, (keys, values), ctx.self_bias, ctx.self_mask, ctx.key_of('self.weights'), hook,
+                       ctx.prefix('self'))
     x_BTD = x_BTD + ctx.dropout(ctx.changed('self', u, y), 'self.output')
     if self.is_decoder:
       u, hook = self.cross_attention_norm(x_BTD), ctx.hook('cross')
@@ -52,7 +53,8 @@ class Block(nnx.Module):
         keys, values = self.cross_attention.keys_and_values(ctx.encoded, hook)
       else:
         keys, values = cache['cross_key'], cache['cross_value']
-      y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of('cross.weights'), hook)
+      y = self.cross_attention(u, (keys, values), None, ctx.cross_mask, ctx.key_of('cross.weights'), hook,
+                               ctx.prefix('cross'))
       x_BTD = x_BTD + ctx.dropout(ctx.changed('cross', u, y), 'cross.output')
     return x_BTD, written
 
@@ -133,13 +135,21 @@ class Layer:
     router = self.roles['router'][0](weights['router']) if 'router' in self.roles else None
     return routers.route(moe.of(self.stack), moe, router, grouped(u_BTD), context)
 
+  def _axes_in_experts(self) -> Params:
+    """The logical axes of the weights of Hooks.in_experts."""
+    leaves = next(one.leaves for one, _ in self.deltas if one.path == f'delta/{self.roles["experts"][0].path}')
+    return {site.removeprefix(hooks.EXPERTS): jax.tree.map(lambda leaf: leaf.axes[2:], methods)
+            for site, methods in leaves.items() if site.startswith(hooks.EXPERTS)}
+
   def experts(self, weights: Params, u_BTD: jax.Array, routing: Routing | None, ctx: Context) -> jax.Array:
     """The feed-forward part with all weights at hand: every token through one network, or through the experts it goes to."""
     mlp = self.roles['experts'][0](weights['experts'])
     if routing is None:
       return _dense(mlp, u_BTD, ctx, 'mlp')
     u_GTD = u_BTD.reshape(*routing.expert_GTK.shape[:2], -1)
-    y_GTD = dispatch.dispatch(mlp, u_GTD, routing, ctx.expert_dropout_rate, ctx.key_of('mlp.hidden'))
+    delta = None if ctx.delta is None else ctx.delta.in_experts()
+    y_GTD = dispatch.dispatch(mlp, u_GTD, routing, ctx.expert_dropout_rate, ctx.key_of('mlp.hidden'), delta,
+                              None if delta is None else self._axes_in_experts())
     return y_GTD.reshape(u_BTD.shape)
 
   def after(self, weights: Params, h_BTD: jax.Array, u_BTD: jax.Array, y_BTD: jax.Array, ctx: Context) -> jax.Array:

@@ -5,7 +5,7 @@ registered by name; one of your own is registered by a module that --import name
 answers are made.
 """
 
-from t5x_cpm.tuning import adapter, bitfit, ia3, lora, prompt, slots  # noqa: F401  # they register themselves
+from t5x_cpm.tuning import adapter, bitfit, ia3, lora, prefix, prompt, slots  # noqa: F401  # they register themselves
 from t5x_cpm.tuning.base import Base, find, fingerprint, held, load, load_whole
 from t5x_cpm.tuning.files import Saved, fitted, read, write
 from t5x_cpm.tuning.methods import METHODS, Method, build_model, register

@@ -1,4 +1,7 @@
-"""LoRA (Hu et al. 2021): y + (alpha / rank) x A B for chosen matrices, with A at random and B zero at first."""
+"""LoRA (Hu et al. 2021): y + (alpha / rank) x A B for chosen matrices, with A at random and B zero at first.
+
+An expert has a pair (A, B) of its own.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +12,7 @@ import numpy as np
 
 from t5x_cpm.config import ConfigError, DeltaConfig
 from t5x_cpm.models.component import Weight
-from t5x_cpm.models.hooks import Site
+from t5x_cpm.models.hooks import Product, Site
 from t5x_cpm.tuning.methods import Method, chosen, product, register
 
 
@@ -18,7 +21,7 @@ def make(config: DeltaConfig) -> Method:
   scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
 
   def weights(site: Site) -> dict[str, Weight]:
-    if not site.is_product or not chosen(config.sites, site):
+    if not (site.is_product or site.experts) or not chosen(config.sites, site):
       return {}
     (rows, columns), (reads, gives) = site.sizes, site.axes
     if config.rank > min(rows, columns):
@@ -35,10 +38,13 @@ def make(config: DeltaConfig) -> Method:
   def change(weights: Mapping[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
     return y + product(product(x, weights['a']), weights['b']) * scale
 
+  def change_experts(weights: Mapping[str, jax.Array], x: jax.Array, y: jax.Array, product: Product) -> jax.Array:
+    return y + product(product(x, weights['a']), weights['b']) * scale
+
   def folded(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     return {'a': weights['a'], 'b': weights['b'] * np.float32(scale)}
 
-  return Method(weights, change, alike={'rank': 1, 'alpha': 1.0, 'sites': config.sites}, folded=folded)
+  return Method(weights, change, change_experts, alike={'rank': 1, 'alpha': 1.0, 'sites': config.sites}, folded=folded)
 
 
 register('lora', make)

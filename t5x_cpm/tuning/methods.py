@@ -27,6 +27,8 @@ class Method:
   Attributes:
     weights: what it declares for a site; {} for a site that it leaves alone. Shapes are without the axes of layers and slots.
     change: (weights, x, y) -> what the site gives in the place of y; see `hooks.Method`.
+    change_experts: the same in the matrices of experts; None: it leaves them alone.
+    prefix: weights -> the vectors that stand before what the site gives, or None; see `hooks.Method`.
     prompt: what it declares for the vectors that stand for DeltaConfig.prompts tokens; None: it has none.
     alike: fields of DeltaConfig, others have their defaults, with which `change` is made for a batch of rows with different
       deltas, whose axes without a name are then filled up with zeros. Deltas for which it is the same share a batch. None:
@@ -36,6 +38,8 @@ class Method:
 
   weights: Callable[[Site], Mapping[str, Weight]] = lambda site: {}
   change: Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array] = lambda weights, x, y: y
+  change_experts: hooks.ChangeExperts | None = None
+  prefix: Callable[[Mapping[str, jax.Array]], jax.Array | None] = lambda weights: None
   prompt: Callable[[ModelConfig], Weight] | None = None
   alike: Mapping[str, Any] | None = None
   folded: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = lambda weights: weights
@@ -73,8 +77,8 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def chosen(patterns: tuple[str, ...], site: Site) -> bool:
-  """Whether one of DeltaConfig.sites names a site."""
-  return any(matches(pattern, site.full_name) for pattern in patterns)
+  """Whether one of DeltaConfig.sites names a site. One of experts, which are many, must be named as such."""
+  return any(matches(pattern, site.full_name) for pattern in patterns if not site.experts or 'experts' in pattern)
 
 
 class Delta:
@@ -101,14 +105,16 @@ class Delta:
 
   def weights(self, site: Site) -> dict[str, dict[str, Weight]]:
     """Method -> name -> what it declares for a site."""
-    return {name: dict(declared) for name, method in self._made.items() if (declared := method.weights(site))}
+    return {name: dict(declared) for name, method in self._made.items()
+            if (method.change_experts or not site.experts) and (declared := method.weights(site))}
 
 
 def check_sites(config: DeltaConfig, known: list[Site]) -> None:
   """Raises ConfigError for a pattern of DeltaConfig.sites that names no site."""
-  names = sorted({site.full_name for site in known if site.is_product})
+  products = [site for site in known if site.is_product or site.experts]
+  names = sorted({site.full_name for site in products})
   for pattern in config.sites:
-    if not any(matches(pattern, name) for name in names):
+    if not any(chosen((pattern,), site) for site in products):
       parts = {part for name in names for part in (*name.split('.'), name.partition('.')[2])}
       near = did_you_mean(pattern, [*names, *sorted(parts)])
       raise ConfigError(f'DeltaConfig.sites = {config.sites!r}: {pattern!r} names no place in the model.{near} There are '

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_cpm.config import Config, DeltaConfig, ModelConfig
+from t5x_cpm import trees
+from t5x_cpm.config import Config, ConfigError, DeltaConfig, ModelConfig
 from t5x_cpm.tuning.files import Saved, fitted
 from t5x_cpm.tuning.methods import METHODS, build_model
 
@@ -72,9 +73,14 @@ def beside(saved: Saved, config: Config, what: str) -> Side:
     what: what errors call the delta.
 
   Raises:
-    ConfigError: nobody registered its method, or its tensors are not those that its configuration declares for the base.
+    ConfigError: nobody registered its method, its tensors are not those that its configuration declares for the base, or it
+      acts in the matrices of experts, which multiply tokens of all rows together.
   """
-  fitted(saved.tensors, _leaves(config.model, saved.config), what)
+  leaves = _leaves(config.model, saved.config)
+  fitted(saved.tensors, leaves, what)
+  if any('expert' in leaf.axes for leaf in trees.named(leaves).values()):
+    raise ConfigError(f'{what}: it was trained with experts in DeltaConfig.sites, and such a delta answers alone: name its run '
+                      'by --model_dir, or merge it into its base.')
   common = form(saved.config)
   if not common.is_loose:
     return Side(common, saved.tensors)
