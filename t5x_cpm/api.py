@@ -63,9 +63,10 @@ def train(config: Config, model_dir: Directory) -> dict[str, float]:
     FloatingPointError: a loss, gradient or parameter is not finite.
   """
   config, folder = _checked('train', config), _directory('train', model_dir)
+  from t5x_cpm.inference import in_training
   from t5x_cpm.training import train as training
 
-  return training.run(config, folder)
+  return training.run(config, folder, make_answers=in_training.answers)
 
 
 def load(model_dir: Directory, *, step: int | None = None, config: Config | None = None,

@@ -330,7 +330,13 @@ def test_any_number_of_processes_trains_the_same_and_continues(folder):
 @pytest.mark.slow
 @pytest.mark.xdist_group('processes')
 def test_two_processes_train_the_same_delta_as_one_and_write_it_once(folder):
-  more = (f'--base={folder / "one"}', '--gin.DeltaConfig.method=lora')
+  """Of pairs, with checkpoints ranked by answers."""
+  (folder / 'pairs.jsonl').write_text(''.join(
+      json.dumps({'inputs': f'{i} + 1', 'targets': str(i + 1)}) + '\n' for i in range(40)))
+  more = (f'--base={folder / "one"}', '--gin.DeltaConfig.method=lora', '--gin.TaskConfig.objective=pairs',
+          f'--gin.LocalTaskConfig.files={folder / "pairs.jsonl"}', '--gin.CheckpointConfig.keep_best=1',
+          '--gin.CheckpointConfig.best_metric=eval/char_f1', '--gin.CheckpointConfig.best_mode=max',
+          '--gin.DecodeConfig.max_new_tokens=4')
   for name, count in (('delta_one', 1), ('delta_two', 2)):
     finish(folder, name, start_all(folder, name, 6, count, *more))
   assert losses(folder, 'delta_two') == pytest.approx(losses(folder, 'delta_one'), rel=1e-5)
@@ -339,6 +345,7 @@ def test_two_processes_train_the_same_delta_as_one_and_write_it_once(folder):
   assert one.about['base'] == two.about['base'] and one.tensors.keys() == two.tensors.keys()
   for name, value in one.tensors.items():
     np.testing.assert_allclose(two.tensors[name], value, atol=1e-5)
+  assert two.about['metrics'] == pytest.approx(one.about['metrics'], rel=1e-4) and 'eval/char_f1' in two.about['metrics']
   told = [(folder / f'delta_two.out{index}').read_text() for index in range(2)]
   assert ['parameters are trained' in text for text in told] == [True, False]
 

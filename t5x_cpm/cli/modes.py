@@ -37,8 +37,9 @@ def train(arguments: Arguments, config: Config) -> None:
   member = launch.find_member(*map(arguments.get, ('coordinator', 'num_processes', 'process_id')))
   settings = [f't5x_cpm {t5x_cpm.__version__}', f'--model_dir={model_dir}', *gin.dump(config).splitlines()]
   with launch.together(member, config.processes, settings, model_dir, tell) as group:
+    from t5x_cpm.inference import in_training
     from t5x_cpm.training import train as training
-    training.run(config, model_dir, group)
+    training.run(config, model_dir, group, in_training.answers)
 
 
 def evaluate(arguments: Arguments, config: Config) -> None:
@@ -155,7 +156,7 @@ t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart
                 Flag('process_id', 'I', 'which of them this is, from 0')),
          needs=('model_dir',), scope='train',
          gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'LocalTaskConfig', 'OptimizerConfig', 'TrainConfig',
-              'CheckpointConfig', 'ProcessesConfig', 'MetricsConfig', 'DeltaConfig')),
+              'CheckpointConfig', 'ProcessesConfig', 'MetricsConfig', 'EvalConfig', 'DecodeConfig', 'DeltaConfig')),
     Mode('eval', 'evaluate checkpoints on tasks: metrics, predictions and a table', evaluate, """\
 t5x_cpm eval --model_dir=runs/example --tasks=quickstart --gin.EvalConfig.max_examples=64""",
          flags=(MODEL_DIR, BASE, OTHER_BASE, Flag('tasks', 'NAME,...', 'tasks to evaluate'),

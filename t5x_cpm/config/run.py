@@ -207,13 +207,15 @@ class CheckpointConfig(Typed):
   every: int = free(1000)  # steps between checkpoints; there is also one at the end and on SIGTERM or SIGINT
   keep: int = free(3)  # how many of the newest checkpoints stay; 0 is all
   keep_best: int = free(0)  # how many of the best that were evaluated stay in addition, saved whatever `every` says
-  best_metric: str = free('eval/loss')  # a metric of the evaluations, as eval/NAME
+  best_metric: str = free('eval/loss')  # a metric of the evaluations, as eval/NAME; also one of the task's answers or choices
   best_mode: str = free('min')  # whether the least ('min') or the greatest ('max') value is the best
+  patience: int = free(0)  # evaluations in a row without a better best_metric after which the run stops; 0: it never does
 
   def validate(self) -> None:
     in_range(self, 'every', 1)
     in_range(self, 'keep', 0)
     in_range(self, 'keep_best', 0)
+    in_range(self, 'patience', 0)
     choice(self, 'best_mode', ('min', 'max'))
 
 

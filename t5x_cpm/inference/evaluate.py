@@ -217,7 +217,7 @@ def _plain(value: Any) -> Any:
   return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _numbers(values: Mapping[str, Any]) -> Metrics:
+def numbers(values: Mapping[str, Any]) -> Metrics:
   """Metrics as floats. SeqIO may wrap numbers in types of its own; anything but a number has no place in a table."""
   plain = {name: getattr(value, 'value', value) for name, value in values.items()}
   return {name: float(value) for name, value in plain.items() if isinstance(value, int | float | np.number)}
@@ -238,19 +238,40 @@ def evaluate_pairs(engine: engine_lib.Engine, task: Any, examples: Sequence[Exam
       record |= {'output': answer.output, 'prediction': _plain(prediction)}
       predictions.append(prediction)
     for function in task.predict_metric_fns:
-      metrics |= _numbers(function(targets, predictions))
+      metrics |= numbers(function(targets, predictions))
     for function in task.predict_with_aux_metric_fns:
-      metrics |= _numbers(function(targets, predictions, {'scores': [answer.score for answer in answers]}))
+      metrics |= numbers(function(targets, predictions, {'scores': [answer.score for answer in answers]}))
   if task.score_metric_fns:
     scores, _ = engine.score_ids(requests, [example.target_ids for example in examples])
     for record, value in zip(records, scores):
       record['score'] = value
     for function in task.score_metric_fns:
-      metrics |= _numbers(function(targets, scores))
+      metrics |= numbers(function(targets, scores))
   return metrics, records
 
 
 # Runs.
+
+
+def open_task(config: Config, vocabulary: vocabularies.Vocabulary) -> Any:
+  """The SeqIO task that a configuration names, with inputs and targets.
+
+  Raises:
+    ConfigError: it has another vocabulary than the model's, no such split as EvalConfig.split, or no metric.
+  """
+  name, theirs = config.task.name, tasks.vocabulary(config)
+  if theirs.fingerprint != vocabulary.fingerprint:
+    raise ConfigError(f'task {name!r} was made with the vocabulary {theirs.spec!r}, but the model uses '
+                      f'{vocabulary.spec!r}: set TaskConfig.vocabulary to the vocabulary of the model.')
+  with backend.quiet():
+    from t5x_cpm.tasks import make  # noqa: F401  # imports TensorFlow
+  task = tasks.get(config)
+  if config.eval.split not in task.splits:
+    raise ConfigError(
+        f'task {name!r} has no split {config.eval.split!r}: set EvalConfig.split to one of {", ".join(task.splits)}.')
+  if not task.metric_fns:
+    raise ConfigError(f'task {name!r} has inputs and targets, but no metric.')
+  return task
 
 
 def evaluate_task(engine: engine_lib.Engine, config: Config, name: str,
@@ -273,18 +294,7 @@ def evaluate_task(engine: engine_lib.Engine, config: Config, name: str,
   mixed = tasks.parts(config)
   if mixed:
     return {label: result for task in mixed for label, result in evaluate_task(engine, config, task, row).items()}
-  theirs = tasks.vocabulary(config)
-  if theirs.fingerprint != engine.vocabulary.fingerprint:
-    raise ConfigError(f'task {name!r} was made with the vocabulary {theirs.spec!r}, but the model uses '
-                      f'{engine.vocabulary.spec!r}: set TaskConfig.vocabulary to the vocabulary of the model.')
-  with backend.quiet():
-    from t5x_cpm.tasks import make  # noqa: F401  # imports TensorFlow
-  task = tasks.get(config)
-  if config.eval.split not in task.splits:
-    raise ConfigError(
-        f'task {name!r} has no split {config.eval.split!r}: set EvalConfig.split to one of {", ".join(task.splits)}.')
-  if not task.metric_fns:
-    raise ConfigError(f'task {name!r} has inputs and targets, but no metric.')
+  task = open_task(config, engine.vocabulary)
   return {name: evaluate_pairs(engine, task, read_examples(task, engine, config, row), config)}
 
 

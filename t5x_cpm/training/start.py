@@ -65,6 +65,14 @@ def begin(config: Config, model_dir: str, step: Step, frozen: Frozen, manager: M
   return state
 
 
+def why_nothing_is_done(config: Config, model_dir: Any, latest: int, reason: str) -> str:
+  """What a run says that is at its end after `latest` updates; reason: of Patience."""
+  if latest < config.train.steps:
+    return f'{model_dir} stopped at step {latest}: {reason}. Set CheckpointConfig.patience higher, or to 0, to go on.'
+  return (f'{model_dir} is at step {latest} and TrainConfig.steps = {config.train.steps}: nothing to do. '
+          'Set TrainConfig.steps higher to go on.')
+
+
 def tell_of_little_room(model_dir: Any, state: State, say: Callable[[str], None]) -> None:
   """Says so if the disk of model_dir may have no room for one more checkpoint. Compressed, it may still fit."""
   if '://' in str(model_dir):

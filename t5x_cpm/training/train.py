@@ -22,7 +22,8 @@ from t5x_cpm.training.interrupts import Interrupted
 from t5x_cpm.training.profile import Profile
 
 
-def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str, float]:
+def run(config: Config, model_dir: str, group: Group | None = None,
+        make_answers: validation.MakeAnswers | None = None) -> dict[str, float]:
   """Trains until TrainConfig.steps and returns the last evaluation; of the last checkpoint where there is nothing to do.
 
   The same call continues a run that was stopped, at the step of its newest complete checkpoint and with the same losses
@@ -32,6 +33,7 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
     config: the run. A model_dir that holds a run with another identity is refused.
     model_dir: where checkpoints, metrics and the vocabulary are written; created when absent. Shared by all processes.
     group: the processes that make this call together; None: this process is alone.
+    make_answers: measures answers, for CheckpointConfig.best_metric: `inference.in_training.answers`.
 
   Raises:
     ConfigError: the configuration, the data or model_dir cannot be used, or a checkpoint cannot be written.
@@ -53,13 +55,15 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
   base = deltas.find(config, model_dir)
   may_differ = ('base',) if config.delta.allow_other_base else ()
   config = deltas.as_saved(config)
-  validation.check_metric(config, step)
+  answers = validation.check_metric(config, step, mesh, make_answers)
 
   # Data. A batch is a pure function of (config, seed, step): there is no iterator whose state could be lost.
   reader = reader_lib.open_reader(caches.build(config), config, 'train')
   for line in report.of_reader(reader) if group.first else ():
     say(f'data: {line}')
   held_out = validation.open_reader(config, say)
+  if answers:
+    say(f'data: {answers.note}; the {config.checkpoint.best_mode}imum of {config.checkpoint.best_metric} is the best')
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
   info |= {'base': base.fingerprint} if base else {}
 
@@ -71,11 +75,11 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
         reader.vocabulary.save(manager.model_dir / 'vocabulary')
         files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
     latest = manager.latest_step()
-    if latest is not None and latest >= steps:
+    patience = validation.Patience(config.checkpoint, model_dir, latest or 0)
+    if latest is not None and (latest >= steps or patience.reason):
       if base:
         deltas.mend(base, config, step, manager, latest)
-      say(f'{model_dir} is at step {latest} and TrainConfig.steps = {steps}: nothing to do. '
-          'Set TrainConfig.steps higher to go on.')
+      say(start.why_nothing_is_done(config, model_dir, latest, patience.reason))
       saved = run_directory.read_run(model_dir, latest).metrics
       return {name.removeprefix('eval/'): value for name, value in saved.items()}
     frozen = deltas.load(base, step)
@@ -112,9 +116,10 @@ def run(config: Config, model_dir: str, group: Group | None = None) -> dict[str,
       if held_out and (last or (config.train.eval_every and number % config.train.eval_every == 0)):
         late.report(state)
         group.at(f'the evaluation after step {number}')
-        evaluation = current = validation.evaluate(step, state, frozen, held_out, config.train.eval_batches)
+        evaluation = current = validation.evaluate(step, state, frozen, held_out, config.train.eval_batches, answers)
         writers.evaluation(number, current)
       measured = {f'eval/{name}': value for name, value in current.items()}
+      stop = stop or (patience.add(number, measured) if measured else '')
       if last or stop or number % config.checkpoint.every == 0 or manager.is_among_best(measured):
         late.report(state)  # a state that is not finite is never saved
         group.at(f'saving step {number}')
