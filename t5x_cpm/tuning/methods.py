@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 
 from t5x_cpm.config import Config, ConfigError, DeltaConfig, ModelConfig
 from t5x_cpm.config.fields import did_you_mean
@@ -26,11 +27,14 @@ class Method:
     weights: what it declares for a site; {} for a site that it leaves alone. Shapes are without the axes of layers and slots.
     change: (weights, x, y) -> what the site gives in the place of y; see `hooks.Method`.
     prompt: what it declares for the vectors that stand for DeltaConfig.prompts tokens; None: it has none.
+    merge: (weights of one layer, a matrix [I, O]) -> the matrix that gives what `change` makes of its product, float32 of
+      numpy; None: there is no such matrix.
   """
 
   weights: Callable[[Site], Mapping[str, Weight]] = lambda site: {}
   change: Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array] = lambda weights, x, y: y
   prompt: Callable[[ModelConfig], Weight] | None = None
+  merge: Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray] | None = None
 
 
 METHODS: dict[str, Callable[[DeltaConfig], Method]] = {}
