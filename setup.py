@@ -26,7 +26,7 @@ setuptools.setup(
         'pod': ['libtpu>=0.0.42,<0.1'],  # its compiler, on any Linux machine
         # One version of torch, so that a CPU build on this machine is taken. SwitchTransformers drops tokens over an expert's
         # capacity, as published, from transformers 5.18 on; 5.0 to 5.17 drop none, and put a probability into the z-loss.
-        'torch': ['torch==2.13.0', 'transformers==5.24.0'],
+        'torch': ['torch==2.13.0', 'transformers==5.24.0', 'peft>=0.21,<0.22'],
         'dev': DEVELOP,
     },
     entry_points={'console_scripts': ['t5x_cpm = t5x_cpm.__main__:main']},

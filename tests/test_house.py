@@ -47,7 +47,7 @@ ORDER = (
 TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'}
 MAY_IMPORT_TENSORFLOW = ('t5x_cpm/inference/evaluate.py', 't5x_cpm/tasks/')
 MAY_IMPORT_NNX = ('t5x_cpm/models/', 't5x_cpm/tuning/', 't5x_cpm/training/step.py')
-OPTIONAL = {'torch', 'transformers', 'triton', 'wandb'}  # extras, and what is used when it is there
+OPTIONAL = {'peft', 'torch', 'transformers', 'triton', 'wandb'}  # extras, and what is used when it is there
 
 
 def imports(file: pathlib.Path) -> Iterator[tuple[str, bool]]:
