@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.flax
 import safetensors.numpy
+import test_delta_mode
 import test_parity
 
 from t5x_cpm import trees, tuning
 from t5x_cpm.__main__ import main
 from t5x_cpm.checkpoints.manager import Manager
-from t5x_cpm.config import Config, ConfigError
-from t5x_cpm.tuning import average, peft
+from t5x_cpm.config import Config, ConfigError, DeltaConfig, ModelConfig, MoEConfig
+from t5x_cpm.tuning import average, opened, peft
 
 LAYER = 'base_model.model.encoder.block.1.layer.0.SelfAttention.q.lora_B.weight'
 golden = test_parity.golden
@@ -121,6 +123,10 @@ def test_files_that_are_not_there_or_damaged_are_refused(theirs, base_dir, tmp_p
       peft.from_peft(str(folder), str(base_dir), str(tmp_path / 'ours'))
     assert '\n' not in str(error.value)
 
+  halves = {name: jnp.asarray(value, jnp.bfloat16) for name, value in safetensors.numpy.load(raw).items()}
+  safetensors.flax.save_file(halves, folder / peft.WEIGHTS)
+  peft.from_peft(str(folder), str(base_dir), str(tmp_path / 'halves'))
+  assert {value.dtype.name for value in tuning.read(tmp_path / 'halves').tensors.values()} == {'float32'}
   (folder / peft.WEIGHTS).write_bytes(raw[:100])
   refused('is damaged')
   (folder / peft.WEIGHTS).rename(folder / 'adapter_model.bin')
@@ -136,9 +142,47 @@ def test_files_that_are_not_there_or_damaged_are_refused(theirs, base_dir, tmp_p
   refused('exists already')
 
 
+def test_modules_are_named_so_that_no_other_is_meant():
+  """'wi' alone would mean the experts' matrices too, and 'q' alone those of the decoder."""
+  experts = ModelConfig(
+      vocab_size=20, d_model=8, d_ff=16, num_heads=2, head_dim=4, num_encoder_layers=2, num_decoder_layers=2,
+      tie_embeddings=True, mlp_activation='relu',
+      moe=MoEConfig(num_experts=2, encoder_every=2, decoder_every=2, router='switch'))
+  query, wide = 'block.{}.layer.0.SelfAttention.q', 'block.0.layer.{}.mlp.wi'
+  for sites, expected in (
+      (('query',), ['q']), (('encoder.self.query',), [f'encoder.{query.format(layer)}' for layer in range(2)]),
+      (('wi_0',), [f'decoder.{wide.format(2)}', f'encoder.{wide.format(1)}'])):
+    config = DeltaConfig(method='lora', rank=2, sites=sites)
+    tensors = {name: np.full(shape, len(name), np.float32) for name, shape in opened.shapes(config, experts).items()}
+    described, theirs = peft._lora_to_peft(tensors, config, experts)
+    assert described['target_modules'] == expected
+    back = peft._lora_from_peft(described, theirs, experts, 'here')
+    assert opened.shapes(back[0], experts).keys() == tensors.keys()
+    assert all(np.array_equal(tensors[name], value) for name, value in back[1].items())
+
+
+LIBRARY = pytest.mark.skipif(not all(map(importlib.util.find_spec, ('torch', 'transformers', 'peft'))),
+                             reason="torch, transformers and peft are not installed: pip install -e '.[torch]'")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ('torch', 'transformers', 'peft'))),
-                    reason="torch, transformers and peft are not installed: pip install -e '.[torch]'")
+@pytest.mark.xdist_group('torch')
+@LIBRARY
+def test_peft_reads_a_lora_of_few_sites(golden, base_dir, tmp_path):
+  import peft as library
+
+  config = DeltaConfig(method='lora', rank=2, alpha=3.5, sites=('encoder.self.query', 'cross.value', 'wo'))
+  delta = test_delta_mode.write(tmp_path / 'delta', base_dir, config)
+  peft.to_peft(delta, str(tmp_path / 'theirs'))
+  model = library.PeftModel.from_pretrained(golden_peft.base(golden.file), str(tmp_path / 'theirs')).eval()
+  valid = np.asarray(golden.weights > 0)
+  test_parity.assert_equal('logits', np.asarray(our_logits(golden, tuning.read(delta)))[valid],
+                           golden_peft.logits(model, golden.file)[valid])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('torch')
+@LIBRARY
 @pytest.mark.parametrize('name', ['lora', 'rslora', 'prompt'])
 def test_peft_reads_our_files(golden, theirs, base_dir, tmp_path, name):
   """Live: made anew it is the golden file, and what `to_peft` wrote gives peft the same logits; also of an average."""

@@ -4,6 +4,7 @@ Their matrices are [out, in] and one per layer, ours [in, out] and stacked. A fe
 refused by its name.
 """
 
+import itertools
 import json
 import pathlib
 import re
@@ -55,15 +56,16 @@ def _targets(chosen: list[str], every: list[str]) -> list[str]:
 
 
 def _lora_to_peft(tensors: Mapping[str, np.ndarray], config: DeltaConfig, model: ModelConfig) -> tuple[dict[str, Any], dict]:
-  result, chosen, every = {}, [], []
+  result, chosen = {}, []
   for path, site, modules in _modules(model):
-    every += modules
     if f'{path}/{site}/lora/a' not in tensors:
       continue
     chosen += modules
     for ours, theirs in (('a', 'lora_A'), ('b', 'lora_B')):
       for layer, module in enumerate(modules):
         result[f'{PREFIX}{module}.{theirs}.weight'] = np.ascontiguousarray(tensors[f'{path}/{site}/lora/{ours}'][layer].T)
+  every = [tensor.name.removesuffix('.weight').format(*numbers) for tensor in huggingface.tensors(model)
+           for numbers in itertools.product(*tensor.stack)]  # 'wi' alone would mean the experts too
   alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
   return {'peft_type': 'LORA', 'r': config.rank, 'lora_alpha': alpha, 'use_rslora': config.rank_stabilised,
           'target_modules': _targets(chosen, every), 'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': False,
@@ -113,7 +115,7 @@ def _read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
                       'Save the adapter as .safetensors.')
   user_files.check(path, str(path))
   try:
-    found = safetensors.numpy.load(file_lib.read_bytes(path))
+    found = safetensors.numpy.load_file(path)  # unlike `load` it takes bfloat16
   except safetensors.SafetensorError as error:
     raise ConfigError(f'{path} is damaged: {error}.') from None
   except OSError as error:
