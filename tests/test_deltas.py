@@ -20,6 +20,7 @@ from t5x_cpm.config import ConfigError, DeltaConfig, MeshConfig
 from t5x_cpm.inference import engine as engine_lib
 from t5x_cpm.inference import programs
 from t5x_cpm.models.component import Weight
+from t5x_cpm.tuning import merge
 
 TEXTS = ['一丁', 'ab', '丄丅丆', '丈', '三', '上下', '不与', '丐']
 LORA = DeltaConfig(method='lora', rank=3, alpha=12.0, sites=('query', 'value', 'mlp.wo'))
@@ -145,6 +146,9 @@ def test_a_base_with_experts(tmp_path):
   inside = write(tmp_path / 'inside', base_dir, dataclasses.replace(LORA, sites=('experts', 'query')), 7)
   with pytest.raises(ConfigError, match='with experts in DeltaConfig.sites, and such a delta answers alone'):
     engine.add_delta('inside', inside)
+  merge.merge(inside, str(tmp_path / 'merged'))
+  np.testing.assert_allclose(inference.load(tmp_path / 'merged').score(TEXTS, TEXTS),
+                             alone(base_dir, tuning.read(inside), engine).score(TEXTS, TEXTS), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ TOOLS = pathlib.Path(__file__).resolve().parent.parent / 'tools'
     ('quickstart.py', ['--output={folder}'], 'model exists: remove'),
     ('quickstart.py', ['--output={folder}/list.json/x'], 'Not a directory'),
     ('golden_t5.py', ['--output'], 'expected one argument'), ('golden_t5.py', ['x'], 'unrecognized arguments: x'),
+    ('golden_peft.py', ['--output'], 'expected one argument'),
     ('benchmarks/reader_speed.py', ['--documents=many'], "'many': expected a whole number from 0"),
     ('benchmarks/reader_speed.py', ['--batch_size=0'], "'0': expected a whole number from 1")])
 def test_scripts_refuse_in_a_line(tmp_path, monkeypatch, capsys, script, arguments, complaint):

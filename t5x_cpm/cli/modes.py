@@ -18,6 +18,10 @@ GIN_FLAGS = (
 )
 MODEL_DIR = Flag('model_dir', 'DIR', 'folder of the run')
 DIRECTIONS = {'import': ('vocabulary', 'objective'), 'export': ('step',)}  # of `convert`, with the flags that only one has
+# What `delta` does, with the flags that each needs and those that it also takes.
+ON_DELTAS = {'show': (('delta',), ()), 'merge': (('delta', 'output'), ('base',)),
+             'average': (('delta', 'output'), ('base', 'weights')), 'to_peft': (('delta', 'output'), ('base',)),
+             'from_peft': (('peft', 'base', 'output'), ())}
 TEXTS = Flag('input', 'GLOB', 'files of text: .txt, .tsv or .jsonl, also .gz', repeat=True)
 FIELD = Flag('field', 'NAME', 'of .jsonl, the field with the text', default='text')
 BASE = Flag('base', 'DIR', 'the run whose model a delta is trained on (DeltaConfig.method); also where it has moved')
@@ -98,6 +102,37 @@ def convert(arguments: Arguments) -> None:
     convert_lib.from_huggingface(hf, model_dir, vocabulary=arguments.get('vocabulary'), objective=arguments.get('objective'))
   else:
     convert_lib.to_huggingface(model_dir, hf, step=configure.checkpoint_step(arguments))
+
+
+def work_on_deltas(arguments: Arguments) -> None:
+  """Shows, merges or averages deltas, or carries one over from peft, or to it."""
+  action = arguments.get('action')
+  if action not in ON_DELTAS:
+    raise ConfigError(f'delta {action}: expected delta {", ".join(ON_DELTAS)}.{did_you_mean(action, ON_DELTAS)}')
+  needs, takes = ON_DELTAS[action]
+  for flag in arguments.mode.flags:
+    given = bool(arguments.get(flag.name))
+    if flag.name in needs and not given:
+      raise ConfigError(f'delta {action} needs --{flag.name}={flag.value}.')
+    if given and flag.name not in (*needs, *takes, 'import'):
+      raise ConfigError(f'--{flag.name} is not a flag of delta {action}.')
+  deltas, base, output = arguments.get('delta'), arguments.get('base'), arguments.get('output')
+  if action == 'average' and len(deltas) < 2:
+    raise ConfigError('delta average needs --delta=DIR two times or more.')
+  if action != 'average' and len(deltas) > 1:
+    raise ConfigError(f'delta {action} takes one --delta=DIR, got {len(deltas)}.')
+  from t5x_cpm.tuning import average, merge, peft, show
+
+  if action == 'show':
+    show.show(deltas[0])
+  elif action == 'merge':
+    merge.merge(deltas[0], output, base)
+  elif action == 'average':
+    average.average(deltas, output, arguments.get('weights'), base)
+  elif action == 'to_peft':
+    peft.to_peft(deltas[0], output, base)
+  else:
+    peft.from_peft(arguments.get('peft'), base, output)
 
 
 def train_vocabulary(arguments: Arguments) -> None:
@@ -197,6 +232,22 @@ t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",
                 Flag('objective', 'NAME', "import: how it was trained; default t5, for CPM vocabularies isolated"),
                 Flag('step', 'STEP', 'export: checkpoint to read; default the last')),
          needs=('direction', 'hf', 'model_dir')),
+    Mode('delta', 'show, merge or average deltas; carry one over from peft, or to it', work_on_deltas, """\
+printf '{"inputs": "1 + %d", "targets": "x"}\\n' 1 2 3 4 5 6 7 8 > runs/pairs.jsonl
+t5x_cpm train --base=runs/example --gin_file=gin/runs/lora.gin --model_dir=runs/example_lora \\
+    --gin.LocalTaskConfig.files=runs/pairs.jsonl --gin.TrainConfig.steps=5 \\
+    --gin.LocalTaskConfig.validation_files=runs/pairs.jsonl
+t5x_cpm delta show --delta=runs/example_lora
+t5x_cpm delta average --delta=runs/example_lora --delta=runs/example_lora --output=runs/average
+t5x_cpm delta merge --delta=runs/average --output=runs/merged
+t5x_cpm delta to_peft --delta=runs/average --output=runs/peft
+t5x_cpm delta from_peft --peft=runs/peft --base=runs/example --output=runs/from_peft""",
+         word=Flag('action', '|'.join(ON_DELTAS), 'what to do; merge writes a plain model_dir, the others folders of a delta'),
+         flags=(Flag('delta', 'DIR', 'folder of a delta, or model_dir of its run; of average two or more', repeat=True), BASE,
+                Flag('output', 'DIR', 'new folder to write'),
+                Flag('weights', 'X,...', 'average: the share of each delta, 1 in all; default equal'),
+                Flag('peft', 'DIR', 'from_peft: folder with adapter_config.json'), GIN_FLAGS[1]),
+         needs=('action',), on_cpu=True),
     Mode('vocabulary', 'train a vocabulary on text files, in the manner of CPM-2', train_vocabulary, """\
 t5x_cpm vocabulary --input='tasks/corpus/??.txt' --size=2000 --output=runs/vocab.txt""",
          flags=(TEXTS, FIELD, Flag('size', 'N', 'pieces in all, special tokens included', kind=int, default=8000),
@@ -222,6 +273,8 @@ def run(arguments: Arguments) -> None:
   """Checks what a mode needs and calls its function."""
   mode = arguments.mode
   is_dry = arguments.get('dry_run')
+  if is_dry or mode.on_cpu:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported, which is when JAX reads it
   configure.import_modules(arguments.get('import'))
   for name in mode.needs:
     # A dry run needs only the run that it reads, if any.
@@ -232,8 +285,6 @@ def run(arguments: Arguments) -> None:
   if not mode.gin:
     mode.function(arguments)
     return
-  if is_dry or mode.on_cpu:
-    os.environ['JAX_PLATFORMS'] = 'cpu'  # before JAX is imported, which is when JAX reads it
   config = configure.make_config(arguments)
   if is_dry:
     configure.dry_run(config)

@@ -77,6 +77,23 @@ def write(folder: epath.Path, tensors: Mapping[str, np.ndarray], config: Config,
         other.unlink()
 
 
+def misfits(tensors: Mapping[str, np.ndarray], leaves: Any) -> list[str]:
+  """What keeps tensors from being those that `leaves` describe: each one that is missing, left over, of another shape ..."""
+  wanted = trees.named(leaves)
+  problems = [f'{name} is missing' for name in sorted(wanted.keys() - tensors.keys())]
+  problems += [f'{name} is left over' for name in sorted(tensors.keys() - wanted.keys())]
+  for name in sorted(wanted.keys() & tensors.keys()):
+    value = tensors[name]
+    shape = tuple(size for size, axis in zip(wanted[name].shape, wanted[name].axes, strict=True) if axis != 'slot')
+    if value.shape != shape:
+      problems.append(f'{name} is {list(value.shape)}, expected {list(shape)}')
+    elif not jnp.issubdtype(value.dtype, jnp.floating):
+      problems.append(f'{name} is of type {value.dtype}, expected float32')
+    elif not np.isfinite(value).all():
+      problems.append(f'{name} is not finite (NaN or inf)')
+  return problems
+
+
 def fitted(tensors: Mapping[str, np.ndarray], leaves: Any, where: Any) -> Any:
   """The tensors of a delta as the subtree 'delta' of a model's parameters [L, n, ...], with one slot.
 
@@ -88,23 +105,11 @@ def fitted(tensors: Mapping[str, np.ndarray], leaves: Any, where: Any) -> Any:
   Raises:
     ConfigError: names every tensor that is missing, left over, of another shape or not of floating point, or not finite.
   """
-  wanted = trees.named(leaves)
-  problems = [f'{name} is missing' for name in sorted(wanted.keys() - tensors.keys())]
-  problems += [f'{name} is left over' for name in sorted(tensors.keys() - wanted.keys())]
-  arrays = {}
-  for name in sorted(wanted.keys() & tensors.keys()):
-    value, slot = tensors[name], wanted[name].axes.index('slot')
-    shape = tuple(size for axis, size in enumerate(wanted[name].shape) if axis != slot)
-    if value.shape != shape:
-      problems.append(f'{name} is {list(value.shape)}, expected {list(shape)}')
-    elif not jnp.issubdtype(value.dtype, jnp.floating):
-      problems.append(f'{name} is of type {value.dtype}, expected float32')
-    elif not np.isfinite(value).all():
-      problems.append(f'{name} is not finite')
-    else:
-      arrays[name] = np.expand_dims(value, slot).astype(wanted[name].dtype)
-  if problems:
+  if problems := misfits(tensors, leaves):
     raise ConfigError(f'{where}: the weights do not fit the delta that {NAME} describes: {"; ".join(problems)}. {REMEDY}')
+  arrays = {}
+  for name, leaf in trees.named(leaves).items():
+    arrays[name] = np.expand_dims(tensors[name], leaf.axes.index('slot')).astype(leaf.dtype)
   return trees.nested(arrays)
 
 

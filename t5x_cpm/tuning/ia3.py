@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_cpm.config import DeltaConfig
 from t5x_cpm.models.component import Weight
@@ -26,7 +27,10 @@ def make(config: DeltaConfig) -> Method:
     del x
     return y * weights['scale'][:, None].astype(y.dtype)
 
-  return Method(weights, change, alike={})
+  def merge(weights: Mapping[str, np.ndarray], kernel: np.ndarray) -> np.ndarray:
+    return kernel * weights['scale']
+
+  return Method(weights, change, alike={}, merge=merge)
 
 
 register('ia3', make)

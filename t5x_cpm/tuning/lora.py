@@ -4,7 +4,8 @@ An expert has a pair (A, B) of its own.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,14 @@ from t5x_cpm.models.hooks import Product, Site
 from t5x_cpm.tuning.methods import Method, chosen, product, register
 
 
+def scale_of(config: DeltaConfig) -> float:
+  """What the product of the two small matrices is multiplied by."""
+  return config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
+
+
 def make(config: DeltaConfig) -> Method:
   """The method 'lora'. Raises ConfigError when a rank exceeds a matrix that `sites` names."""
-  scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
+  scale = scale_of(config)
 
   def weights(site: Site) -> dict[str, Weight]:
     if not (site.is_product or site.experts) or not chosen(config.sites, site):
@@ -44,7 +50,25 @@ def make(config: DeltaConfig) -> Method:
   def folded(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     return {'a': weights['a'], 'b': weights['b'] * np.float32(scale)}
 
-  return Method(weights, change, change_experts, alike={'rank': 1, 'alpha': 1.0, 'sites': config.sites}, folded=folded)
+  def merge(weights: Mapping[str, np.ndarray], kernel: np.ndarray) -> np.ndarray:
+    return kernel + weights['a'] @ weights['b'] * np.float32(scale)
+
+  return Method(weights, change, change_experts, alike={'rank': 1, 'alpha': 1.0, 'sites': config.sites}, folded=folded,
+                merge=merge)
+
+
+def joined_fields(configs: Sequence[DeltaConfig]) -> dict[str, Any]:
+  """The fields of a LoRA whose product is a weighted sum of the products of others: their ranks together, and the scale 1."""
+  rank = sum(config.rank for config in configs)
+  return {'rank': rank, 'alpha': float(rank), 'rank_stabilised': False}
+
+
+def joined(name: str, values: Sequence[np.ndarray], shares: Sequence[float], configs: Sequence[DeltaConfig]) -> np.ndarray:
+  """The 'a' [L, I, r] or the 'b' [L, r, O] of that LoRA, from those of the others; `b` carries the shares and the scales."""
+  if name == 'a':
+    return np.concatenate(values, axis=-1)
+  return np.concatenate([value * np.float32(share * scale_of(config))
+                         for value, share, config in zip(values, shares, configs)], axis=-2)
 
 
 register('lora', make)

@@ -4,6 +4,7 @@ A method is one file: a function that makes a `Method` from a DeltaConfig, regis
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,6 +35,8 @@ class Method:
       deltas, whose axes without a name are then filled up with zeros. Deltas for which it is the same share a batch. None:
       those share one that have the same configuration.
     folded: what the weights of a site become for that `change`.
+    merge: (weights of one layer, a matrix [I, O], or [E, I, O] of experts) -> the matrix that gives what `change` makes of its
+      product, float32 of numpy; None: there is no such matrix.
   """
 
   weights: Callable[[Site], Mapping[str, Weight]] = lambda site: {}
@@ -43,6 +46,7 @@ class Method:
   prompt: Callable[[ModelConfig], Weight] | None = None
   alike: Mapping[str, Any] | None = None
   folded: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = lambda weights: weights
+  merge: Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray] | None = None
 
 
 METHODS: dict[str, Callable[[DeltaConfig], Method]] = {}
@@ -137,3 +141,9 @@ def build_model(config: Config, experts: Experts = resident) -> encoder_decoder.
   if 'lora' in config.delta.methods:
     check_sites(config.delta, model.sites())
   return model
+
+
+@functools.lru_cache(maxsize=8)
+def leaves(model: ModelConfig, delta: DeltaConfig) -> Any:
+  """The description of a delta's parameters on a model, Model.leaves()['delta']. Raises as `build_model`."""
+  return build_model(Config(model=model, delta=delta)).leaves()['delta']  # remembered: hundreds of deltas may be alike

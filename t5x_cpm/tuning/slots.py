@@ -5,16 +5,16 @@ zeros, to the next of a few sizes, so that a delta can take the place of another
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from t5x_cpm import trees
-from t5x_cpm.config import Config, ConfigError, DeltaConfig, ModelConfig
+from t5x_cpm.config import Config, ConfigError, DeltaConfig
+from t5x_cpm.tuning import methods
 from t5x_cpm.tuning.files import Saved, fitted
-from t5x_cpm.tuning.methods import METHODS, build_model
+from t5x_cpm.tuning.methods import METHODS
 
 LEAST = 8  # the smallest size of an axis that is filled up
 
@@ -58,12 +58,6 @@ def form(config: DeltaConfig) -> Form:
   return Form(DeltaConfig(method=config.method, **fields), True)
 
 
-@functools.lru_cache(maxsize=8)
-def _leaves(model: ModelConfig, delta: DeltaConfig) -> Any:
-  # Remembered, because there may be hundreds of deltas of one configuration.
-  return build_model(Config(model=model, delta=delta)).leaves()['delta']
-
-
 def beside(saved: Saved, config: Config, what: str) -> Side:
   """A delta, ready to lie beside others.
 
@@ -76,7 +70,7 @@ def beside(saved: Saved, config: Config, what: str) -> Side:
     ConfigError: nobody registered its method, its tensors are not those that its configuration declares for the base, or it
       acts in the matrices of experts, which multiply tokens of all rows together.
   """
-  leaves = _leaves(config.model, saved.config)
+  leaves = methods.leaves(config.model, saved.config)
   fitted(saved.tensors, leaves, what)
   if any('expert' in leaf.axes for leaf in trees.named(leaves).values()):
     raise ConfigError(f'{what}: it was trained with experts in DeltaConfig.sites, and such a delta answers alone: name its run '
