@@ -324,7 +324,8 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import MeshConfig
 from t5x_cpm.training import step
 
-delta = dataclasses.replace(test_tuning.LORA, method='prompt+lora+prefix', prompt_length=5, prefix_length=3)
+delta = dataclasses.replace(test_tuning.LORA, method='prompt+lora+prefix', prompt_length=5, prefix_length=3,
+                            lora_dropout=0.1, token_ids=(3, 5), modules_to_save=('final_norm', 'lm_head'))
 moe = None
 if sys.argv[1] == 'experts':
   delta, moe = dataclasses.replace(delta, sites=('experts', 'query')), test_tuning.EXPERTS

@@ -42,6 +42,9 @@ class DeltaConfig(Typed):
   rank_stabilised: bool = False  # of 'lora': alpha / sqrt(rank) instead (Kalajdzievski 2023)
   bottleneck: int = 24  # of 'adapter': the width of the network
   adapter: str = 'serial'  # of 'adapter': 'serial' reads what a sublayer gives, 'parallel' what it reads
+  lora_dropout: float = 0.0  # of 'lora': dropout rate of what its matrices read, in training; not in experts
+  token_ids: tuple[int, ...] = ()  # tokens whose rows of the embedding and of the output are trained beside the method
+  modules_to_save: tuple[str, ...] = ()  # parameters trained as a whole beside it, named as `sites`: 'lm_head', 'final_norm'
   slots: int = free(8)  # of `infer --delta`: how many deltas of a kind the device holds at a time; others wait in host memory
 
   def validate(self) -> None:
@@ -60,6 +63,9 @@ class DeltaConfig(Typed):
     choice(self, 'adapter', ('serial', 'parallel'))
     in_range(self, 'bottleneck', 1)
     in_range(self, 'rank', 1)
+    in_range(self, 'lora_dropout', 0.0, 0.99)
+    if min(self.token_ids, default=0) < 0 or len(set(self.token_ids)) < len(self.token_ids):
+      raise ConfigError(f'DeltaConfig.token_ids = {shown(self.token_ids)}: expected different ids of tokens, from 0.')
     in_range(self, 'slots', 1)
     for field in ('words', 'text', 'file'):
       value = getattr(self, f'prompt_{field}')
@@ -72,6 +78,10 @@ class DeltaConfig(Typed):
     if self.train_base and (self.base or not self.method):
       raise ConfigError('DeltaConfig.train_base = True trains what another run has, base and delta: give --init_from with the '
                         'model_dir of a run that trained a delta, and no --base.')
+    for field in ('token_ids', 'modules_to_save'):
+      if getattr(self, field) and not self.method:
+        raise ConfigError(f"DeltaConfig.{field} = {shown(getattr(self, field))} with DeltaConfig.method = '', which trains all "
+                          "parameters: set the method beside which they are trained, for example to 'lora'.")
     if self.base and not self.method:
       raise ConfigError(f"DeltaConfig.base = {shown(self.base)} with DeltaConfig.method = '': set the method, for example to "
                         "'lora', to train a delta on that base.")

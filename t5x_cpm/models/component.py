@@ -48,8 +48,11 @@ class Component:
     stacked: names and sizes of the leading axes of its parameters, outermost first, such as (('layers', 12), ('expert', 8)).
     stack: 'encoder' or 'decoder'; '' for what belongs to neither.
     cast: whether inference may keep its parameters in the type of computation.
+    replace: (parameters of the model, own) -> own, with what a delta has in their place; None: it has nothing of them.
     leaves: the description of every parameter, a tree like that of `init`.
   """
+
+  replace: Callable[[Params, Any], Any] | None = None
 
   def __init__(self, path: str, make: Callable[[nnx.Rngs], nnx.Module], stacked: tuple[tuple[str, int], ...] = (),
                stack: str = '', cast: bool = True):
@@ -84,11 +87,12 @@ class Component:
 
   def of(self, params: Params) -> Any:
     """The component's parameters among those of a model."""
+    own: Any = params
+    for name in self.path.split('/') if self.path else ():
+      own = own[name]
     if not self.path:
-      return {name: params[name] for name in self.leaves}
-    for name in self.path.split('/'):
-      params = params[name]
-    return params
+      own = {name: params[name] for name in self.leaves}
+    return own if self.replace is None else self.replace(params, own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,11 +58,11 @@ class Context:
 
   def changed(self, site: str, x: Any, y: jax.Array) -> jax.Array:
     """What a delta gives in the place of y, which the site made of x."""
-    return y if self.delta is None else self.delta.change(site, x, y)
+    return y if self.delta is None else self.delta.change(site, x, y, self.key)
 
   def hook(self, sublayer: str) -> hooks.Hook:
     """`changed` for the sites within a sublayer, by their names there."""
-    return hooks.within(self.delta, sublayer)
+    return hooks.within(self.delta, sublayer, self.key)
 
   def prefix(self, sublayer: str) -> hooks.Prefix | None:
     """The keys and values that a delta puts before those of an attention; None where there are none."""

@@ -102,10 +102,10 @@ class Model(model.Model):
     """The head: logits [B, T, V] in at least float32, from what the decoder's final norm gives."""
     wide = at_least_float32(x_BTD.dtype)
     if self.config.tie_embeddings:
-      kernel = params['token_embedder']['embedding'].T
+      kernel = self.components['token_embedder'].of(params)['embedding'].T
       x_BTD = x_BTD * self.config.d_model**-0.5
     else:
-      kernel = params['lm_head']
+      kernel = self.components[''].of(params)['lm_head']
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     logits = jnp.dot(x_ND, kernel.astype(x_BTD.dtype), preferred_element_type=wide)
     return shard(logits.reshape(*x_BTD.shape[:-1], -1), 'batch', 'length', 'vocab')

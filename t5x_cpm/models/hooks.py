@@ -6,6 +6,7 @@ Where there is no delta, a hook is nothing.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from t5x_cpm import trees
 from t5x_cpm.models.component import Component, Declared, Weight
+from t5x_cpm.models.layers import dropout
 from t5x_cpm.models.leaf import Leaf
 
 PROMPT = 'delta/prompt'  # where the vectors lie that stand for tokens
@@ -112,6 +114,11 @@ class Method(Protocol):
     """
     ...
 
+  @property
+  def dropout_rate(self) -> float:
+    """Of what `change` reads, in training."""
+    ...
+
   def prefix(self, weights: Mapping[str, jax.Array]) -> jax.Array | None:
     """What stands before what a site gives, [1 or B, P, ...], always seen and at no position; None: nothing does.
 
@@ -141,6 +148,15 @@ class Delta(Protocol):
   @property
   def sight(self) -> tuple[bool, bool]:
     """In the encoder, whether these vectors attend to other tokens, and other tokens to them."""
+    ...
+
+  @property
+  def token_ids(self) -> tuple[int, ...]:
+    """Tokens whose rows of the embedding and of the output the delta has."""
+    ...
+
+  def whole(self, leaf: Leaf) -> bool:
+    """Whether the delta has a parameter of the model as a whole."""
     ...
 
   def weights(self, site: Site) -> dict[str, dict[str, Weight]]:
@@ -218,10 +234,11 @@ class Hooks:
       if weights is not None:
         yield method, {key: leaf[:1] if self.slots is None else leaf[self.slots] for key, leaf in weights.items()}
 
-  def change(self, site: str, x: Any, y: jax.Array) -> jax.Array:
-    """What the site gives in the place of y."""
+  def change(self, site: str, x: Any, y: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """What the site gives in the place of y. `key` is that of the layer; None: nothing is dropped."""
     for method, weights in self._acting(site):
-      changed = method.change(weights, x, y)
+      own = key if key is None or not method.dropout_rate else jax.random.fold_in(key, zlib.crc32(site.encode()))
+      changed = method.change(weights, dropout(x, method.dropout_rate, own), y)
       y = changed if self.slots is None else jnp.where(self.slots.reshape(-1, *[1] * (y.ndim - 1)) == 0, y, changed)
     return y
 
@@ -251,6 +268,6 @@ def nothing(site: str, x: Any, y: jax.Array) -> jax.Array:
   return y
 
 
-def within(delta: Hooks | None, sublayer: str) -> Hook:
-  """The hook of the sites of a sublayer, by their names there."""
-  return nothing if delta is None else lambda name, x, y: delta.change(f'{sublayer}.{name}', x, y)
+def within(delta: Hooks | None, sublayer: str, key: jax.Array | None = None) -> Hook:
+  """The hook of the sites of a sublayer, by their names there; `key` as in Hooks.change."""
+  return nothing if delta is None else lambda name, x, y: delta.change(f'{sublayer}.{name}', x, y, key)

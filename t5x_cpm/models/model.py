@@ -6,7 +6,7 @@ injected between them (see `layer`); `run` composes the layers of a stack into o
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from flax import nnx
 
 from t5x_cpm.config import ConfigError, ModelConfig
 from t5x_cpm.config.row_features import ROW_FEATURES
-from t5x_cpm.models import dispatch, hooks, routers, stacks
+from t5x_cpm.models import dispatch, hooks, replaced, routers, stacks
 from t5x_cpm.models.component import Component, Declared, Params, placed
 from t5x_cpm.models.context import Context
 from t5x_cpm.models.layer import Block, Layer, table
@@ -96,6 +96,7 @@ class Model:
     self.layers = {stack: table(config, stack, self.components) for stack in stacks}
     if delta is not None:
       parts = [hooks.component(delta, component, role) for component, role in _used(self.layers)]
+      parts += replaced.components(delta, self.components.values())
       self.components |= {one.path: one for one in parts if one is not None}
       if delta.prompt is not None:
         self.components[hooks.PROMPT] = Declared(hooks.PROMPT, {'table': delta.prompt})
@@ -108,10 +109,11 @@ class Model:
     rngs = nnx.Rngs(params=key)
     return self._tree(lambda one: one.init(rngs))
 
-  def _tree(self, subtree: Callable[[Component], Params]) -> Params:
+  def _tree(self, subtree: Callable[[Component], Params], without: Collection[str] = ()) -> Params:
     tree: Params = {}
     for one in self.components.values():
-      tree = placed(tree, one, subtree(one))
+      if one.path not in without:
+        tree = placed(tree, one, subtree(one))
     return tree
 
   def leaves(self) -> Params:
@@ -137,7 +139,10 @@ class Model:
     return routers.experts_of_token(self.config.moe, leaf.stack) / self.config.moe.num_experts
 
   def prepare(self, params: Params) -> Params:
-    """Parameters for many calls without gradient: cast once (except routers), and unstacked where layers are not scanned."""
+    """Parameters for many calls without gradient: cast once (except routers), and unstacked where layers are not scanned.
+
+    What a delta has in the place of others is put there, once.
+    """
     dtype, scanned = compute_dtype(self.config), stacks.loop(self.config) == 'scan'
 
     def prepared(one: Component) -> Any:
@@ -146,7 +151,7 @@ class Model:
         tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
       return stacks.unstack(tree) if one.stacked and not scanned else tree
 
-    return self._tree(prepared)
+    return self._tree(prepared, without=replaced.PATHS.values())
 
   def sites(self) -> list[hooks.Site]:
     """Where a delta may act."""

@@ -12,6 +12,7 @@ from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.models import encoder_decoder, replaced
 from t5x_cpm.training import before
 from t5x_cpm.training.step import Frozen, State, Step
 from t5x_cpm.vocabularies import Vocabulary
@@ -57,9 +58,16 @@ def tell(base: tuning.Base, config: Config, step: Step, say: Callable[[str], Non
       f'{_size(step.abstract_frozen)}, the delta {_size(state["params"])}, the optimizer {_size(state["opt_state"])}.')
 
 
-def initial(config: Config, state: State, frozen: Frozen, vocabulary: Vocabulary) -> State:
-  """A fresh state, in which a prompt is what DeltaConfig.prompt_init says."""
-  if not config.delta.prompts or config.train.init_from:
+def initial(config: Config, model: encoder_decoder.Model, state: State, frozen: Frozen,
+            vocabulary: Vocabulary) -> State:
+  """A fresh state, in which a prompt is what DeltaConfig.prompt_init says, and parameters of the base are as they are there."""
+  if config.train.init_from:
+    return state
+  delta = state['params']['delta']
+  assert model.delta is not None
+  own = replaced.first_values(model.delta, trees.named(model.leaves()), frozen['base'])
+  delta |= jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), own, {part: delta[part] for part in own})
+  if not config.delta.prompts:
     return state
   table = state['params']['delta']['prompt']['table']
   vectors: Any = tuning.prompt.from_file(config.delta, table.shape[-1])

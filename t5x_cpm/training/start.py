@@ -58,7 +58,7 @@ def begin(config: Config, model_dir: str, step: Step, frozen: Frozen, manager: M
   latest = manager.latest_step()
   if latest is None:
     tell_of_a_leak(config, say)
-    return deltas.initial(config, fresh(config, step, frozen), frozen, vocabulary)
+    return deltas.initial(config, step.model, fresh(config, step, frozen), frozen, vocabulary)
   state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
   say(f'continuing {model_dir} from step {latest}')
   tell_of_another_rate(config, step, run_directory.read_run(model_dir, latest).config, latest, say)

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from t5x_cpm.config import Config, ConfigError, DeltaConfig
+from t5x_cpm.config import Config, ConfigError, DeltaConfig, TaskConfig
 from t5x_cpm.config.fields import one_line
 from t5x_cpm.tuning import files, lora, opened
 from t5x_cpm.tuning.opened import Opened
 
 # Fields in which deltas may differ: how they began, what held their base, and what the ranks and scales of LoRA were.
 FREE = ('base', 'allow_other_base', 'train_base', 'base_dtype', 'slots', 'prompt_init', 'prompt_words', 'prompt_text',
-        'prompt_file', 'sites', 'rank', 'alpha', 'rank_stabilised')
+        'prompt_file', 'sites', 'rank', 'alpha', 'rank_stabilised', 'lora_dropout')
 
 
 def read_weights(text: str, count: int) -> list[float]:
@@ -81,7 +81,8 @@ def average(paths: Sequence[str], output: str, weights: str = '', base_dir: str 
     opened.check_fits('the average', tensors, config, run.config.model)
   except ConfigError as error:
     raise ConfigError(f'the average has the ranks of all together: {error}') from None
-  files.write(folder, tensors, Config(delta=config), base, step=max(one.about['step'] for one in saved),
+  task = TaskConfig(**{field: saved[0].about[field] for field in ('objective', 'target_form') if field in saved[0].about})
+  files.write(folder, tensors, Config(delta=config, task=task), base, step=max(one.about['step'] for one in saved),
               vocabulary=saved[0].about['vocabulary'], metrics={})
   parts = ', '.join(f'{share:g} x {path}' for share, path in zip(shares, paths))
   rank = f' of rank {config.rank}' if 'lora' in config.methods else ''

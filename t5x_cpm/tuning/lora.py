@@ -53,8 +53,8 @@ def make(config: DeltaConfig) -> Method:
   def merge(weights: Mapping[str, np.ndarray], kernel: np.ndarray) -> np.ndarray:
     return kernel + weights['a'] @ weights['b'] * np.float32(scale)
 
-  return Method(weights, change, change_experts, alike={'rank': 1, 'alpha': 1.0, 'sites': config.sites}, folded=folded,
-                merge=merge)
+  return Method(weights, change, config.lora_dropout, change_experts, folded=folded, merge=merge,
+                alike={'rank': 1, 'alpha': 1.0, 'sites': config.sites})
 
 
 def joined_fields(configs: Sequence[DeltaConfig]) -> dict[str, Any]:

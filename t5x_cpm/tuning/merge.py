@@ -15,6 +15,7 @@ from t5x_cpm.checkpoints.run_directory import CheckpointError
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.hooks import EXPERTS, PRODUCTS
+from t5x_cpm.models.replaced import PATHS, put
 from t5x_cpm.tuning import opened
 from t5x_cpm.tuning.methods import METHODS
 from t5x_cpm.tuning.opened import Opened
@@ -33,7 +34,7 @@ def check(name: str, delta: Opened) -> None:
       raise ConfigError(f'{name}: {method!r} cannot be merged. Only what changes a matrix can ({", ".join(able)}): prompts and '
                         'adapters are no matrices of a model, and these models have no bias vectors. Keep it as a delta, which '
                         '`eval` and `infer` take.')
-  for site in {key.rsplit('/', 3)[1] for key in delta.saved.tensors}:
+  for site in {key.rsplit('/', 3)[1] for key in delta.saved.tensors if key.partition('/')[0] not in PATHS}:
     if site not in KERNELS and site != HIDDEN:
       raise ConfigError(f'{name}: it changes {site!r}, where the model has no matrix to merge it into.')
 
@@ -49,8 +50,13 @@ def merge_tensors(params: dict[str, Any], delta: Opened) -> None:
     CheckpointError: a merged matrix has a number that is not finite.
   """
   config, tensors = delta.saved.config, delta.saved.tensors
+  leaves = trees.named(encoder_decoder.build(delta.run.config.model).leaves())
   weights: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
   for key, value in tensors.items():
+    part, _, name = key.partition('/')
+    if part in PATHS:  # what the delta has in the place of a parameter; LoRA acts beside it
+      params[name] = np.asarray(put(leaves[name], part, params[name], value[None], config.token_ids), params[name].dtype)
+      continue
     path, site, method, name = key.rsplit('/', 3)
     weights.setdefault((path, site, method), {})[name] = value
   # The activations last: they scale what LoRA has added to `wo` as well.

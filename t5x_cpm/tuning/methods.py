@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from t5x_cpm.config import Config, ConfigError, DeltaConfig, ModelConfig
-from t5x_cpm.config.fields import did_you_mean
+from t5x_cpm.config.fields import did_you_mean, shown
 from t5x_cpm.models import encoder_decoder, hooks
 from t5x_cpm.models.component import Weight
 from t5x_cpm.models.hooks import Site
+from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.models.model import Experts, resident
 from t5x_cpm.models.products import dense
 
@@ -28,6 +29,7 @@ class Method:
   Attributes:
     weights: what it declares for a site; {} for a site that it leaves alone. Shapes are without the axes of layers and slots.
     change: (weights, x, y) -> what the site gives in the place of y; see `hooks.Method`.
+    dropout_rate: of what `change` reads as x, in training.
     change_experts: the same in the matrices of experts; None: it leaves them alone.
     prefix: weights -> the vectors that stand before what the site gives, or None; see `hooks.Method`.
     prompt: what it declares for the vectors that stand for DeltaConfig.prompts tokens; None: it has none.
@@ -41,6 +43,7 @@ class Method:
 
   weights: Callable[[Site], Mapping[str, Weight]] = lambda site: {}
   change: Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array] = lambda weights, x, y: y
+  dropout_rate: float = 0.0
   change_experts: hooks.ChangeExperts | None = None
   prefix: Callable[[Mapping[str, jax.Array]], jax.Array | None] = lambda weights: None
   prompt: Callable[[ModelConfig], Weight] | None = None
@@ -70,14 +73,14 @@ def product(x_BTI: jax.Array, kernel_nIO: jax.Array) -> jax.Array:
   return x_BTI @ kernel_nIO.astype(x_BTI.dtype)
 
 
-def matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str, field: str = 'sites') -> bool:
   """Whether a name has the pattern in it, in whole parts, or is matched as a whole by it as a regular expression."""
   if f'.{pattern}.' in f'.{name}.':
     return True
   try:
     return re.fullmatch(pattern, name) is not None
   except re.error as error:
-    raise ConfigError(f'DeltaConfig.sites: {pattern!r} is no regular expression ({error}).') from None
+    raise ConfigError(f'DeltaConfig.{field}: {pattern!r} is no regular expression ({error}).') from None
 
 
 def chosen(patterns: tuple[str, ...], site: Site) -> bool:
@@ -105,7 +108,16 @@ class Delta:
     self.methods: tuple[tuple[str, hooks.Method], ...] = tuple(self._made.items())
     prompts = [method.prompt(model) for method in self._made.values() if method.prompt]
     self.prompt = prompts[0] if prompts else None
+    self.token_ids, self._whole = config.token_ids, config.modules_to_save
+    if any(number >= model.vocab_size for number in config.token_ids):
+      raise ConfigError(f'DeltaConfig.token_ids = {shown(config.token_ids)}: expected ids below ModelConfig.vocab_size = '
+                        f'{model.vocab_size}.')
     self.sight = config.prompt_sees_text, config.text_sees_prompt
+
+  def whole(self, leaf: Leaf) -> bool:
+    """Whether one of DeltaConfig.modules_to_save names a parameter of the model."""
+    return leaf.has_gradient and any(
+        matches(pattern, leaf.name.replace('/', '.'), 'modules_to_save') for pattern in self._whole)
 
   def weights(self, site: Site) -> dict[str, dict[str, Weight]]:
     """Method -> name -> what it declares for a site."""
@@ -125,6 +137,20 @@ def check_sites(config: DeltaConfig, known: list[Site]) -> None:
                         f'{", ".join(names)}.')
 
 
+def check_modules(config: DeltaConfig, delta: Delta, model: encoder_decoder.Model) -> None:
+  """Raises ConfigError for one of DeltaConfig.modules_to_save that names nothing, and where it trains all rows of tokens."""
+  leaves = [leaf for leaf in jax.tree.leaves(model.leaves()) if leaf.has_gradient and not leaf.name.startswith('delta/')]
+  names = [leaf.name.replace('/', '.') for leaf in leaves]
+  for pattern in config.modules_to_save:
+    if not any(matches(pattern, name, 'modules_to_save') for name in names):
+      near = did_you_mean(pattern, sorted({*names, *(part for name in names for part in name.split('.'))}))
+      raise ConfigError(f'DeltaConfig.modules_to_save = {shown(config.modules_to_save)}: {pattern!r} names no parameter of the '
+                        f'model that is trained.{near} There are {", ".join(names)}.')
+  if config.token_ids and all(delta.whole(leaf) for leaf in leaves if 'vocab' in leaf.axes):
+    raise ConfigError('DeltaConfig.modules_to_save trains all rows of the embedding and of the output, DeltaConfig.token_ids '
+                      'some of them: leave one of the two out.')
+
+
 def build_model(config: Config, experts: Experts = resident) -> encoder_decoder.Model:
   """The model of a run, with its delta if DeltaConfig.method names one: then its parameters have the subtree 'delta'.
 
@@ -137,9 +163,11 @@ def build_model(config: Config, experts: Experts = resident) -> encoder_decoder.
   """
   if not config.delta.method:
     return encoder_decoder.build(config.model, experts)
-  model = encoder_decoder.build(config.model, experts, Delta(config.delta, config.model))
+  delta = Delta(config.delta, config.model)
+  model = encoder_decoder.build(config.model, experts, delta)
   if 'lora' in config.delta.methods:
     check_sites(config.delta, model.sites())
+  check_modules(config.delta, delta, model)
   return model
 
 

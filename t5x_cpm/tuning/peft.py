@@ -4,6 +4,7 @@ Their matrices are [out, in] and one per layer, ours [in, out] and stacked. A fe
 refused by its name.
 """
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -27,10 +28,10 @@ from t5x_cpm.tuning import files, opened
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'  # of the names of modules
 PROMPT = 'prompt_embeddings'
-# What these say is read, or changes nothing of what a trained adapter computes: where it is from, how it began, its dropout.
+# What these say is read, or changes nothing of what a trained adapter computes: where it is from, how it began.
 READ = {'peft_type', 'task_type', 'r', 'lora_alpha', 'use_rslora', 'init_lora_weights', 'num_virtual_tokens', 'token_dim',
-        'num_transformer_submodules', 'target_modules'}
-IDLE = {'auto_mapping', 'base_model_name_or_path', 'revision', 'peft_version', 'inference_mode', 'lora_dropout',
+        'num_transformer_submodules', 'target_modules', 'lora_dropout'}
+IDLE = {'auto_mapping', 'base_model_name_or_path', 'revision', 'peft_version', 'inference_mode',
         'megatron_core', 'qalora_group_size', 'num_attention_heads', 'num_layers', 'prompt_tuning_init',
         'prompt_tuning_init_text', 'tokenizer_name_or_path', 'tokenizer_kwargs', 'exclude_modules', 'layers_to_transform',
         'layers_pattern', 'runtime_config', 'ensure_weight_tying'}
@@ -68,8 +69,8 @@ def _lora_to_peft(tensors: Mapping[str, np.ndarray], config: DeltaConfig, model:
            for numbers in itertools.product(*tensor.stack)]  # 'wi' alone would mean the experts too
   alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
   return {'peft_type': 'LORA', 'r': config.rank, 'lora_alpha': alpha, 'use_rslora': config.rank_stabilised,
-          'target_modules': _targets(chosen, every), 'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': False,
-          'init_lora_weights': True, 'modules_to_save': None}, result
+          'target_modules': _targets(chosen, every), 'lora_dropout': config.lora_dropout, 'bias': 'none',
+          'fan_in_fan_out': False, 'init_lora_weights': True, 'modules_to_save': None}, result
 
 
 def to_peft(path: str, output: str, base_dir: str = '') -> None:
@@ -89,6 +90,10 @@ def to_peft(path: str, output: str, base_dir: str = '') -> None:
   described: dict[str, Any]
   if config.methods not in (('lora',), ('prompt',)):
     raise ConfigError(f"--delta={path}: {config.method!r} has no form in peft's files: expected 'lora' or 'prompt', alone.")
+  for field, value in (('token_ids', config.token_ids), ('modules_to_save', config.modules_to_save),
+                       ('decoder_prompt_length', config.decoder_prompt_length)):
+    if value:
+      raise ConfigError(f"--delta={path}: DeltaConfig.{field} = {shown(value)} is not written to peft's files.")
   huggingface.write_config(model)  # raises where transformers has no such model
   if config.method == 'lora':
     described, tensors = _lora_to_peft(delta.saved.tensors, config, model)
@@ -144,6 +149,13 @@ def _number(described: Mapping[str, Any], key: str, name: str, kind: Any = int) 
   return value
 
 
+def _dropout(described: Mapping[str, Any], name: str) -> float:
+  value = described.get('lora_dropout') or 0.0
+  if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+    raise ConfigError(f'{name}: lora_dropout = {shown(value)}: expected a number from 0 to below 1.')
+  return float(value)
+
+
 def _lora_from_peft(described: Mapping[str, Any], given: dict[str, np.ndarray], model: ModelConfig, name: str) -> tuple[
     DeltaConfig, dict[str, np.ndarray]]:
   rank, alpha = _number(described, 'r', name), _number(described, 'lora_alpha', name, int | float)
@@ -169,7 +181,7 @@ def _lora_from_peft(described: Mapping[str, Any], given: dict[str, np.ndarray], 
   if not sites:
     raise ConfigError(f'{name}: it holds no tensor.')
   return DeltaConfig(method='lora', rank=rank, alpha=float(alpha), rank_stabilised=bool(described.get('use_rslora')),
-                     sites=tuple(sites)), tensors
+                     lora_dropout=_dropout(described, name), sites=tuple(sites)), tensors
 
 
 def _prompt_from_peft(described: Mapping[str, Any], given: dict[str, np.ndarray], name: str) -> tuple[
@@ -218,6 +230,8 @@ def from_peft(path: str, base_dir: str, output: str) -> None:
     config, tensors = _prompt_from_peft(described, given, name)
   config.validate()
   opened.check_fits(name, tensors, config, run.config.model)
-  files.write(target, tensors, Config(delta=config), base, step=0, vocabulary=str(run.info.get('vocabulary', '')), metrics={})
+  pairs = dataclasses.replace(run.config.task, objective='pairs')
+  files.write(target, tensors, Config(delta=config, task=pairs), base, step=0, vocabulary=str(run.info.get('vocabulary', '')),
+              metrics={})
   count = sum(value.size for value in tensors.values())
   print(f'{output}: {config.method} of {count:,} parameters on {base.model_dir} at step {base.step}', flush=True)

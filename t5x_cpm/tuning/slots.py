@@ -12,6 +12,7 @@ import numpy as np
 
 from t5x_cpm import trees
 from t5x_cpm.config import Config, ConfigError, DeltaConfig
+from t5x_cpm.config.fields import shown
 from t5x_cpm.tuning import methods
 from t5x_cpm.tuning.files import Saved, fitted
 from t5x_cpm.tuning.methods import METHODS
@@ -67,14 +68,17 @@ def beside(saved: Saved, config: Config, what: str) -> Side:
     what: what errors call the delta.
 
   Raises:
-    ConfigError: nobody registered its method, its tensors are not those that its configuration declares for the base, or it
-      acts in the matrices of experts, which multiply tokens of all rows together.
+    ConfigError: nobody registered its method; its tensors are not those that its configuration declares for the base; it acts
+      in the matrices of experts, which multiply tokens of all rows together; or it has parameters of the base as its own.
   """
   leaves = methods.leaves(config.model, saved.config)
   fitted(saved.tensors, leaves, what)
+  fields = [field for field in ('modules_to_save', 'token_ids') if getattr(saved.config, field)]
   if any('expert' in leaf.axes for leaf in trees.named(leaves).values()):
-    raise ConfigError(f'{what}: it was trained with experts in DeltaConfig.sites, and such a delta answers alone: name its run '
-                      'by --model_dir, or merge it into its base.')
+    fields.append('sites')  # of experts
+  if fields:
+    raise ConfigError(f'{what} was trained with DeltaConfig.{fields[0]} = {shown(getattr(saved.config, fields[0]))}: such a '
+                      'delta cannot share a batch with others. Give its run as --model_dir, or merge it into its base.')
   common = form(saved.config)
   if not common.is_loose:
     return Side(common, saved.tensors)

@@ -35,7 +35,7 @@ QUESTIONS = '“{sentence1}”与“{sentence2}”的意思'
 POSITIONS = {  # of CPM-2: front, middle, back, and mixes
     'F': ('{p}{a}{b}', (100,)), 'M': ('{a}{p}{b}', (100,)), 'B': ('{a}{b}{p}', (100,)), 'F+M': ('{p}{a}{p}{b}', (50, 50)),
     'M+B': ('{a}{p}{b}{p}', (50, 50)), 'F+B': ('{p}{a}{b}{p}', (50, 50)), 'F+M+B': ('{p}{a}{p}{b}{p}', (33, 34, 33))}
-METHODS = ('prompt', 'lora', 'ia3', 'adapter', 'bitfit')
+METHODS = ('prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit')
 
 
 @dataclasses.dataclass(frozen=True)
