@@ -16,9 +16,9 @@ import t5x_cpm
 from t5x_cpm import inference, trees, tuning, vocabularies
 from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.cli import configure, modes, parse
-from t5x_cpm.config import ConfigError, DeltaConfig, MeshConfig
+from t5x_cpm.config import ConfigError, DeltaConfig, LocalTaskConfig, MeshConfig
 from t5x_cpm.inference import engine as engine_lib
-from t5x_cpm.inference import programs
+from t5x_cpm.inference import infer, lines, programs, text
 from t5x_cpm.models.component import Weight
 from t5x_cpm.tuning import merge
 
@@ -36,10 +36,12 @@ DELTAS = {
     'both': DeltaConfig(method='prompt+lora', prompt_length=4)}
 
 
-def write(folder, base_dir, delta, seed, *, objective='pairs', **about):
+def write(folder, base_dir, delta, seed, *, objective='pairs', inputs_template='', **about):
   """A delta at random, as files, with other things about it."""
   run = run_directory.read_run(base_dir)
-  config = dataclasses.replace(run.config, delta=delta, task=dataclasses.replace(run.config.task, objective=objective))
+  config = dataclasses.replace(
+      run.config, delta=delta, task=dataclasses.replace(run.config.task, objective=objective, name='local'),
+      local_task=LocalTaskConfig(inputs_template=inputs_template))
   rng = np.random.default_rng(seed)
   tensors = {}
   for name, leaf in trees.named(tuning.build_model(config).leaves()['delta']).items():
@@ -273,3 +275,21 @@ def test_lines_of_a_file_name_their_delta(base_dir, folders, engine, tmp_path, c
       run(deltas, file)
   with pytest.raises(ConfigError, match="the name 'a' is given twice, for x and y"):
     configure.named_folders('delta', ['a=x', 'a=y'])
+
+
+def test_lines_have_the_fields_of_their_delta(base_dir, tmp_path):
+  given = {name: write(tmp_path / name, base_dir, DELTAS['short'], 0, inputs_template=template)
+           for name, template in {'pairs': '{a}<prompt>{b}', 'words': '“{word}”', 'plain': ''}.items()}
+  run = run_directory.read_run(base_dir)
+  words = vocabularies.load_saved(base_dir / 'vocabulary', run.info['vocabulary'])
+  codecs, templates, _ = infer.read_deltas(given, str(base_dir), run, words, run.config)
+  (tmp_path / 'in.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in (
+      {'a': '一', 'b': 2, 'delta': 'pairs'}, {'word': '丁', 'delta': 'words'}, {'text': '丁', 'delta': 'words'},
+      {'text': '丁', 'delta': 'plain'}, {'a': '一', 'delta': 'pairs'}, {'word': '丁', 'delta': 'plain'}, {'word': '丁'})))
+  read = list(lines.read_lines(tmp_path / 'in.jsonl', 'in', 'text', {'': None, **templates}))
+  assert [line.text for line in read] == ['一<prompt>2', '“丁”', '丁', '丁', '', '', '']
+  assert "no field 'b'" in read[4].error and "inputs_template of the delta 'pairs'" in read[4].error
+  assert all("'text'" in line.error for line in read[5:])
+  requests = [request for _, request in lines.checked(iter(read[:4]), text.Codec(words, run.config), codecs)]
+  first_vector = run.config.model.vocab_size
+  assert [request.ids.index(first_vector) for request in requests] == [1, 0, 0, 0]

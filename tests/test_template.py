@@ -119,7 +119,7 @@ def test_rows_and_requests_have_prompts_in_their_places(tmp_path, form):
     # What inference reads is what training read.
     limits = dataclasses.replace(config.infer, input_length=ROOM[0] - config.delta.prompts, truncate=True)
     codec = text.Codec(vocabulary, dataclasses.replace(config, infer=limits))
-    read = lines.read_lines(tmp_path / 'pairs.jsonl', 'pairs.jsonl', 'text', lines.template_of(config))
+    read = lines.read_lines(tmp_path / 'pairs.jsonl', 'pairs.jsonl', 'text', {'': lines.template_of(config)})
     for line, record in zip(read, records, strict=True):
       ids = expected(config, record, vocabulary)
       marked = config.marks > 0

@@ -16,7 +16,7 @@ import numpy as np
 
 from t5x_cpm import trees, tuning
 from t5x_cpm.checkpoints import run_directory
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config, ConfigError, template
 from t5x_cpm.config.fields import did_you_mean, shown
 from t5x_cpm.inference import programs, text
 from t5x_cpm.models import stacks
@@ -30,10 +30,12 @@ class Found(NamedTuple):
   Attributes:
     saved: what its files hold.
     codec: how texts become its inputs.
+    template: how the fields of a line become a text, where its run was told.
   """
 
   saved: tuning.Saved
   codec: text.Codec
+  template: template.Template | None
 
 
 def codec_of(saved: tuning.Saved, vocabulary: Vocabulary, config: Config) -> text.Codec:
@@ -97,7 +99,9 @@ class Reader:
     check_name(name, taken)
     saved = tuning.read(path)
     self._check_base(saved, f'the delta {name!r} ({path})')
-    return Found(saved, codec_of(saved, self._vocabulary, self._config))
+    given = saved.about.get('inputs_template', '')
+    return Found(saved, codec_of(saved, self._vocabulary, self._config),
+                 template.parse(given, f'{path}: inputs_template') if given else None)
 
 
 def _put(axes: Any, held: Any, one: Any, slot: jax.Array) -> Any:

@@ -208,16 +208,16 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
 
 
 def read_deltas(given: Mapping[str, str], model_dir: str, about: run_directory.RunInfo, vocabulary: vocabularies.Vocabulary,
-                config: Config) -> tuple[dict[str, text.Codec], dict[str, str]]:
-  """By the names of deltas: how texts become their inputs, and what tells them from other deltas. Reads no model."""
+                config: Config) -> tuple[dict[str, text.Codec], lines_lib.Templates, dict[str, str]]:
+  """By the names of deltas: how texts become their inputs, fields their texts, and what tells them apart. Reads no model."""
   if not given:
-    return {}, {}
+    return {}, {}, {}
   from t5x_cpm.inference import deltas
 
   reader = deltas.Reader(model_dir, about.step, vocabulary, config)
   found = {name: reader.read(name, path) for name, path in given.items()}
   digests = {name: stored.digest(one.saved.about) for name, one in found.items()}
-  return {name: one.codec for name, one in found.items()}, digests
+  return ({name: one.codec for name, one in found.items()}, {name: one.template for name, one in found.items()}, digests)
 
 
 def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, output_path: str,
@@ -231,9 +231,9 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   about = run_directory.read_run(model_dir, step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary', about.info.get('vocabulary'))
   own = text.of_model(config, about.config)
-  codec, (codecs, digests) = text.Codec(vocabulary, own), read_deltas(deltas, model_dir, about, vocabulary, own)
-  template = lines_lib.template_of(about.config)
-  total = lines_lib.check_file(path, name, codec, config, codecs, template)
+  codec, (codecs, templates, digests) = text.Codec(vocabulary, own), read_deltas(deltas, model_dir, about, vocabulary, own)
+  templates = {'': lines_lib.template_of(about.config), **templates}
+  total = lines_lib.check_file(path, name, codec, config, codecs, templates)
   output = pathlib.Path(output_path) if output_path else None
   is_text = output is not None and output.suffix == '.txt'
   made_from = identity(path, about, config) | ({'form': 'text'} if is_text else {}) | (
@@ -251,7 +251,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
 
   engine = inference.load(model_dir, step=about.step, config=config, deltas=deltas)
   started = time.monotonic()
-  read = lines_lib.read_lines(path, name, config.infer.text_field, template)
+  read = lines_lib.read_lines(path, name, config.infer.text_field, templates)
   lines = lines_lib.checked(read, codec, codecs)
   with _Summed(output) if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
     counts = answer_file(engine, lines, first, total, out, as_text if is_text else as_json)

@@ -34,8 +34,12 @@ class Line(NamedTuple):
   is_alone: bool = False
 
 
-def from_bytes(number: int, raw: bytes, field: str = '', template: Template | None = None) -> Line:
-  """A line of .txt, or, where a field is named, of .jsonl. An object without this field fills the template, if there is one."""
+Templates = Mapping[str, Template | None]  # by the names of deltas; '' is the base, None fills no fields in
+NO_TEMPLATES: Templates = types.MappingProxyType({})
+
+
+def from_bytes(number: int, raw: bytes, field: str = '', templates: Templates = NO_TEMPLATES) -> Line:
+  """A line of .txt, or, where a field is named, of .jsonl. An object without this field fills the template of its delta."""
   others: dict[str, Any] = {}
   try:
     line = user_files.decode(raw)
@@ -43,12 +47,15 @@ def from_bytes(number: int, raw: bytes, field: str = '', template: Template | No
       return Line(number, line if line.strip() else '')
     value = user_files.json_object(line, (field,))
     others = {name: other for name, other in value.items() if name != field}
+    name = next((known for known in templates if known == value.get(DELTA)), '')
+    template = templates.get(name)
     if template and field not in value:
       given = template.fill(value)
     else:
       given, = user_files.texts_of(value, (field,), 'InferConfig.text_field names the field')
   except FieldError as error:
-    return Line(number, '', f'{error} (LocalTaskConfig.inputs_template of the model names it)', others)
+    owner = f'delta {name!r}' if name else 'model'
+    return Line(number, '', f'{error} (LocalTaskConfig.inputs_template of the {owner} names it)', others)
   except user_files.MalformedError as error:
     return Line(number, '', str(error), others)
   return Line(number, given if given.strip() else '', '', others)
@@ -60,7 +67,7 @@ def template_of(config: Config) -> Template | None:
   return config.local_task.templates()[0] if own else None
 
 
-def read_lines(path: pathlib.Path, name: str, field: str, template: Template | None = None) -> Iterator[Line]:
+def read_lines(path: pathlib.Path, name: str, field: str, templates: Templates = NO_TEMPLATES) -> Iterator[Line]:
   """The inputs of a file, which errors call `name`: of .txt one per line, of .jsonl as `from_bytes` says.
 
   Raises:
@@ -68,7 +75,7 @@ def read_lines(path: pathlib.Path, name: str, field: str, template: Template | N
   """
   with user_files.opened(path, name) as file:
     for number, raw in enumerate(user_files.lines(file, name), 1):
-      yield from_bytes(number, raw, field if path.suffix == '.jsonl' else '', template)
+      yield from_bytes(number, raw, field if path.suffix == '.jsonl' else '', templates)
 
 
 def checked(lines: Iterator[Line], codec: text.Codec,
@@ -90,7 +97,7 @@ def checked(lines: Iterator[Line], codec: text.Codec,
 
 
 def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config,
-               deltas: Mapping[str, text.Codec] = types.MappingProxyType({}), template: Template | None = None) -> int:
+               deltas: Mapping[str, text.Codec] = types.MappingProxyType({}), templates: Templates = NO_TEMPLATES) -> int:
   """Reads the whole input once, so that a bad line is found before hours of work.
 
   Args:
@@ -98,7 +105,7 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config,
     name: what errors call it.
     codec, config: those of the run, with the lengths to use.
     deltas: the codecs of the deltas that lines may name; a line that names another is told, and left unanswered.
-    template: as `from_bytes` takes it.
+    templates: as `from_bytes` takes them.
 
   Returns:
     The number of lines.
@@ -108,7 +115,7 @@ def check_file(path: pathlib.Path, name: str, codec: text.Codec, config: Config,
   """
   count, noted, first = 0, 0, ''
   unknown, first_unknown = 0, ''
-  for line, request in checked(read_lines(path, name, config.infer.text_field, template), codec, deltas):
+  for line, request in checked(read_lines(path, name, config.infer.text_field, templates), codec, deltas):
     count += 1
     if line.is_alone:
       unknown, first_unknown = unknown + 1, first_unknown or f'{name}:{line.number}: {line.error}'

@@ -25,7 +25,8 @@ NAME = 'delta.json'
 FORM = {
     'format_version': range(1, 1 << 31), 'code_version': str, 'method': str, 'DeltaConfig': dict, 'vocabulary': str,
     'base': {'model_dir': str, 'step': stored.COUNT, 'fingerprint': str}, 'step': stored.COUNT, 'metrics': {str: float},
-    'weights': stored.is_plain_name, 'weights_digest': str, 'objective?': str, 'target_form?': str}
+    'weights': stored.is_plain_name, 'weights_digest': str, 'objective?': str, 'target_form?': str,
+    'inputs_template?': str}
 REMEDY = 'Put back a copy of it, or continue the run that it is of, which writes it anew.'
 
 
@@ -70,7 +71,8 @@ def write(folder: epath.Path, tensors: Mapping[str, np.ndarray], config: Config,
       'base': {'model_dir': str(base.model_dir), 'step': base.step, 'fingerprint': base.fingerprint}, 'step': step,
       'metrics': {name: float(value) for name, value in metrics.items() if np.isfinite(value)}, 'weights': weights,
       'weights_digest': _digest(raw), 'objective': config.task.objective,
-      'target_form': config.task.target_form})
+      'target_form': config.task.target_form,
+      'inputs_template': config.local_task.inputs_template if config.task.name.partition(':')[0] == 'local' else ''})
   for other in folder.glob('weights-*.safetensors'):
     if other.name != weights:
       with contextlib.suppress(OSError):

@@ -16,11 +16,14 @@ import json
 import pathlib
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 from t5x_cpm import files, user_files
 from t5x_cpm.cli.errors import run_script
@@ -29,12 +32,14 @@ from t5x_cpm.config import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MODEL = '--gin_file=gin/models/cpm2_tiny.gin'
-LABELS = {'0': '矛盾', '1': '相似'}
+LABELS = {'0': '否', '1': '是'}
 OPERATIONS = {'+': lambda a, b: a + b, '-': lambda a, b: a - b, '大': max, '小': min}
-QUESTIONS = '“{sentence1}”与“{sentence2}”的意思'
+QUESTIONS = '“{sentence1}”和“{sentence2}”的意思一样？'
+LENGTHS = {'lcqmc': 80, 'sums': 8}  # tokens of the longest inputs; what a prompt takes comes on top
 POSITIONS = {  # of CPM-2: front, middle, back, and mixes
     'F': ('{p}{a}{b}', (100,)), 'M': ('{a}{p}{b}', (100,)), 'B': ('{a}{b}{p}', (100,)), 'F+M': ('{p}{a}{p}{b}', (50, 50)),
     'M+B': ('{a}{p}{b}{p}', (50, 50)), 'F+B': ('{p}{a}{b}{p}', (50, 50)), 'F+M+B': ('{p}{a}{p}{b}{p}', (33, 34, 33))}
+RUNNING: set[subprocess.Popen] = set()  # what is to end with this program
 METHODS = ('prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit')
 
 
@@ -92,7 +97,10 @@ def command(log: pathlib.Path, *arguments: str) -> None:
   with log.open('a', encoding='utf-8') as file:
     file.write(f'$ {" ".join(arguments)}\n')
     file.flush()
-    code = subprocess.run([sys.executable, '-m', 't5x_cpm', *arguments], cwd=ROOT, stdout=file, stderr=file).returncode
+    child = subprocess.Popen([sys.executable, '-m', 't5x_cpm', *arguments], cwd=ROOT, stdout=file, stderr=file)
+    RUNNING.add(child)
+    code = child.wait()
+    RUNNING.remove(child)
   if code:
     raise ConfigError(f'`t5x_cpm {arguments[0]}` ended with {code}: see {log}.')
 
@@ -148,11 +156,21 @@ def bases(texts: str, output: pathlib.Path, steps: int) -> None:
       files.write_atomically(output / f'{name}.done', f'{time.monotonic() - started:.0f} s\n'.encode())
 
 
+def prompt_of(arm: Arm) -> int:
+  """How many vectors an arm's prompt has."""
+  lengths: Any = arm.flags.get('DeltaConfig.lengths', (arm.flags.get('DeltaConfig.prompt_length', 100),))
+  return sum(lengths)
+
+
+def label_of(arm: Arm, seed: int) -> str:
+  """The name of the folder of an arm, the same in each comparison that it is part of."""
+  changed = ''.join(f'-{value}' for value in arm.flags.values())
+  return ''.join(c if c.isalnum() or c in '-_' else '_' for c in f'{arm.task}-{arm.gin}-{arm.base}{changed}-{seed}')
+
+
 def run_arm(arm: Arm, seed: int, steps: int, output: pathlib.Path) -> dict:
   """Trains and evaluates an arm with a seed, unless its results are there."""
-  changed = ''.join(f'-{value}' for value in arm.flags.values())
-  label = ''.join(c if c.isalnum() or c in '-_' else '_' for c in f'{arm.task}-{arm.gin}-{arm.base}{changed}')
-  folder = output / 'arms' / f'{label}-{seed}'
+  folder = output / 'arms' / label_of(arm, seed)
   results = folder / 'results.json'
   if results.exists():
     return user_files.json_file(results, str(results))
@@ -160,8 +178,9 @@ def run_arm(arm: Arm, seed: int, steps: int, output: pathlib.Path) -> dict:
   started, is_sums = time.monotonic(), arm.task == 'sums'
   flags = {
       'TaskConfig.vocabulary': f'cpm2:{output}/vocab.txt', 'TaskConfig.cache_dir': str(output / 'cache'),
-      'TaskConfig.encoder_length': 192, 'TaskConfig.decoder_length': 8, 'TrainConfig.batch_size': 16, 'TrainConfig.seed': seed,
-      'TrainConfig.steps': steps, 'TrainConfig.eval_every': steps, 'CheckpointConfig.every': steps,
+      'TaskConfig.encoder_length': LENGTHS[arm.task] + (prompt_of(arm) if arm.gin == 'prompt_tune' else 0),
+      'TaskConfig.decoder_length': 8, 'TrainConfig.batch_size': 16, 'TrainConfig.seed': seed, 'TrainConfig.steps': steps,
+      'TrainConfig.eval_every': steps, 'TrainConfig.eval_batches': 8, 'CheckpointConfig.every': steps,
       'LocalTaskConfig.files': f'{output}/{arm.task}.train.jsonl',
       'LocalTaskConfig.validation_files': f'{output}/{arm.task}.test.jsonl',
       'LocalTaskConfig.inputs_template': '{a} {b} =' if is_sums else QUESTIONS,
@@ -205,6 +224,32 @@ def show(found: dict[tuple[str, str], dict[str, list[float]]], output: pathlib.P
   return table
 
 
+def run_all(wanted: list[Arm], seeds: int, steps: int, output: pathlib.Path, parallel: int) -> None:
+  """Runs all arms with all seeds, says how each ended, and keeps the table up to date."""
+  jobs = {label_of(arm, seed): (arm, seed) for seed in range(seeds) for arm in wanted}
+  accuracy: dict[str, float] = {}
+  started = time.monotonic()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  with ThreadPoolExecutor(parallel) as pool:
+    futures = {pool.submit(run_arm, arm, seed, steps, output): label for label, (arm, seed) in jobs.items()}
+    try:
+      for future in as_completed(futures):
+        name = futures[future]
+        accuracy[name] = future.result()['accuracy']
+        left = (time.monotonic() - started) / len(accuracy) * (len(jobs) - len(accuracy))
+        print(f'{len(accuracy)}/{len(jobs)}  {name}: {accuracy[name]:.1%} (about {left / 60:.0f} min left)', flush=True)
+        found: dict[tuple[str, str], dict[str, list[float]]] = {}
+        for arm in wanted:
+          if values := [accuracy[label] for seed in range(seeds) if (label := label_of(arm, seed)) in accuracy]:
+            found.setdefault((arm.table, arm.task), {})[arm.name] = values
+        table = show(found, output)
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+      for child in list(RUNNING):
+        child.terminate()
+  print(table)
+
+
 def main() -> None:
   parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--lcqmc', type=pathlib.Path, required=True, help='folder with dev.txt and test.txt of LCQMC')
@@ -213,6 +258,7 @@ def main() -> None:
   parser.add_argument('--seeds', type=at_least(1), default=3)
   parser.add_argument('--base_steps', type=at_least(1), default=4000, help='steps of pre-training; half as many adapt the base')
   parser.add_argument('--steps', type=at_least(1), default=500, help='steps of each arm')
+  parser.add_argument('--parallel', type=at_least(1), default=2, help='arms that are trained at a time')
   parser.add_argument('--only', default='', help='comparisons, joined by commas; all by default')
   args = parser.parse_args()
   output = args.output.resolve()
@@ -221,15 +267,7 @@ def main() -> None:
   wanted = [arm for arm in arms() if not args.only or arm.table in args.only.split(',')]
   if not wanted:
     raise ConfigError(f'--only={args.only!r}: expected some of {", ".join(dict.fromkeys(arm.table for arm in arms()))}.')
-  found: dict[tuple[str, str], dict[str, list[float]]] = {}
-  started = time.monotonic()
-  for number, (seed, arm) in enumerate(itertools.product(range(args.seeds), wanted), 1):
-    result = run_arm(arm, seed, args.steps, output)
-    found.setdefault((arm.table, arm.task), {}).setdefault(arm.name, []).append(result['accuracy'])
-    left = (time.monotonic() - started) / number * (len(wanted) * args.seeds - number)
-    print(f'{number}/{len(wanted) * args.seeds}  {arm.table}, {arm.task}, {arm.name}, seed {seed}: {result["accuracy"]:.1%} '
-          f'(about {left / 60:.0f} min left)', flush=True)
-  print(show(found, output))
+  run_all(wanted, args.seeds, args.steps, output, args.parallel)
 
 
 if __name__ == '__main__':
