@@ -216,10 +216,10 @@ t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain
          flags=(Flag('topology', 'SLICE', 'slice to compile for, its shape in chips, as in v5p:4x4x4'),
                 Flag('step', 'STEP', 'train, encode or decode; default train'),
                 Flag('search', '', 'look for the best mesh first'),
-                Flag('output', 'FILE', '.json of the plan, with the mesh of --search as .gin beside it'), *GIN_FLAGS),
+                Flag('output', 'FILE', '.json of the plan, with the mesh of --search as .gin beside it'), BASE, *GIN_FLAGS),
          needs=('topology',), scope='train', on_cpu=True,  # libtpu compiles; nothing runs
          gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'OptimizerConfig', 'TrainConfig', 'InferConfig',
-              'DecodeConfig')),
+              'DecodeConfig', 'DeltaConfig')),
     Mode('cache', 'turn the text of a task into tokens, once', cache, """\
 t5x_cpm cache --gin_file=gin/runs/quickstart.gin""",
          flags=(INIT_FROM, BASE, *GIN_FLAGS), scope='train', gin=('TaskConfig', 'LocalTaskConfig')),
