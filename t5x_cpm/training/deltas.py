@@ -61,7 +61,7 @@ def tell(base: tuning.Base, config: Config, step: Step, say: Callable[[str], Non
 def initial(config: Config, model: encoder_decoder.Model, state: State, frozen: Frozen,
             vocabulary: Vocabulary) -> State:
   """A fresh state, in which a prompt is what DeltaConfig.prompt_init says, and parameters of the base are as they are there."""
-  if config.train.init_from:
+  if config.train.init_from or not config.delta.frozen:
     return state
   delta = state['params']['delta']
   assert model.delta is not None
