@@ -4,7 +4,8 @@
 
 A base is pre-trained on the texts and on lines of arithmetic ("3 + 5 = 8") by span corruption, and once more by prefix_lm.
 Then every arm is trained with each seed and evaluated on answers that it generates: on LCQMC (dev.txt trains, test.txt tests),
-and on sums whose operator is left out ("3 5 =" -> "8"), so that an arm must say which of four operations the base is to do.
+on sums whose operator is left out ("3 5 =" -> "8"), so that an arm must say which of four operations the base is to do, and on
+two classes of lines ("3 + 5" -> "是", "3 大 5" -> "否").
 Every arm keeps what it found in a file of its own, OUT/arms/ARM/results.json: the same command goes on where it was stopped. At
 the end OUT/table.md and OUT/table.png show the means and the spread over seeds.
 """
@@ -35,10 +36,12 @@ MODEL = '--gin_file=gin/models/cpm2_tiny.gin'
 LABELS = {'0': '否', '1': '是'}
 OPERATIONS = {'+': lambda a, b: a + b, '-': lambda a, b: a - b, '大': max, '小': min}
 QUESTIONS = '“{sentence1}”和“{sentence2}”的意思一样？'
-LENGTHS = {'lcqmc': 80, 'sums': 8}  # tokens of the longest inputs; what a prompt takes comes on top
+TEMPLATES = {'lcqmc': (QUESTIONS, '{label}'), 'sums': ('{a} {b} =', '{c}'), 'classes': ('{a} {name} {b}', '{label}')}
+LEARNED = 0.9  # accuracy of tokens: a label and the end of the text, so that 8 of 10 labels are right
+LENGTHS = {'lcqmc': 80, 'sums': 8, 'classes': 8}  # tokens of the longest inputs; what a prompt takes comes on top
 POSITIONS = {  # of CPM-2: front, middle, back, and mixes
-    'F': ('{p}{a}{b}', (100,)), 'M': ('{a}{p}{b}', (100,)), 'B': ('{a}{b}{p}', (100,)), 'F+M': ('{p}{a}{p}{b}', (50, 50)),
-    'M+B': ('{a}{p}{b}{p}', (50, 50)), 'F+B': ('{p}{a}{b}{p}', (50, 50)), 'F+M+B': ('{p}{a}{p}{b}{p}', (33, 34, 33))}
+    'F': ('{p}{a}{b}', (20,)), 'M': ('{a}{p}{b}', (20,)), 'B': ('{a}{b}{p}', (20,)), 'F+M': ('{p}{a}{p}{b}', (10, 10)),
+    'M+B': ('{a}{p}{b}{p}', (10, 10)), 'F+B': ('{p}{a}{b}{p}', (10, 10)), 'F+M+B': ('{p}{a}{p}{b}{p}', (7, 7, 6))}
 RUNNING: set[subprocess.Popen] = set()  # what is to end with this program
 METHODS = ('prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit')
 
@@ -50,7 +53,7 @@ class Arm:
   Attributes:
     table: the comparison that it is part of.
     name: in this comparison.
-    task: 'lcqmc' or 'sums'.
+    task: 'lcqmc', 'sums' or 'classes'.
     gin: a file of gin/runs.
     flags: what it changes, as CLASS.FIELD -> value.
     base: 'adapted', or 'pretrained' by span corruption alone.
@@ -72,16 +75,17 @@ def arms() -> Iterator[Arm]:
       yield Arm('method', method, task, 'prompt_tune' if method == 'prompt' else method)
     yield Arm('method', 'prompt, not adapted', task, 'prompt_tune', base='pretrained')
     yield Arm('method', 'full, not adapted', task, 'finetune', {'OptimizerConfig.learning_rate': 0.0005}, base='pretrained')
-  for length in (1, 5, 20, 100):
+  for task, length in itertools.product(('sums', 'classes'), (1, 5, 20, 100)):
     changed = {} if length == 100 else {'DeltaConfig.prompt_length': length}
-    yield Arm('prompt length', str(length), 'sums', 'prompt_tune', changed)
-  for name, flags in (('random', {'DeltaConfig.prompt_init': 'random'}), ('vocabulary', {}),
-                      ('words', {'DeltaConfig.prompt_init': 'words', 'DeltaConfig.prompt_words': tuple(OPERATIONS)})):
-    yield Arm('initial values', name, 'sums', 'prompt_tune', flags)
+    yield Arm('prompt length', str(length), task, 'prompt_tune', changed)
+  yield Arm('prompt length', '20, not adapted', 'classes', 'prompt_tune', {'DeltaConfig.prompt_length': 20}, base='pretrained')
+  for task, words in (('sums', tuple(OPERATIONS)), ('classes', tuple(LABELS.values()))):
+    for name, flags in (('random', {'DeltaConfig.prompt_init': 'random'}), ('vocabulary', {}),
+                        ('words', {'DeltaConfig.prompt_init': 'words', 'DeltaConfig.prompt_words': words})):
+      yield Arm('initial values', name, task, 'prompt_tune', flags | {'DeltaConfig.prompt_length': 20})
   for name, (form, lengths) in POSITIONS.items():
-    template = form.format(p='<prompt>', a='“{sentence1}”', b='“{sentence2}”')
-    yield Arm('place', name, 'lcqmc', 'prompt_tune', {
-        'LocalTaskConfig.inputs_template': template, 'DeltaConfig.lengths': lengths})
+    yield Arm('place', name, 'sums', 'prompt_tune', {
+        'LocalTaskConfig.inputs_template': form.format(p='<prompt>', a='{a}', b=' {b} ='), 'DeltaConfig.lengths': lengths})
 
 
 def gin_flags(values: dict[str, object]) -> list[str]:
@@ -129,6 +133,9 @@ def prepare(lcqmc: pathlib.Path, texts: str, output: pathlib.Path) -> None:
   rng.shuffle(numbers)
   for name, some in (('train', numbers[:300]), ('test', numbers[300:])):
     write_lines(output / f'sums.{name}.jsonl', (json.dumps({'a': a, 'b': b, 'c': a + b}) for a, b in some))
+    write_lines(output / f'classes.{name}.jsonl', (
+        json.dumps({'a': a, 'name': operation, 'b': b, 'label': label}, ensure_ascii=False)
+        for a, b in some for operation, label in zip('+大', LABELS.values())))
   for name, file in (('train', 'dev.txt'), ('test', 'test.txt')):
     write_lines(output / f'lcqmc.{name}.jsonl', lcqmc_lines(lcqmc / file))
   user_files.find(texts, '--texts')
@@ -175,16 +182,16 @@ def run_arm(arm: Arm, seed: int, steps: int, output: pathlib.Path) -> dict:
   if results.exists():
     return user_files.json_file(results, str(results))
   folder.mkdir(parents=True, exist_ok=True)
-  started, is_sums = time.monotonic(), arm.task == 'sums'
+  started = time.monotonic()
   flags = {
       'TaskConfig.vocabulary': f'cpm2:{output}/vocab.txt', 'TaskConfig.cache_dir': str(output / 'cache'),
       'TaskConfig.encoder_length': LENGTHS[arm.task] + (prompt_of(arm) if arm.gin == 'prompt_tune' else 0),
       'TaskConfig.decoder_length': 8, 'TrainConfig.batch_size': 16, 'TrainConfig.seed': seed, 'TrainConfig.steps': steps,
-      'TrainConfig.eval_every': steps, 'TrainConfig.eval_batches': 8, 'CheckpointConfig.every': steps,
+      'TrainConfig.eval_every': steps // 20 or 1, 'TrainConfig.eval_batches': 4, 'CheckpointConfig.every': steps,
       'LocalTaskConfig.files': f'{output}/{arm.task}.train.jsonl',
       'LocalTaskConfig.validation_files': f'{output}/{arm.task}.test.jsonl',
-      'LocalTaskConfig.inputs_template': '{a} {b} =' if is_sums else QUESTIONS,
-      'LocalTaskConfig.targets_template': '{c}' if is_sums else '{label}'} | arm.flags
+      'LocalTaskConfig.inputs_template': TEMPLATES[arm.task][0],
+      'LocalTaskConfig.targets_template': TEMPLATES[arm.task][1]} | arm.flags
   base = [f'--{"init_from" if arm.gin == "finetune" else "base"}={output}/{arm.base}']
   command(folder / 'log', 'train', *base, f'--gin_file=gin/runs/{arm.gin}.gin', *gin_flags(flags),
           f'--model_dir={folder}/model')
@@ -193,29 +200,36 @@ def run_arm(arm: Arm, seed: int, steps: int, output: pathlib.Path) -> dict:
       'EvalConfig.max_examples': 1000, 'EvalConfig.batch_size': 64, 'DecodeConfig.max_new_tokens': 8}))
   newest = max((folder / 'model' / 'eval').iterdir(), key=lambda path: int(path.name))
   metrics = user_files.json_file(newest / 'metrics.json', str(newest))['local']['metrics']
+  lines = map(json.loads, (folder / 'model' / 'metrics.jsonl').read_text().splitlines())
+  curve = [(line['step'], line['accuracy']) for line in lines if line['split'] == 'eval']
   found = {'arm': dataclasses.asdict(arm), 'seed': seed, 'steps': steps, 'accuracy': metrics['exact_match'], 'seconds': trained,
+           'curve': curve, 'learned': next((step for step, value in curve if value >= LEARNED), None),
            'command': 'python -m t5x_cpm train ' + ' '.join([*base, *gin_flags(flags)])}
   shutil.rmtree(folder / 'model')
   files.write_atomically(results, (json.dumps(found, ensure_ascii=False, indent=1) + '\n').encode())
   return found
 
 
-def show(found: dict[tuple[str, str], dict[str, list[float]]], output: pathlib.Path) -> str:
-  """Writes the table and the plot of (comparison, task) -> arm -> accuracies, and returns the table."""
+def show(found: dict[tuple[str, str], dict[str, list[dict]]], output: pathlib.Path) -> str:
+  """Writes the table and the plot of (comparison, task) -> arm -> results, and returns the table."""
   import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  lines = ['| comparison | task | arm | seeds | accuracy | spread |', '|---|---|---|---:|---:|---:|']
+  lines = [f'| comparison | task | arm | seeds | accuracy | spread | steps to {LEARNED:.0%} of tokens |',
+           '|---|---|---|---:|---:|---:|---:|']
   figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 4), squeeze=False)
-  for axis, ((comparison, task), accuracies) in zip(axes[0], found.items()):
+  for axis, ((comparison, task), results) in zip(axes[0], found.items()):
+    accuracies = {name: [one['accuracy'] for one in several] for name, several in results.items()}
     means = [100 * statistics.mean(values) for values in accuracies.values()]
     spreads = [100 * (max(values) - min(values)) / 2 for values in accuracies.values()]
     axis.barh(list(accuracies), means, xerr=spreads, color='#4c72b0')
     axis.invert_yaxis()
     axis.set(title=f'{comparison}, {task}', xlabel='accuracy of answers, %', xlim=(0, 100))
     for (name, values), mean, spread in zip(accuracies.items(), means, spreads):
-      lines.append(f'| {comparison} | {task} | {name} | {len(values)} | {mean:.1f} % | {spread:.1f} |')
+      learned = [one['learned'] for one in results[name]]
+      steps = f'{statistics.mean(learned):.0f}' if None not in learned else f'{learned.count(None)} of {len(learned)} never'
+      lines.append(f'| {comparison} | {task} | {name} | {len(values)} | {mean:.1f} % | {spread:.1f} | {steps} |')
   figure.tight_layout()
   figure.savefig(output / 'table.png', dpi=120)
   pyplot.close(figure)
@@ -227,7 +241,7 @@ def show(found: dict[tuple[str, str], dict[str, list[float]]], output: pathlib.P
 def run_all(wanted: list[Arm], seeds: int, steps: int, output: pathlib.Path, parallel: int) -> None:
   """Runs all arms with all seeds, says how each ended, and keeps the table up to date."""
   jobs = {label_of(arm, seed): (arm, seed) for seed in range(seeds) for arm in wanted}
-  accuracy: dict[str, float] = {}
+  done: dict[str, dict] = {}
   started = time.monotonic()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   with ThreadPoolExecutor(parallel) as pool:
@@ -235,13 +249,13 @@ def run_all(wanted: list[Arm], seeds: int, steps: int, output: pathlib.Path, par
     try:
       for future in as_completed(futures):
         name = futures[future]
-        accuracy[name] = future.result()['accuracy']
-        left = (time.monotonic() - started) / len(accuracy) * (len(jobs) - len(accuracy))
-        print(f'{len(accuracy)}/{len(jobs)}  {name}: {accuracy[name]:.1%} (about {left / 60:.0f} min left)', flush=True)
-        found: dict[tuple[str, str], dict[str, list[float]]] = {}
+        done[name] = future.result()
+        left = (time.monotonic() - started) / len(done) * (len(jobs) - len(done))
+        print(f'{len(done)}/{len(jobs)}  {name}: {done[name]["accuracy"]:.1%} (about {left / 60:.0f} min left)', flush=True)
+        found: dict[tuple[str, str], dict[str, list[dict]]] = {}
         for arm in wanted:
-          if values := [accuracy[label] for seed in range(seeds) if (label := label_of(arm, seed)) in accuracy]:
-            found.setdefault((arm.table, arm.task), {})[arm.name] = values
+          if results := [done[label] for seed in range(seeds) if (label := label_of(arm, seed)) in done]:
+            found.setdefault((arm.table, arm.task), {})[arm.name] = results
         table = show(found, output)
     finally:
       pool.shutdown(wait=False, cancel_futures=True)
