@@ -18,6 +18,7 @@ import pytest
 import small_data
 import small_model
 import test_step
+from jax.extend.core import jaxprs_in_params
 
 from t5x_cpm import inference, trees, tuning
 from t5x_cpm import mesh as mesh_lib
@@ -147,6 +148,27 @@ def test_no_gradient_of_the_base_is_computed():
     flops.append(compiled.cost_analysis()['flops'])
   print(f'{flops[1] / flops[0]:.3f} of the arithmetic of training all')
   assert flops[1] < 0.72 * flops[0]
+
+
+def loops(jaxpr):
+  """The scans of a program, and of those that it calls."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'scan':
+      yield equation
+    for inner in jaxprs_in_params(equation.params):
+      yield from loops(inner)
+
+
+@pytest.mark.parametrize('remat', ['full', 'none'])
+def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(remat):
+  """The loop over layers gives back what the backward pass reads: activations, but no weights, which lie there anyway."""
+  config = with_delta(layer_loop='scan', remat=remat, d_ff=40)
+  built = step.build(config, mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  traced = built.fn.trace(built.abstract_state, built.abstract_frozen, built.abstract_batch)
+  kernels = {leaf.shape[-2:] for leaf in jax.tree.leaves(built.abstract_frozen['base']) if len(leaf.shape) == 3}
+  assert (config.model.d_model, 40) in kernels
+  kept = {tuple(out.aval.shape) for one in loops(traced.jaxpr.jaxpr) for out in one.outvars}
+  assert len(kept) > 4 and not {shape for shape in kept if shape[-2:] in kernels}
 
 
 @pytest.fixture(scope='module')

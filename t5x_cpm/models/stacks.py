@@ -4,6 +4,7 @@ In every checkpoint layers are stacked: leaves are [L, ...]. For inference a sta
 leaves [1, ...]. The outputs have the form of the inputs, so a cache has that of its parameters.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,8 +53,8 @@ def each(fn: Callable[[Any], Any], layers: Any) -> Any:
   return jax.lax.map(fn, layers)
 
 
-def _rematerialised(fn: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
-  if config.remat == 'none':
+def _rematerialised(config: ModelConfig, remat: bool, fn: Callable[..., Any]) -> Callable[..., Any]:
+  if config.remat == 'none' or not remat:
     return fn
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
   return jax.checkpoint(fn, policy=policy)
@@ -63,14 +64,23 @@ def _stack(trees: list[Any]) -> Any:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _scanned(period: Period, x: Any, trees: dict[str, Any], counts: dict[str, int], periods: int) -> tuple[Any, dict[str, Any]]:
+def _scanned(period: Period, x: Any, trees: dict[str, Any], counts: dict[str, int], periods: int,
+             wrap: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
+  # What the backward pass needs of the weights must be what the loop is given, for a slice of it would be kept as a copy: so
+  # there is no axis of layers where a period has one, and taking layers apart is part of what is computed again.
+  @wrap
+  def one(x: Any, given: Any, index: Any) -> tuple[Any, dict[str, Any]]:
+    x, outs = period(x, {name: [given[name]] if n == 1 else [jax.tree.map(lambda leaf: leaf[i], given[name])  # noqa: B023
+                                                             for i in range(n)] for name, n in counts.items()}, index)
+    return x, {name: _stack(out) for name, out in outs.items()}
+
   def body(carry: tuple[Any, jax.Array], given: Any) -> tuple[tuple[Any, jax.Array], Any]:
     x, index = carry
-    x, outs = period(x, {name: [jax.tree.map(lambda leaf: leaf[i], given[name]) for i in range(n)]  # noqa: B023
-                         for name, n in counts.items()}, index)
-    return (x, index + 1), {name: _stack(out) for name, out in outs.items()}
+    x, outs = one(x, given, index)
+    return (x, index + 1), outs
 
-  grouped = jax.tree.map(lambda leaf: leaf.reshape(periods, -1, *leaf.shape[1:]), trees)
+  grouped = {name: tree if counts[name] == 1 else jax.tree.map(lambda leaf: leaf.reshape(periods, -1, *leaf.shape[1:]), tree)
+             for name, tree in trees.items()}
   (x, _), outs = jax.lax.scan(body, (x, jnp.int32(0)), grouped)
   return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outs)
 
@@ -105,13 +115,13 @@ def run(
   Returns:
     The last layer's output, and the outs by name, stacked over layers. If the trees are tuples of layers, so are the outs.
   """
-  period = _rematerialised(period, config) if remat else period
+  wrap = functools.partial(_rematerialised, config, remat)
   counts = {name: (len(tree) if isinstance(tree, tuple) else jax.tree.leaves(tree)[0].shape[0]) // periods
             for name, tree in trees.items()}
   unstacked = any(isinstance(tree, tuple) for tree in trees.values())
   if not unstacked and loop(config) == 'scan':
-    return _scanned(period, x, trees, counts, periods)
-  x, collected = _unrolled(period, x, trees, counts, periods)
+    return _scanned(period, x, trees, counts, periods, wrap)
+  x, collected = _unrolled(wrap(period), x, trees, counts, periods)
   if unstacked:
     return x, {name: tuple(jax.tree.map(lambda leaf: leaf[None], tree) for tree in out) for name, out in collected.items()}
   return x, {name: _stack(out) for name, out in collected.items()}
