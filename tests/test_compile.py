@@ -22,7 +22,7 @@ from t5x_cpm import compile as compile_lib
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.chips import CHIPS
 from t5x_cpm.compile import estimate, plan, program, search, slices
-from t5x_cpm.config import Config, ConfigError, InferConfig, MeshConfig, MoEConfig, TrainConfig, gin
+from t5x_cpm.config import Config, ConfigError, DeltaConfig, InferConfig, MeshConfig, MoEConfig, TrainConfig, gin
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.training import flops, step
 
@@ -224,6 +224,17 @@ def test_estimates_know_the_slice_and_the_step():
     needed = flops.inference_flops(config.model, what, rows, task.encoder_length, task.decoder_length)
     got = seconds('v5p:4x4x4', what, hbm_rate=math.inf, link_rate=math.inf)
     assert got == pytest.approx(needed / 64 / CHIPS['v5p'].flops)
+
+
+def test_estimates_know_that_a_base_is_frozen():
+  full = gin.load([str(ROOT / 'gin/models/cpm2_11b.gin')], ['TrainConfig.batch_size=16', 'ModelConfig.remat=full'])
+  tuned = dataclasses.replace(full, delta=DeltaConfig(method='lora', base='base', base_dtype='bfloat16'))
+  sizes, slice_ = estimate.sizes(full.model), slices.parse('v5p:1x1x1')
+  a, b = (estimate.estimate(config, slice_, 'train', sizes) for config in (tuned, full))
+  whole = estimate._training_bytes(full, estimate._held(sizes, full.mesh))
+  # Weights in half the bytes, and neither gradients nor moments.
+  assert whole - a.bytes == pytest.approx((4 + 4 + 8 - 2) * sum(sizes.values())) and a.seconds < 0.8 * b.seconds
+  assert b.config.mesh.host_gib and not a.config.mesh.host_gib
 
 
 def test_the_search_takes_no_more_microbatches_than_the_compiler_needs(monkeypatch, capsys):

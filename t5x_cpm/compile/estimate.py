@@ -36,6 +36,7 @@ GATHERED = 2 * COMPUTE  # bytes for each parameter of the current layer, if it i
 
 # Arithmetic of a training step, in terms of what the model needs.
 AGAIN_FULL = 4 / 3  # remat 'full' repeats the forward pass, which is a third of a step
+WEIGHT_GRADIENTS = 1 / 3  # of a step, which one that trains a delta leaves out
 AGAIN_DOTS = 1.05  # 'dots' repeats all but the products with weights; of that, only attention's own products matter
 
 # Passes through the layers that send activations: forward and backward, and forward again with remat 'full'.
@@ -181,6 +182,8 @@ def _training_bytes(config: Config, held: Held) -> float:
 
   state = WEIGHT * held.weights + MOMENTS * held.moments
   gradients = WEIGHT * held.weights * (SUMMED_GRADIENTS if config.train.microbatches > 1 else 1)
+  if config.delta.frozen:  # the delta itself is too small to count
+    state, gradients = (COMPUTE if config.delta.base_dtype == 'bfloat16' else WEIGHT) * held.weights, 0.0
   kept = COMPUTE * D * _tokens_in_layers(model, tokens)  # the inputs of layers
   if model.remat != 'full':
     outputs = (KEPT_HEADS * HK + KEPT_HIDDEN * F) / mesh.model + KEPT_MODEL * D
@@ -195,19 +198,21 @@ def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
   mesh, model, chip, count = config.mesh, config.model, slice_.chip, config.train.microbatches
   B, S, T, rows = config.train.batch_size, config.task.encoder_length, config.task.decoder_length, _rows_at_a_time(config)
   tokens, full = (rows * S, rows * T), model.remat == 'full'
-  arithmetic = flops.model_flops(model, B * S, B * T, S, T) * (AGAIN_FULL if full else AGAIN_DOTS)
+  trains = not config.delta.frozen
+  arithmetic = flops.model_flops(model, B * S, B * T, S, T) * (
+      (AGAIN_FULL if full else AGAIN_DOTS) - (0 if trains else WEIGHT_GRADIENTS))
 
   replicas = mesh.data * mesh.expert
-  sent_each = {'none': SENT_NONE, 'optimizer': SENT_OPTIMIZER, 'full': count * SENT_FULL}[mesh.sharding]
+  sent_each = {'none': SENT_NONE * trains, 'optimizer': SENT_OPTIMIZER * trains, 'full': count * SENT_FULL}[mesh.sharding]
   sent = sent_each * held.local / _rate(slice_, replicas)
   sent += count * (PASSES_AGAIN if full else PASSES) * _travel_seconds(config, slice_, tokens)
   # Between slices travel gradients that each slice has summed up and, with 'full', gathered weights; each chip sends its part.
-  between = (count * SENT_FULL if mesh.sharding == 'full' else SENT_NONE) * held.local / (replicas // slice_.slices)
+  between = (count * SENT_FULL if mesh.sharding == 'full' else SENT_NONE * trains) * held.local / (replicas // slice_.slices)
   sent += (slice_.slices - 1) / slice_.slices * between / chip.network_rate
 
   activations = ACTIVATION_PASSES * _tokens_in_layers(model, tokens) * model.d_model
-  moved = count * (WEIGHT_READS * held.local + GRADIENT_ADDED * held.weights + activations)
-  moved += UPDATE * held.moments
+  moved = count * (WEIGHT_READS * held.local + GRADIENT_ADDED * held.weights * trains + activations)
+  moved += UPDATE * held.moments * trains
   return _together(arithmetic / slice_.count / chip.flops, sent, moved / chip.hbm_rate)
 
 
@@ -218,7 +223,7 @@ def _training(config: Config, slice_: Slice, held: Held) -> Estimate:
   missing = needed - room
   # All moments move first. A weight that moves leaves a bfloat16 copy of half its size behind, so twice as much must move.
   away = missing + max(missing - moments, 0)
-  if missing <= 0 or away >= moments + WEIGHT * held.weights or config.optimizer.name != 'adamw':
+  if missing <= 0 or away >= moments + WEIGHT * held.weights or config.optimizer.name != 'adamw' or config.delta.frozen:
     return Estimate(config, needed, seconds)
   gib = math.ceil(away / GiB)
   config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, host_gib=float(gib)))
