@@ -32,6 +32,7 @@ from t5x_cpm.config import Config, DeltaConfig, OptimizerConfig, TaskConfig, Tra
 P = 100  # vectors of a prompt
 DELTAS = {
     'full': DeltaConfig(), 'prompt': DeltaConfig(method='prompt', base='base', prompt_length=P),
+    'prefix': DeltaConfig(method='prefix', base='base', prefix_length=P),
     'lora': DeltaConfig(method='lora', base='base', sites=('query', 'value'), rank=8)}  # each takes 2 to 4 GB, all at once
 CASES = [('ours', name) for name in DELTAS] + [('theirs', name) for name in ('full', 'prompt', 'lora')]
 
