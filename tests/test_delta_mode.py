@@ -162,7 +162,7 @@ def test_what_does_not_go_together_is_refused(base_dir, tmp_path, capsys):
   refused(capsys, 'not finite', 'average', f'--delta={lora}', f'--delta={broken}', output)
   huge = {name: value * 1e38, f'{name[:-1]}b': np.full((1, 3, 16), 3e38, np.float32)}
   large = write(tmp_path / 'large', base_dir, LORA, **huge)
-  refused(capsys, 'attention/query of layer 0 would have', 'merge', f'--delta={large}', output)
+  refused(capsys, 'attention/query[0] would have', 'merge', f'--delta={large}', output)
   refused(capsys, f'{name} is [1, 15, 3], expected [1, 16, 3]', 'merge', output,
           f'--delta={write(tmp_path / "narrow", base_dir, LORA, **{name: value[:, 1:]})}')
   refused(capsys, 'x/y/lora/a is left over', 'merge', output,

@@ -7,7 +7,7 @@ an array is digested where it lies, each device its own part.
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -58,8 +58,13 @@ def _of_block(bits: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
   return jnp.stack([jnp.sum(jnp.where(row[:, 0] < rows, part, np.uint32(0)), dtype=jnp.uint32) for part in sums])
 
 
-def _on_host(x: np.ndarray) -> np.ndarray:
-  """As `_of_array`, by one program for any shape: compiling one for each would take longer than reading them."""
+def _on_host(x: np.ndarray, first: int = 0) -> np.ndarray:
+  """As `_of_array`, by one program for any shape: compiling one for each would take longer than reading them.
+
+  Args:
+    x: an array, or a part of one.
+    first: the place of its first element in the whole array.
+  """
   words = x.reshape(-1).view({1: np.uint8, 2: np.uint16}.get(x.dtype.itemsize, np.uint32))
   size, row = math.prod(BLOCK), BLOCK[1]
   sums = np.zeros(2, np.uint32)
@@ -67,8 +72,8 @@ def _on_host(x: np.ndarray) -> np.ndarray:
   for start in range(0, whole, size):
     bits = words[start:min(start + size, whole)].astype(np.uint32, copy=False)
     padded = bits if len(bits) == size else np.concatenate([bits, np.zeros(size - len(bits), np.uint32)])
-    sums += np.asarray(_of_block(padded, np.uint32(start % 2**32), np.uint32(len(bits) // row)))
-  places = np.arange(whole, len(words), dtype=np.uint64).astype(np.uint32) * GOLDEN
+    sums += np.asarray(_of_block(padded, np.uint32((first + start) % 2**32), np.uint32(len(bits) // row)))
+  places = np.arange(first + whole, first + len(words), dtype=np.uint64).astype(np.uint32) * GOLDEN
   x = _mixed(words[whole:].astype(np.uint32), places)  # less than a row
   return sums + np.array([(x & np.uint32(0xFFFF)).sum(dtype=np.uint32), (x >> 16).sum(dtype=np.uint32)])
 
@@ -99,6 +104,46 @@ def kind(dtype: Any, shape: Sequence[int]) -> str:
   return f'{dtype}{list(shape)}'
 
 
+def _text(dtype: Any, shape: Sequence[int], sums: Any) -> str:
+  low, high = (int(word) for word in np.asarray(sums))
+  return f'{kind(dtype, shape)} {high:08x}{low:08x}'
+
+
+class Running:
+  """The digest of an array that is seen slice by slice, along its leading axes, in any order."""
+
+  def __init__(self, dtype: Any, shape: Sequence[int]):
+    """dtype, shape: of the whole array."""
+    self._dtype, self._shape = dtype, tuple(shape)
+    self._sums: dict[tuple[int, ...], Any] = {}
+
+  @property
+  def seen(self) -> Collection[tuple[int, ...]]:
+    """The indices of the slices that were seen."""
+    return self._sums.keys()
+
+  def add(self, index: tuple[int, ...], x: np.ndarray) -> list[int]:
+    """Takes the slice at an index of the leading axes, of which all slices have equally many. Returns its sums."""
+    first = sum(place * math.prod(self._shape[axis + 1:]) for axis, place in enumerate(index))
+    return self.add_sums(index, [int(word) for word in _on_host(x, first)])
+
+  def add_sums(self, index: tuple[int, ...], sums: list[int]) -> list[int]:
+    """Takes a slice by what `add` has returned for it."""
+    self._sums[index] = sums
+    return sums
+
+  @property
+  def is_whole(self) -> bool:
+    """Whether all slices were seen."""
+    depth = len(next(iter(self._sums), ()))
+    return bool(self._sums) and len(self._sums) == math.prod(self._shape[:depth])
+
+  @property
+  def text(self) -> str:
+    """As `of_tree` says it."""
+    return _text(self._dtype, self._shape, [sum(words) % 2**32 for words in zip(*self._sums.values())])
+
+
 def of_tree(tree: Any) -> dict[str, str]:
   """Name -> 'float32[3, 4] 0123456789abcdef' for every array of a tree: its type, its shape, and the digest of its bits.
 
@@ -107,6 +152,5 @@ def of_tree(tree: Any) -> dict[str, str]:
   leaves, result = trees.named(tree), {}
   sums = {name: _start(x) for name, x in leaves.items()}  # all are under way before the first result is waited for
   for name, x in leaves.items():
-    low, high = (int(word) for word in np.asarray(sums[name]))
-    result[name] = f'{kind(x.dtype, x.shape)} {high:08x}{low:08x}'
+    result[name] = _text(x.dtype, x.shape, sums[name])
   return result

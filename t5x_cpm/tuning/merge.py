@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from t5x_cpm import tasks, trees, vocabularies
-from t5x_cpm.checkpoints import arrays, run_directory
-from t5x_cpm.checkpoints.manager import Manager
-from t5x_cpm.checkpoints.run_directory import CheckpointError
+from t5x_cpm import tasks, vocabularies
+from t5x_cpm.checkpoints import run_directory
+from t5x_cpm.checkpoints.tensors import CheckpointReader, Index, TensorWriter
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.hooks import EXPERTS, PRODUCTS
+from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.models.replaced import PATHS, put
 from t5x_cpm.tuning import opened
 from t5x_cpm.tuning.methods import METHODS
@@ -39,42 +38,41 @@ def check(name: str, delta: Opened) -> None:
       raise ConfigError(f'{name}: it changes {site!r}, where the model has no matrix to merge it into.')
 
 
-def merge_tensors(params: dict[str, Any], delta: Opened) -> None:
-  """Puts a delta into the parameters of its base, one matrix at a time.
+class Merged:
+  """The parameters of a base with a delta in its matrices, slice by slice."""
 
-  Args:
-    params: by name, [L, ...]; changed in place.
-    delta: its methods have a `merge`.
+  def __init__(self, delta: Opened):
+    """delta: its methods have a `merge`."""
+    self._config, self._tensors = delta.saved.config, delta.saved.tensors
+    self._reader = CheckpointReader(delta.base.model_dir, delta.base.step)
+    self._methods = {name: METHODS[name](self._config) for name in self._config.methods}
+    sites: dict[tuple[str, str], dict[str, dict[str, np.ndarray]]] = {}  # (kernel, site) -> method -> name -> weights
+    for key, value in self._tensors.items():
+      if key.partition('/')[0] not in PATHS:
+        path, site, method, name = key.rsplit('/', 3)
+        kernel = f'{path}/{KERNELS.get(site, "wo")}'
+        sites.setdefault((kernel, site), {}).setdefault(method, {})[name] = value
+    # The activations last: they scale what LoRA has added to `wo` as well.
+    self._sites = dict(sorted(sites.items(), key=lambda item: (item[0][1] == HIDDEN, item[0])))
 
-  Raises:
-    CheckpointError: a merged matrix has a number that is not finite.
-  """
-  config, tensors = delta.saved.config, delta.saved.tensors
-  leaves = trees.named(encoder_decoder.build(delta.run.config.model).leaves())
-  weights: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
-  for key, value in tensors.items():
-    part, _, name = key.partition('/')
-    if part in PATHS:  # what the delta has in the place of a parameter; LoRA acts beside it
-      params[name] = np.asarray(put(leaves[name], part, params[name], value[None], config.token_ids), params[name].dtype)
-      continue
-    path, site, method, name = key.rsplit('/', 3)
-    weights.setdefault((path, site, method), {})[name] = value
-  # The activations last: they scale what LoRA has added to `wo` as well.
-  for path, site in sorted({key[:2] for key in weights}, key=lambda key: (key[1] == HIDDEN, key)):
-    kernel = f'{path}/{KERNELS.get(site, "wo")}'
-    changed = np.array(params.pop(kernel))
-    for layer, old in enumerate(changed):
-      new = np.asarray(old, np.float32).T if site == HIDDEN else np.asarray(old, np.float32)
-      for method in config.methods:
-        own = weights.get((path, site, method))
-        merge = METHODS[method](config).merge
-        if own is not None and merge is not None:
-          with np.errstate(all='ignore'):  # told below
-            new = merge({name: value[layer] for name, value in own.items()}, new)
-      changed[layer] = new.T if site == HIDDEN else new
-      if not np.isfinite(changed[layer].astype(np.float32)).all():
-        raise CheckpointError(f'{kernel} of layer {layer} would have numbers that are not finite (NaN or inf).')
-    params[kernel] = changed
+  def slice_of(self, leaf: Leaf, index: Index) -> np.ndarray:
+    """A slice of a parameter, in its own type or in float32."""
+    whole, rows = (self._tensors.get(f'{part}/{leaf.name}') for part in PATHS)
+    value = self._reader.read(leaf.name, index) if whole is None else whole[index]
+    if rows is not None:
+      value = np.asarray(put(leaf, 'rows', value, rows[None], self._config.token_ids))
+    for (kernel, site), weights in self._sites.items():
+      if kernel == leaf.name:
+        value = value.astype(np.float32)
+        value = self._changed(value.T, index, weights).T if site == HIDDEN else self._changed(value, index, weights)
+    return value
+
+  def _changed(self, value: np.ndarray, index: Index, weights: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
+    for name, method in self._methods.items():
+      if name in weights and method.merge is not None:
+        with np.errstate(all='ignore'):  # who writes it finds what is not finite
+          value = method.merge({key: weight[index] for key, weight in weights[name].items()}, value)
+    return value
 
 
 def _configuration(path: Any, delta: Opened) -> Config:
@@ -91,7 +89,7 @@ def _configuration(path: Any, delta: Opened) -> Config:
 def merge(path: str, output: str, base_dir: str = '') -> None:
   """Writes a model_dir with a checkpoint of step 0: the base with the delta in its matrices.
 
-  Not streamed: while the checkpoint is written, the memory of the host holds the parameters of the base about twice.
+  Parameters pass through memory one slice of a layer after another. A merge that was killed is gone on with.
 
   Args:
     path: the delta's folder, or the model_dir of its run, whose task the new model then has.
@@ -109,11 +107,10 @@ def merge(path: str, output: str, base_dir: str = '') -> None:
   config.validate()
   words = vocabularies.load_saved(delta.base.model_dir / 'vocabulary')
   run_directory.check_vocabulary(delta.base.model_dir, delta.run.info, words.fingerprint)
-  params = trees.named(arrays.load_params(delta.base.model_dir, step=delta.base.step))
-  merge_tensors(params, delta)
-  with Manager(folder, config, info={'vocabulary': words.fingerprint}) as manager:
-    words.save(folder / 'vocabulary')
-    axes = jax.tree.map(lambda leaf: leaf.axes, encoder_decoder.build(config.model).leaves())
-    manager.save(0, {'step': jnp.int32(0), 'params': trees.nested(params)}, axes={'step': (), 'params': axes})
+  leaves, merged = jax.tree.leaves(encoder_decoder.build(config.model).leaves()), Merged(delta)
+  made_from = {'base': delta.base.fingerprint, 'delta': delta.saved.about['weights_digest']}
+  with TensorWriter(folder, config, {'vocabulary': words.fingerprint}, leaves, made_from) as writer:
+    words.save(writer.partial / 'vocabulary')
+    writer.fill(merged.slice_of, 'merge')
   print(f'{output}: a checkpoint of step 0, {delta.saved.config.method} of {path} merged into {delta.base.model_dir} at step '
         f'{delta.base.step}; the task is {config.task.name!r}, objective {config.task.objective!r}', flush=True)

@@ -1,0 +1,284 @@
+"""Reading and writing tensors slice by slice, so that a model larger than memory streams through.
+
+A *slice* is what lies at an index of the leading axes of a tensor: one layer, or one expert of one layer; () is the whole. A
+reader knows name, shape and type of all tensors and reads their slices; `TensorWriter` makes a run directory with a checkpoint
+of step 0. What it writes lies in DIR.partial until the last slice is there, so nothing is ever half made.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from t5x_cpm import files, stored, trees, user_files
+from t5x_cpm.checkpoints import arrays, digests, quiet, run_directory
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.checkpoints.run_directory import CheckpointError
+from t5x_cpm.config import Config, ConfigError, to_dict
+from t5x_cpm.models.leaf import Leaf
+from t5x_cpm.progress import Progress
+
+Index = tuple[int, ...]
+PARTIAL = '.partial'  # at the end of the name of a directory that is not complete
+JOURNAL = 'slices.jsonl'  # in it, which slices are written, with their digests
+
+
+class Kind(NamedTuple):
+  """Shape and type of a tensor."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class TensorReader(Protocol):
+  """The tensors of a checkpoint of any format.
+
+  Attributes:
+    kinds: shape and type by name.
+  """
+
+  kinds: Mapping[str, Kind]
+
+  def read(self, name: str, index: Index = ()) -> np.ndarray:
+    """The slice at an index. Raises ConfigError where it cannot be read."""
+    ...
+
+
+def indices(leaf: Leaf) -> Iterator[Index]:
+  """The slices of a parameter of a model: its layers, or the experts of its layers."""
+  return np.ndindex(*leaf.shape[:len(leaf.stacked)])
+
+
+def _open(spec: dict[str, Any], **options: Any) -> Any:
+  import tensorstore
+
+  return tensorstore.open(spec, **options).result()
+
+
+def _store(state: epath.Path, name: str) -> Any:
+  """An array of a checkpoint, as Orbax has written it, in TensorStore."""
+  base = str(state) if '://' in str(state) else f'file://{os.path.abspath(state)}'
+  return _open({'driver': 'zarr', 'kvstore': {
+      'driver': 'ocdbt', 'base': f'{base.rstrip("/")}/', 'path': f'{name.replace("/", ".")}/'}})
+
+
+class CheckpointReader:
+  """The parameters of a checkpoint of this project. A tensor whose slices were all read is compared with its digest."""
+
+  def __init__(self, model_dir: Any, step: int | None = None):
+    """The checkpoint of a step; None is the last. Raises CheckpointError where there is none, or it is damaged."""
+    self._model_dir = run_directory.resolve(model_dir)
+    self._step = run_directory.choose(self._model_dir, step)
+    meta = run_directory.read_meta(self._model_dir, self._step)
+    found = arrays.stored(self._model_dir, self._step, meta)
+    self.kinds = {name.removeprefix('params/'): Kind(tuple(leaf.shape), np.dtype(leaf.dtype))
+                  for name, leaf in found.items() if name.startswith('params/')}
+    self._digests = meta.get('arrays', {})
+    self._running = {name: digests.Running(kind.dtype, kind.shape) for name, kind in self.kinds.items()}
+    self._stores: dict[str, Any] = {}
+
+  def read(self, name: str, index: Index = ()) -> np.ndarray:
+    state = self._model_dir / 'checkpoints' / str(self._step) / 'state'
+    try:
+      if name not in self._stores:
+        self._stores = {name: _store(state, f'params/{name}')}  # one at a time: each keeps a cache
+      value = np.asarray(self._stores[name][index].read().result())
+    except (ValueError, OSError) as error:
+      raise run_directory.damaged(self._model_dir, self._step, f'the array {name}: {quiet.reason(error)}') from error
+    running = self._running[name]
+    running.add(index, value)
+    if running.is_whole and self._digests.get(f'params/{name}', running.text) != running.text:
+      raise run_directory.damaged(self._model_dir, self._step, f'the array {name} in state is not what was saved')
+    return value
+
+
+class SafetensorsReader:
+  """The tensors of one .safetensors file, or of all in a folder."""
+
+  def __init__(self, path: pathlib.Path):
+    """Raises ConfigError where there is no such file, or one is damaged."""
+    import safetensors
+
+    found = sorted(path.glob('*.safetensors')) if path.is_dir() else [path]
+    if not found:
+      raise ConfigError(f'{path} has no .safetensors file.')
+    self.kinds: dict[str, Kind] = {}
+    self._files: dict[str, pathlib.Path] = {}
+    for file in found:
+      user_files.check(file, str(file))
+      try:
+        with safetensors.safe_open(file, 'np') as opened:
+          for name in opened.keys():  # noqa: SIM118  # it is no dict
+            part = opened.get_slice(name)
+            self.kinds[name] = Kind(tuple(part.get_shape()), _dtype(part.get_dtype(), f'{file}: {name}'))
+            self._files[name] = file
+      except (safetensors.SafetensorError, OSError) as error:
+        raise ConfigError(f'{file} is damaged or cannot be read: {error}.') from None
+
+  def read(self, name: str, index: Index = ()) -> np.ndarray:
+    import safetensors
+
+    with safetensors.safe_open(self._files[name], 'np') as file:
+      return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+
+DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64, 'I32': np.int32,
+          'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
+
+
+def _dtype(name: str, what: str) -> np.dtype:
+  if name not in DTYPES:
+    raise ConfigError(f'{what} has the type {name}: expected one of {", ".join(DTYPES)}.')
+  return np.dtype(DTYPES[name])
+
+
+def _chunks(leaf: Leaf) -> list[int]:
+  """The chunks of a parameter, as `arrays.save_args` has them cut: slices, or else rows of at most MAX_CHUNK_BYTES."""
+  depth = len(leaf.stacked)
+  if depth and len(leaf.shape) > 1:
+    depth = max(1, min(depth, len(leaf.shape) - 2))
+    return [1] * depth + list(leaf.shape[depth:])
+  row = math.prod(leaf.shape[1:]) * np.dtype(leaf.dtype).itemsize
+  return [max(1, min(leaf.shape[0], arrays.MAX_CHUNK_BYTES // row)), *leaf.shape[1:]] if leaf.shape else []
+
+
+class TensorWriter:
+  """Writes a run directory with the parameters of a model as the checkpoint of step 0, slice by slice in any order.
+
+  As a context manager it completes the directory. Where an exception or a kill ends the block before, what was written stays in
+  DIR.partial, and the same writer goes on with it.
+  """
+
+  def __init__(self, model_dir: Any, config: Config, info: dict[str, Any], leaves: Iterable[Leaf], made_from: Any = None):
+    """Begins DIR.partial, or goes on with it.
+
+    Args:
+      model_dir: a new local directory.
+      config: of the run.
+      info: what else identifies it; see `Manager`.
+      leaves: the parameters of its model.
+      made_from: a JSON tree of what the parameters are made of; what was begun from something else is not gone on with.
+
+    Raises:
+      CheckpointError: the directory exists, or DIR.partial is of something else.
+    """
+    self.folder = run_directory.resolve(model_dir)
+    if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+      raise CheckpointError(f'{model_dir} exists already: give a new directory.')
+    self.partial = self.folder.parent / f'{self.folder.name}{PARTIAL}'
+    self._leaves = {leaf.name: leaf for leaf in leaves}
+    self._running = {name: digests.Running(np.dtype(leaf.dtype), leaf.shape) for name, leaf in self._leaves.items()}
+    self._stores: dict[str, Any] = {}
+    self._state = self.partial / 'checkpoints' / '0' / 'state'
+    self._journal = self.partial / JOURNAL
+    self._identity = stored.digest({'config': to_dict(config), 'info': info, 'made_from': made_from})
+    if self._journal.exists():
+      self._resume()
+    else:
+      self._begin(config, info)
+
+  def _begin(self, config: Config, info: dict[str, Any]) -> None:
+    """Has Orbax write every array with one number, and then gives it its shape: the format stays the business of Orbax."""
+    if self.partial.exists():
+      self.partial.rmtree()
+    tiny = {name: jnp.zeros((1,) * len(leaf.shape), leaf.dtype) for name, leaf in self._leaves.items()}
+    with Manager(self.partial, config, info=info) as manager:
+      manager.save(0, {'step': jnp.int32(0), 'params': trees.nested(tiny)})
+    for file, entries in (('array_metadatas/process_0', lambda told: told['array_metadatas']),
+                          ('_METADATA', lambda told: told['tree_metadata'].values())):
+      told = json.loads((self._state / file).read_text())
+      for entry in entries(told):
+        if 'array_metadata' in entry:
+          about, name = entry['array_metadata'], entry['array_metadata']['param_name'].replace('.', '/')
+        else:
+          about, name = entry['value_metadata'], '/'.join(key['key'] for key in entry['key_metadata'])
+        if leaf := self._leaves.get(name.removeprefix('params/')):
+          about['write_shape'] = list(leaf.shape)
+          about |= {'chunk_shape': _chunks(leaf)} if 'chunk_shape' in about else {}
+      files.write_atomically(self._state / file, json.dumps(told).encode())
+    for name, leaf in self._leaves.items():
+      spec = _store(self._state, f'params/{name}').spec().to_json()
+      spec['metadata'] |= {'shape': list(leaf.shape), 'chunks': _chunks(leaf)}
+      spec.pop('transform', None)
+      _open(spec, create=True, delete_existing=True)
+    files.write_atomically(self._journal, f'{json.dumps(self._identity)}\n'.encode())
+
+  def _resume(self) -> None:
+    lines = self._journal.read_text().splitlines(keepends=True)
+    if json.loads(lines[0]) != self._identity:
+      raise CheckpointError(f'{self.partial} was begun by another command: delete it, or give another directory.')
+    for line in lines[1:]:
+      if line.endswith('\n'):  # else cut short by a kill
+        name, index, sums = json.loads(line)
+        self._running[name].add_sums(tuple(index), sums)
+
+  def has(self, name: str, index: Index = ()) -> bool:
+    """Whether a slice is written already."""
+    return index in self._running[name].seen
+
+  def write(self, name: str, index: Index, value: np.ndarray) -> None:
+    """Writes a slice. Raises CheckpointError where its shape is wrong, it is not finite, or the disk is full."""
+    leaf = self._leaves[name]
+    value = np.ascontiguousarray(value, np.dtype(leaf.dtype))
+    if value.shape != leaf.shape[len(index):]:
+      raise CheckpointError(f'{name}{list(index)} is {list(value.shape)}, expected {list(leaf.shape[len(index):])}.')
+    if not np.isfinite(value.astype(np.float32, copy=False)).all():
+      raise CheckpointError(f'{name}{list(index)} would have numbers that are not finite (NaN or inf).')
+    with run_directory.writing(self.partial):
+      try:
+        if name not in self._stores:
+          self._stores = {name: _store(self._state, f'params/{name}')}
+        self._stores[name][index].write(value).result()
+      except ValueError as error:  # as TensorStore tells of a full disk
+        raise CheckpointError(f'{self.partial} cannot be written: {quiet.reason(error)}.') from error
+      sums = self._running[name].add(index, value)
+      with open(self._journal, 'a', encoding='utf-8') as file:
+        file.write(json.dumps([name, index, sums]) + '\n')
+
+  def fill(self, make: Callable[[Leaf, Index], np.ndarray], what: str) -> None:
+    """Writes every slice that is not written yet, as `make` gives it, and shows how far it is.
+
+    Args:
+      make: (parameter, index) -> the slice.
+      what: the name of the work.
+    """
+    sizes = {leaf.name: leaf.size * np.dtype(leaf.dtype).itemsize // math.prod(leaf.shape[:len(leaf.stacked)])
+             for leaf in self._leaves.values()}
+    total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in self._leaves.values())
+    done = sum(sizes[name] * len(running.seen) for name, running in self._running.items())
+    progress = Progress(what, 'MiB', total >> 20, done >> 20)
+    for leaf in self._leaves.values():
+      for index in indices(leaf):
+        if not self.has(leaf.name, index):
+          self.write(leaf.name, index, make(leaf, index))
+          before, done = done, done + sizes[leaf.name]
+          if done >> 20 > before >> 20:
+            progress.show(done >> 20)
+    progress.close()
+
+  def finish(self) -> None:
+    """Completes the directory. Raises CheckpointError where a slice is missing."""
+    missing = [name for name, running in self._running.items() if not running.is_whole]
+    if missing:
+      raise CheckpointError(f'{self.partial}: {missing[0]} and {len(missing) - 1} more were not written as a whole.')
+    path = self.partial / 'checkpoints' / '0' / 'meta' / 'metadata'
+    meta = json.loads(path.read_text())
+    meta['arrays'] |= {f'params/{name}': running.text for name, running in self._running.items()}
+    files.write_atomically(path, json.dumps(meta | {'seal': run_directory.seal(meta)}).encode())
+    self._journal.unlink()
+    if self.folder.exists():
+      self.folder.rmdir()
+    self.partial.rename(self.folder)
+
+  def __enter__(self) -> 'TensorWriter':
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    if error is None:
+      self.finish()

@@ -1,0 +1,150 @@
+"""Tensors read and written slice by slice."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import small_data
+import small_model
+import test_tuning
+
+from t5x_cpm import inference, trees, vocabularies
+from t5x_cpm.checkpoints import arrays, run_directory, tensors
+from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.config import ConfigError
+from t5x_cpm.models import encoder_decoder
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tensors')
+  moe = dataclasses.replace(test_tuning.EXPERTS, encoder_every=1)
+  return small_model.model_dir(folder, vocabularies.load(f'cpm2:{small_data.vocabulary_file(folder)}'), moe=moe)
+
+
+def copied(source, target, stop=None, reader=None):
+  """Copies a model slice by slice; stops after some slices. Returns how many were copied."""
+  run = run_directory.read_run(source)
+  reader = reader or tensors.CheckpointReader(source)
+  leaves = jax.tree.leaves(encoder_decoder.build(run.config.model).leaves())
+  count = 0
+  with tensors.TensorWriter(target, run.config, run.info, leaves) as writer:
+    for leaf in leaves:
+      for index in tensors.indices(leaf):
+        if not writer.has(leaf.name, index):
+          if count == stop:
+            raise KeyboardInterrupt
+          writer.write(leaf.name, index, reader.read(leaf.name, index))
+          count += 1
+  return count
+
+
+def test_a_model_is_copied_slice_by_slice(source, tmp_path):
+  total = copied(source, tmp_path / 'copy')
+  assert not (tmp_path / 'copy.partial').exists()
+  run = run_directory.read_run(tmp_path / 'copy')
+  old, new = (trees.named(arrays.load_params(folder)) for folder in (source, tmp_path / 'copy'))
+  assert run.step == 0 and old.keys() == new.keys() and total > len(old)
+  for name, value in old.items():
+    np.testing.assert_array_equal(value, new[name], err_msg=name)
+  digests = [run_directory.read_meta(folder, step)['arrays'] for folder, step in ((source, 3), (tmp_path / 'copy', 0))]
+  assert {name: text for name, text in digests[0].items() if name.startswith('params/')} == {
+      name: text for name, text in digests[1].items() if name.startswith('params/')}
+  # Chunks are what a save of a run makes of them: slices.
+  leaves = encoder_decoder.build(run.config.model).leaves()
+  with Manager(tmp_path / 'saved', run.config, info=run.info) as manager:
+    manager.save(0, {'step': jnp.int32(0), 'params': trees.nested(old)},
+                 axes={'step': (), 'params': jax.tree.map(lambda leaf: leaf.axes, leaves)})
+  for name, value in old.items():
+    chunks = [tensors._store(tmp_path / folder / 'checkpoints' / '0' / 'state', f'params/{name}').chunk_layout.read_chunk.shape
+              for folder in ('saved', 'copy')]
+    assert chunks[0] == chunks[1], (name, value.shape)
+
+
+def test_what_was_stopped_goes_on(source, tmp_path):
+  target = tmp_path / 'copy'
+  with pytest.raises(KeyboardInterrupt):
+    copied(source, target, stop=7)
+  journal = target.with_name('copy.partial') / tensors.JOURNAL
+  journal.write_text(journal.read_text() + '["encoder/lay')  # as a kill may leave it
+  assert not target.exists()
+  rest = copied(source, target)
+  assert rest == copied(source, tmp_path / 'whole') - 7
+  for folder in (target, tmp_path / 'whole'):
+    arrays.load_params(folder)  # compares the digests
+  words = vocabularies.load_saved(source / 'vocabulary')
+  words.save(target / 'vocabulary')
+  texts = ['一', '丁']
+  np.testing.assert_allclose(inference.load(target).score(texts, texts), inference.load(source).score(texts, texts), rtol=1e-6)
+
+  with pytest.raises(ConfigError, match='exists already'):
+    copied(source, target)
+  with pytest.raises(KeyboardInterrupt):
+    copied(source, tmp_path / 'other', stop=1)
+  identity = tmp_path / 'other.partial' / tensors.JOURNAL
+  identity.write_text(json.dumps('f00d') + '\n')
+  with pytest.raises(ConfigError, match='was begun by another command'):
+    copied(source, tmp_path / 'other')
+
+
+def test_safetensors_are_read_in_slices(source, tmp_path):
+  params = trees.named(arrays.load_params(source))
+  names = sorted(params)
+  for number in range(2):
+    part = {name: np.asarray(params[name]) for name in names[number::2]}
+    safetensors.numpy.save_file(part, tmp_path / f'{number}.safetensors')
+  reader = tensors.SafetensorsReader(tmp_path)
+  assert {name: kind.shape for name, kind in reader.kinds.items()} == {name: value.shape for name, value in params.items()}
+  copied(source, tmp_path / 'copy', reader=reader)
+  for name, value in trees.named(arrays.load_params(tmp_path / 'copy')).items():
+    np.testing.assert_array_equal(value, params[name])
+  (tmp_path / '1.safetensors').write_bytes((tmp_path / '1.safetensors').read_bytes()[:100])
+  with pytest.raises(ConfigError, match='is damaged'):
+    tensors.SafetensorsReader(tmp_path)
+  with pytest.raises(ConfigError, match='has no .safetensors'):
+    tensors.SafetensorsReader(source)
+
+
+class Changed:
+  """A reader one of whose tensors is another."""
+
+  def __init__(self, reader, change):
+    self.reader, self.change = reader, change
+
+  def read(self, name, index=()):
+    value = self.reader.read(name, index)
+    return self.change(value) if name == 'lm_head' else value
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda x: x[:-1], 'lm_head[] is [15, '), (lambda x: x * np.nan, 'lm_head[] would have numbers that are not finite')])
+def test_what_does_not_fit_is_refused(source, tmp_path, change, message):
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    copied(source, tmp_path / 'copy', reader=Changed(tensors.CheckpointReader(source), change))
+  assert not (tmp_path / 'copy').exists()
+
+
+def test_a_changed_checkpoint_is_told(source, tmp_path, monkeypatch):
+  store = tensors._store
+  state = source / 'checkpoints' / '3' / 'state'
+  value = np.asarray(store(state, 'params/lm_head').read().result())
+  value.view(np.uint32)[0, 0] ^= 1
+
+  class Flipped:
+    def __getitem__(self, index):
+      return self
+
+    def read(self):
+      return self
+
+    def result(self):
+      return value
+
+  monkeypatch.setattr(tensors, '_store', lambda *given: Flipped() if given[1] == 'params/lm_head' else store(*given))
+  with pytest.raises(ConfigError, match='lm_head in state is not what was saved'):
+    tensors.CheckpointReader(source).read('lm_head')
