@@ -14,6 +14,7 @@ from test_tuning import LORA, tuned
 
 from t5x_cpm import stored, trees, tuning
 from t5x_cpm.checkpoints import run_directory
+from t5x_cpm.cli import configure, modes, parse
 from t5x_cpm.config import Config, ConfigError, DeltaConfig, MeshConfig, OptimizerConfig
 from t5x_cpm.training import train as training
 
@@ -68,3 +69,10 @@ def test_host_memory_is_not_for_deltas():
                     optimizer=OptimizerConfig(name='adamw'))
     with pytest.raises(ConfigError, match='MeshConfig.host_gib: the optimizer state of a delta is too small'):
       config.validate()
+
+
+def test_a_plan_is_made_for_a_delta_on_a_base(base_dir):
+  flags = ['--topology=v5e:2x2', f'--base={base_dir}', '--gin_file=gin/runs/lora.gin']
+  config = configure.make_config(parse.parse(['compile', *flags], modes.MODES))
+  model = run_directory.read_run(base_dir).config.model
+  assert config.delta.frozen and config.model == dataclasses.replace(model, dropout_rate=0.0)

@@ -238,10 +238,7 @@ t5x_cpm train --base=runs/example --gin_file=gin/runs/lora.gin --model_dir=runs/
     --gin.LocalTaskConfig.files=runs/pairs.jsonl --gin.TrainConfig.steps=5 \\
     --gin.LocalTaskConfig.validation_files=runs/pairs.jsonl
 t5x_cpm delta show --delta=runs/example_lora
-t5x_cpm delta average --delta=runs/example_lora --delta=runs/example_lora --output=runs/average
-t5x_cpm delta merge --delta=runs/average --output=runs/merged
-t5x_cpm delta to_peft --delta=runs/average --output=runs/peft
-t5x_cpm delta from_peft --peft=runs/peft --base=runs/example --output=runs/from_peft""",
+t5x_cpm delta merge --delta=runs/example_lora --output=runs/merged""",
          word=Flag('action', '|'.join(ON_DELTAS), 'what to do; merge writes a plain model_dir, the others folders of a delta'),
          flags=(Flag('delta', 'DIR', 'folder of a delta, or model_dir of its run; of average two or more', repeat=True), BASE,
                 Flag('output', 'DIR', 'new folder to write'),
