@@ -130,7 +130,7 @@ def make_config(arguments: Arguments) -> Config:
   from t5x_cpm.config import gin
 
   reads_run, model_dir, source = arguments.mode.scope == 'eval', arguments.get('model_dir'), arguments.get('init_from')
-  frozen = arguments.get('base')
+  frozen, grown = arguments.get('base'), arguments.get('source')
   if source and frozen:
     raise ConfigError('--init_from trains all parameters of a run, --base a delta on them: give one of the two.')
   overrides = list(arguments.overrides)
@@ -146,10 +146,13 @@ def make_config(arguments: Arguments) -> Config:
     run = run_directory.read_run(model_dir, checkpoint_step(arguments))
     recall_modules(model_dir, run.started)
     base = dataclasses.replace(tasks.located(run.config, run.started.get('folder', '')), mesh=MeshConfig())
-  elif source or frozen:
-    base = origin(source or frozen, model_dir)
-    if frozen:  # a base that has a delta is refused later
+  elif source or frozen or grown:
+    base = origin(source or frozen or grown, '' if grown else model_dir)
+    if frozen or grown:  # a base that has a delta is refused later
       base = dataclasses.replace(base, delta=DeltaConfig())
+    if grown:  # with another vocabulary it is another one
+      size = base.model.vocab_size
+      base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=0))
   if source:
     overrides.append(f'TrainConfig.init_from={source!r}')
   if frozen:
@@ -160,7 +163,9 @@ def make_config(arguments: Arguments) -> Config:
   config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=base, check=check_routers)
   if arguments.get('allow_other_base') and not config.delta.method:
     raise ConfigError('--allow_other_base is for the base of a delta, and this run trains none (DeltaConfig.method).')
-  if base and not config.model.vocab_size:
+  if grown and not config.model.vocab_size and 'vocabulary' not in config.inherit.growth:
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+  elif base and not grown and not config.model.vocab_size:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=base.model.vocab_size))
   elif arguments.mode.scope == 'train':
     from t5x_cpm.training import before

@@ -135,6 +135,13 @@ def work_on_deltas(arguments: Arguments) -> None:
     peft.from_peft(arguments.get('peft'), base, output)
 
 
+def inherit(arguments: Arguments, config: Config) -> None:
+  """Makes a larger model from the checkpoint of a smaller one."""
+  from t5x_cpm import inherit as inherit_lib
+
+  inherit_lib.grow(config, arguments.get('source'), arguments.get('model_dir'), dry_run=arguments.get('dry_run'))
+
+
 def train_vocabulary(arguments: Arguments) -> None:
   """Trains a vocabulary."""
   from t5x_cpm.vocabularies import train as vocabulary
@@ -232,6 +239,13 @@ t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",
                 Flag('objective', 'NAME', "import: how it was trained; default t5, for CPM vocabularies isolated"),
                 Flag('step', 'STEP', 'export: checkpoint to read; default the last')),
          needs=('direction', 'hf', 'model_dir')),
+    Mode('inherit', 'make a larger model from what a trained one has learned: a new vocabulary, experts', inherit, """\
+t5x_cpm inherit --source=runs/example --model_dir=runs/grown \\
+    --gin_file=gin/runs/inherit_experts.gin --gin.MoEConfig.num_experts=4""",
+         flags=(Flag('source', 'DIR', 'model_dir of the run whose last checkpoint is grown'),
+                Flag('model_dir', 'DIR', 'new folder of the larger model, for `train --init_from`'), *GIN_FLAGS),
+         needs=('source', 'model_dir'), scope='train', on_cpu=True, tells=True,
+         gin=('InheritConfig', 'ModelConfig', 'MoEConfig', 'TaskConfig')),
     Mode('delta', 'show, merge or average deltas; carry one over from peft, or to it', work_on_deltas, """\
 printf '{"inputs": "1 + %d", "targets": "x"}\\n' 1 2 3 4 5 6 7 8 > runs/pairs.jsonl
 t5x_cpm train --base=runs/example --gin_file=gin/runs/lora.gin --model_dir=runs/example_lora \\
@@ -275,7 +289,7 @@ def run(arguments: Arguments) -> None:
   configure.import_modules(arguments.get('import'))
   for name in mode.needs:
     # A dry run needs only the run that it reads, if any.
-    if not arguments.get(name) and (not is_dry or (name == 'model_dir' and mode.scope == 'eval')):
+    if not arguments.get(name) and (not is_dry or name == 'source' or (name == 'model_dir' and mode.scope == 'eval')):
       flag = mode.find(name)
       expected = f'--{name}={flag.value}' if flag else f'{mode.word.value} after its name' if mode.word else name
       raise ConfigError(f'{mode.name} needs {expected}.')
@@ -283,7 +297,7 @@ def run(arguments: Arguments) -> None:
     mode.function(arguments)
     return
   config = configure.make_config(arguments)
-  if is_dry:
+  if is_dry and not mode.tells:
     configure.dry_run(config)
     if mode.name == 'train':
       from t5x_cpm.training import before

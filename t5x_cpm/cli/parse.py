@@ -51,6 +51,7 @@ class Mode:
     scope: the scope of the gin bindings that apply, 'train' or 'eval'; a mode of scope 'eval' reads a run.
     on_cpu: whether it leaves accelerators alone.
     word: a word that follows the mode's name, as a Flag without dashes; None where there is none.
+    tells: whether it says itself what it would do (--dry_run).
   """
 
   name: str
@@ -63,6 +64,7 @@ class Mode:
   scope: str = ''
   on_cpu: bool = False
   word: Flag | None = None
+  tells: bool = False
 
   def find(self, name: str) -> Flag | None:
     """The flag of this name; None where the mode has none."""

@@ -8,6 +8,7 @@ configuration is refused before any device work.
 
 from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError
+from t5x_cpm.config.inherit import InheritConfig
 from t5x_cpm.config.model import ModelConfig, MoEConfig
 from t5x_cpm.config.run import (
     CheckpointConfig,
@@ -28,6 +29,7 @@ from t5x_cpm.config.run import (
 )
 
 __all__ = [
-    'CheckpointConfig', 'Config', 'ConfigError', 'DecodeConfig', 'DeltaConfig', 'EvalConfig', 'InferConfig', 'LocalTaskConfig',
+    'CheckpointConfig', 'Config', 'ConfigError', 'DecodeConfig', 'DeltaConfig', 'EvalConfig', 'InferConfig',
+    'InheritConfig', 'LocalTaskConfig',
     'MeshConfig', 'MetricsConfig', 'ModelConfig', 'MoEConfig', 'OptimizerConfig', 'ProcessesConfig', 'TaskConfig',
     'TrainConfig', 'from_dict', 'identity_differences', 'to_dict']

@@ -15,6 +15,7 @@ from typing import Any
 from t5x_cpm.config import template
 from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError, as_count, choice, free, in_range, shown
+from t5x_cpm.config.inherit import InheritConfig
 from t5x_cpm.config.model import ModelConfig
 from t5x_cpm.config.template import PROMPT, Template
 from t5x_cpm.config.typed import Typed
@@ -325,6 +326,7 @@ class Config(Typed):
   infer: InferConfig = InferConfig()
   eval: EvalConfig = EvalConfig()
   delta: DeltaConfig = DeltaConfig()
+  inherit: InheritConfig = InheritConfig()
 
   @property
   def marks(self) -> int:

@@ -109,6 +109,10 @@ class Model:
     rngs = nnx.Rngs(params=key)
     return self._tree(lambda one: one.init(rngs))
 
+  def fresh(self, path: str, key: jax.Array) -> Params:
+    """Fresh parameters of one component, such as 'decoder/routers'."""
+    return self.components[path].init(nnx.Rngs(params=key))
+
   def _tree(self, subtree: Callable[[Component], Params], without: Collection[str] = ()) -> Params:
     tree: Params = {}
     for one in self.components.values():
