@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import small_data
 import small_model
 import test_tuning
@@ -90,24 +89,6 @@ def test_what_was_stopped_goes_on(source, tmp_path):
   identity.write_text(json.dumps('f00d') + '\n')
   with pytest.raises(ConfigError, match='was begun by another command'):
     copied(source, tmp_path / 'other')
-
-
-def test_safetensors_are_read_in_slices(source, tmp_path):
-  params = trees.named(arrays.load_params(source))
-  names = sorted(params)
-  for number in range(2):
-    part = {name: np.asarray(params[name]) for name in names[number::2]}
-    safetensors.numpy.save_file(part, tmp_path / f'{number}.safetensors')
-  reader = tensors.SafetensorsReader(tmp_path)
-  assert {name: kind.shape for name, kind in reader.kinds.items()} == {name: value.shape for name, value in params.items()}
-  copied(source, tmp_path / 'copy', reader=reader)
-  for name, value in trees.named(arrays.load_params(tmp_path / 'copy')).items():
-    np.testing.assert_array_equal(value, params[name])
-  (tmp_path / '1.safetensors').write_bytes((tmp_path / '1.safetensors').read_bytes()[:100])
-  with pytest.raises(ConfigError, match='is damaged'):
-    tensors.SafetensorsReader(tmp_path)
-  with pytest.raises(ConfigError, match='has no .safetensors'):
-    tensors.SafetensorsReader(source)
 
 
 class Changed:

@@ -1,53 +1,31 @@
 """Reading and writing tensors slice by slice, so that a model larger than memory streams through.
 
-A *slice* is what lies at an index of the leading axes of a tensor: one layer, or one expert of one layer; () is the whole. A
-reader knows name, shape and type of all tensors and reads their slices; `TensorWriter` makes a run directory with a checkpoint
-of step 0. What it writes lies in DIR.partial until the last slice is there, so nothing is ever half made.
+A *slice* is what lies at an index of the leading axes of a tensor: one layer, or one expert of one layer; () is the whole.
+`CheckpointReader` reads slices of a checkpoint, `TensorWriter` makes a run directory with a checkpoint of step 0. What it
+writes lies in DIR.partial until the last slice is there, so nothing is ever half made.
 """
 
 import json
 import math
 import os
-import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from t5x_cpm import files, stored, trees, user_files
+from t5x_cpm import files, stored, trees
 from t5x_cpm.checkpoints import arrays, digests, quiet, run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.checkpoints.run_directory import CheckpointError
-from t5x_cpm.config import Config, ConfigError, to_dict
+from t5x_cpm.config import Config, to_dict
 from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.progress import Progress
 
 Index = tuple[int, ...]
 PARTIAL = '.partial'  # at the end of the name of a directory that is not complete
 JOURNAL = 'slices.jsonl'  # in it, which slices are written, with their digests
-
-
-class Kind(NamedTuple):
-  """Shape and type of a tensor."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-
-class TensorReader(Protocol):
-  """The tensors of a checkpoint of any format.
-
-  Attributes:
-    kinds: shape and type by name.
-  """
-
-  kinds: Mapping[str, Kind]
-
-  def read(self, name: str, index: Index = ()) -> np.ndarray:
-    """The slice at an index. Raises ConfigError where it cannot be read."""
-    ...
 
 
 def indices(leaf: Leaf) -> Iterator[Index]:
@@ -77,13 +55,13 @@ class CheckpointReader:
     self._step = run_directory.choose(self._model_dir, step)
     meta = run_directory.read_meta(self._model_dir, self._step)
     found = arrays.stored(self._model_dir, self._step, meta)
-    self.kinds = {name.removeprefix('params/'): Kind(tuple(leaf.shape), np.dtype(leaf.dtype))
-                  for name, leaf in found.items() if name.startswith('params/')}
     self._digests = meta.get('arrays', {})
-    self._running = {name: digests.Running(kind.dtype, kind.shape) for name, kind in self.kinds.items()}
+    self._running = {name.removeprefix('params/'): digests.Running(np.dtype(leaf.dtype), leaf.shape)
+                     for name, leaf in found.items() if name.startswith('params/')}
     self._stores: dict[str, Any] = {}
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
+    """The slice at an index. Raises DamagedCheckpointError where it cannot be read, or the tensor is not what was saved."""
     state = self._model_dir / 'checkpoints' / str(self._step) / 'state'
     try:
       if name not in self._stores:
@@ -96,46 +74,6 @@ class CheckpointReader:
     if running.is_whole and self._digests.get(f'params/{name}', running.text) != running.text:
       raise run_directory.damaged(self._model_dir, self._step, f'the array {name} in state is not what was saved')
     return value
-
-
-class SafetensorsReader:
-  """The tensors of one .safetensors file, or of all in a folder."""
-
-  def __init__(self, path: pathlib.Path):
-    """Raises ConfigError where there is no such file, or one is damaged."""
-    import safetensors
-
-    found = sorted(path.glob('*.safetensors')) if path.is_dir() else [path]
-    if not found:
-      raise ConfigError(f'{path} has no .safetensors file.')
-    self.kinds: dict[str, Kind] = {}
-    self._files: dict[str, pathlib.Path] = {}
-    for file in found:
-      user_files.check(file, str(file))
-      try:
-        with safetensors.safe_open(file, 'np') as opened:
-          for name in opened.keys():  # noqa: SIM118  # it is no dict
-            part = opened.get_slice(name)
-            self.kinds[name] = Kind(tuple(part.get_shape()), _dtype(part.get_dtype(), f'{file}: {name}'))
-            self._files[name] = file
-      except (safetensors.SafetensorError, OSError) as error:
-        raise ConfigError(f'{file} is damaged or cannot be read: {error}.') from None
-
-  def read(self, name: str, index: Index = ()) -> np.ndarray:
-    import safetensors
-
-    with safetensors.safe_open(self._files[name], 'np') as file:
-      return file.get_slice(name)[index] if index else file.get_tensor(name)
-
-
-DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64, 'I32': np.int32,
-          'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
-
-
-def _dtype(name: str, what: str) -> np.dtype:
-  if name not in DTYPES:
-    raise ConfigError(f'{what} has the type {name}: expected one of {", ".join(DTYPES)}.')
-  return np.dtype(DTYPES[name])
 
 
 def _chunks(leaf: Leaf) -> list[int]:
