@@ -46,6 +46,15 @@ def _store(state: epath.Path, name: str) -> Any:
       'driver': 'ocdbt', 'base': f'{base.rstrip("/")}/', 'path': f'{name.replace("/", ".")}/'}})
 
 
+def _pieces(part: Any) -> Iterator[tuple[slice, ...]]:
+  """A slice of an array in rows of its chunks, so that TensorStore has one chunk of it in memory at a time."""
+  rows = part.chunk_layout.read_chunk.shape[0] if part.rank else 0
+  if not rows:
+    yield ()
+  for start in range(0, part.shape[0], rows) if rows else ():
+    yield (slice(start, min(start + rows, part.shape[0])),)
+
+
 class CheckpointReader:
   """The parameters of a checkpoint of this project. A tensor whose slices were all read is compared with its digest."""
 
@@ -66,7 +75,10 @@ class CheckpointReader:
     try:
       if name not in self._stores:
         self._stores = {name: _store(state, f'params/{name}')}  # one at a time: each keeps a cache
-      value = np.asarray(self._stores[name][index].read().result())
+      part = self._stores[name][index]
+      value = np.empty(part.shape, part.dtype.numpy_dtype)
+      for piece in _pieces(part):
+        value[piece] = part[piece].read().result()
     except (ValueError, OSError) as error:
       raise run_directory.damaged(self._model_dir, self._step, f'the array {name}: {quiet.reason(error)}') from error
     running = self._running[name]
@@ -172,7 +184,9 @@ class TensorWriter:
       try:
         if name not in self._stores:
           self._stores = {name: _store(self._state, f'params/{name}')}
-        self._stores[name][index].write(value).result()
+        part = self._stores[name][index]
+        for piece in _pieces(part):
+          part[piece].write(value[piece]).result()
       except ValueError as error:  # as TensorStore tells of a full disk
         raise CheckpointError(f'{self.partial} cannot be written: {quiet.reason(error)}.') from error
       sums = self._running[name].add(index, value)
