@@ -7,7 +7,7 @@ streamed through.
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,12 @@ MAX_CHUNK_BYTES = 128 * 2**20  # for arrays that are not stacks of layers, such 
 GROUP_BYTES = 2**30  # where arrays are converted, so many are read at a time, because they are digested as they are stored
 
 
+def cut_axes(names: Sequence[str | None], ndim: int) -> int:
+  """Along how many leading axes an array is cut into single slices: those of its stack, but no more than leave two uncut."""
+  stacked = len(list(itertools.takewhile(STACKED.__contains__, names)))
+  return max(1, min(stacked, ndim - 2)) if stacked and ndim > 1 else 0
+
+
 def save_args(tree: Any, axes: Any = None) -> Any:
   """How the arrays of a tree are cut into chunks: a slice of one layer, or of one expert of one layer, is one chunk.
 
@@ -35,9 +41,8 @@ def save_args(tree: Any, axes: Any = None) -> Any:
   import orbax.checkpoint as ocp
 
   def args(names: tuple[str | None, ...], leaf: Any) -> Any:
-    stacked = len(list(itertools.takewhile(STACKED.__contains__, names)))
-    if stacked and leaf.ndim > 1:
-      return ocp.SaveArgs(shard_axes=tuple(range(max(1, min(stacked, leaf.ndim - 2)))))
+    if depth := cut_axes(names, leaf.ndim):
+      return ocp.SaveArgs(shard_axes=tuple(range(depth)))
     return ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES) if leaf.nbytes > MAX_CHUNK_BYTES else ocp.SaveArgs()
 
   if axes is None:

@@ -82,6 +82,14 @@ def resolve(model_dir: Any) -> epath.Path:
     raise CheckpointError(f'--model_dir={given} cannot be used: {reason}.') from error
 
 
+def new(path: Any, name: str = '--model_dir') -> epath.Path:
+  """A directory that is to be made. Raises CheckpointError, which calls it `name`, where something is there already."""
+  folder = resolve(path)
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    raise CheckpointError(f'{name}={path} exists already: give a new directory.')
+  return folder
+
+
 @contextlib.contextmanager
 def writing(path: Any) -> Iterator[None]:
   """Turns an error of the system in writing a file into a CheckpointError that names the file and says what to do."""

@@ -89,10 +89,9 @@ class CheckpointReader:
 
 
 def _chunks(leaf: Leaf) -> list[int]:
-  """The chunks of a parameter, as `arrays.save_args` has them cut: slices, or else rows of at most MAX_CHUNK_BYTES."""
-  depth = len(leaf.stacked)
-  if depth and len(leaf.shape) > 1:
-    depth = max(1, min(depth, len(leaf.shape) - 2))
+  """The chunks of a parameter: slices, as `arrays.save_args` has them cut, or else rows of at most MAX_CHUNK_BYTES."""
+  depth = arrays.cut_axes(leaf.axes, len(leaf.shape))
+  if depth:
     return [1] * depth + list(leaf.shape[depth:])
   row = math.prod(leaf.shape[1:]) * np.dtype(leaf.dtype).itemsize
   return [max(1, min(leaf.shape[0], arrays.MAX_CHUNK_BYTES // row)), *leaf.shape[1:]] if leaf.shape else []
@@ -118,9 +117,7 @@ class TensorWriter:
     Raises:
       CheckpointError: the directory exists, or DIR.partial is of something else.
     """
-    self.folder = run_directory.resolve(model_dir)
-    if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
-      raise CheckpointError(f'{model_dir} exists already: give a new directory.')
+    self.folder = run_directory.new(model_dir)
     self.partial = self.folder.parent / f'{self.folder.name}{PARTIAL}'
     self._leaves = {leaf.name: leaf for leaf in leaves}
     self._running = {name: digests.Running(np.dtype(leaf.dtype), leaf.shape) for name, leaf in self._leaves.items()}
@@ -163,10 +160,11 @@ class TensorWriter:
     lines = self._journal.read_text().splitlines(keepends=True)
     if json.loads(lines[0]) != self._identity:
       raise CheckpointError(f'{self.partial} was begun by another command: delete it, or give another directory.')
+    if not lines[-1].endswith('\n'):  # cut short by a kill: what comes next must not be added to it
+      files.write_atomically(self._journal, ''.join(lines := lines[:-1]).encode())
     for line in lines[1:]:
-      if line.endswith('\n'):  # else cut short by a kill
-        name, index, sums = json.loads(line)
-        self._running[name].add_sums(tuple(index), sums)
+      name, index, sums = json.loads(line)
+      self._running[name].add_sums(tuple(index), sums)
 
   def has(self, name: str, index: Index = ()) -> bool:
     """Whether a slice is written already."""
@@ -223,10 +221,10 @@ class TensorWriter:
     meta = json.loads(path.read_text())
     meta['arrays'] |= {f'params/{name}': running.text for name, running in self._running.items()}
     files.write_atomically(path, json.dumps(meta | {'seal': run_directory.seal(meta)}).encode())
-    self._journal.unlink()
     if self.folder.exists():
       self.folder.rmdir()
     self.partial.rename(self.folder)
+    (self.folder / JOURNAL).unlink()  # after the rename, so that a kill between the two loses nothing
 
   def __enter__(self) -> 'TensorWriter':
     return self

@@ -150,9 +150,6 @@ def make_config(arguments: Arguments) -> Config:
     base = origin(source or frozen or grown, '' if grown else model_dir)
     if frozen or grown:  # a base that has a delta is refused later
       base = dataclasses.replace(base, delta=DeltaConfig())
-    if grown:  # with another vocabulary it is another one
-      size = base.model.vocab_size
-      base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=0))
   if source:
     overrides.append(f'TrainConfig.init_from={source!r}')
   if frozen:
@@ -160,12 +157,13 @@ def make_config(arguments: Arguments) -> Config:
   if arguments.get('allow_other_base'):
     overrides.append('DeltaConfig.allow_other_base=True')
 
-  config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=base, check=check_routers)
+  start = base
+  if base and grown:  # whether the source's number of rows stays is known when it is known what grows
+    start = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=0))
+  config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=start, check=check_routers)
   if arguments.get('allow_other_base') and not config.delta.method:
     raise ConfigError('--allow_other_base is for the base of a delta, and this run trains none (DeltaConfig.method).')
-  if grown and not config.model.vocab_size and 'vocabulary' not in config.inherit.growth:
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-  elif base and not grown and not config.model.vocab_size:
+  if base and not config.model.vocab_size and 'vocabulary' not in config.inherit.growth:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=base.model.vocab_size))
   elif arguments.mode.scope == 'train':
     from t5x_cpm.training import before

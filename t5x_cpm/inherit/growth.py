@@ -4,6 +4,7 @@ A function is a row of GROWTH. It changes the description of the model and how i
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ class Stage:
   told: dict[str, str] = dataclasses.field(default_factory=dict)
   kept: tuple[str, ...] = ()
 
-  @property
+  @functools.cached_property
   def leaves(self) -> dict[str, Leaf]:
     """The parameters by name."""
     return {leaf.name: leaf for leaf in jax.tree.leaves(encoder_decoder.build(self.model).leaves())}

@@ -82,9 +82,9 @@ def grow(config: Config, source: str, model_dir: str, *, dry_run: bool = False) 
   Raises:
     ConfigError: see `plan`; or model_dir exists, or its disk is too small.
   """
+  folder = run_directory.new(model_dir) if model_dir else None
   stage, base = plan(config, source)
   tell(stage)
-  folder = run_directory.resolve(model_dir) if model_dir else None
   if folder is not None:
     check_room(folder, stage)
   if dry_run or folder is None:

@@ -5,6 +5,7 @@ other piece begins with the row of its longest prefix that the old vocabulary ha
 """
 
 import collections
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from t5x_cpm.vocabularies import Vocabulary
 
 CONTINUES = '##'  # what a piece that continues a word begins with
+SYMBOL = re.compile('<.+>|[▁▂▃]')  # what vocabularies of other languages share as well: '<mask>', the space, a byte
 ROLES = ('pad_id', 'bos_id', 'eos_id', 'unk_id')
 
 
@@ -20,8 +22,8 @@ class Origins(NamedTuple):
 
   Attributes:
     rows: for each row of the new model an id of the old vocabulary, int64 [rows].
-    counts: how many pieces have their row 'kept', as a 'sentinel', by their 'role', from a 'prefix', and at 'random'; rows
-      beyond the pieces are 'padding'.
+    counts: how many pieces have their row 'kept', as a 'symbol' that stands for no text of its own, as a 'sentinel', by their
+      'role', from a 'prefix', and at 'random'; rows beyond the pieces are 'padding'.
   """
 
   rows: np.ndarray
@@ -60,7 +62,7 @@ def origins(old: Vocabulary, new: Vocabulary, rows: int, seed: int) -> Origins:
       piece = new.piece(token)
       kind, prefix = 'random', _longest_prefix(piece, ids)
       if piece in ids:
-        kind, origin = 'kept', ids[piece]
+        kind, origin = 'symbol' if SYMBOL.fullmatch(piece) else 'kept', ids[piece]
       elif prefix is not None:
         kind, origin = 'prefix', prefix
     found[token] = origin

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, DeltaConfig, TaskConfig
 from t5x_cpm.config.fields import one_line
 from t5x_cpm.tuning import files, lora, opened
@@ -61,7 +62,7 @@ def average(paths: Sequence[str], output: str, weights: str = '', base_dir: str 
     ConfigError: they differ in method, base or sites, one of them is not finite, or the ranks together exceed a matrix.
   """
   shares = read_weights(weights, len(paths))
-  folder = opened.new_folder(output)
+  folder = run_directory.new(output, '--output')
   deltas = [opened.open_delta(path, base_dir) for path in paths]
   for path, delta in zip(paths, deltas):
     _check_alike(deltas[0], delta, (f'--delta={paths[0]}', f'--delta={path}'))

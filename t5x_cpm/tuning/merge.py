@@ -99,7 +99,7 @@ def merge(path: str, output: str, base_dir: str = '') -> None:
   Raises:
     ConfigError: the delta does not belong to the base, cannot be merged or is not finite; or `output` exists.
   """
-  folder = opened.new_folder(output)
+  folder = run_directory.new(output, '--output')
   delta = opened.open_delta(path, base_dir)
   name = f'--delta={path}'
   check(name, delta)

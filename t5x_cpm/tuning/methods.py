@@ -139,14 +139,14 @@ def check_sites(config: DeltaConfig, known: list[Site]) -> None:
 
 def check_modules(config: DeltaConfig, delta: Delta, model: encoder_decoder.Model) -> None:
   """Raises ConfigError for one of DeltaConfig.modules_to_save that names nothing, and where it trains all rows of tokens."""
-  leaves = [leaf for leaf in jax.tree.leaves(model.leaves()) if leaf.has_gradient and not leaf.name.startswith('delta/')]
-  names = [leaf.name.replace('/', '.') for leaf in leaves]
+  trained = [leaf for leaf in jax.tree.leaves(model.leaves()) if leaf.has_gradient and not leaf.name.startswith('delta/')]
+  names = [leaf.name.replace('/', '.') for leaf in trained]
   for pattern in config.modules_to_save:
     if not any(matches(pattern, name, 'modules_to_save') for name in names):
       near = did_you_mean(pattern, sorted({*names, *(part for name in names for part in name.split('.'))}))
       raise ConfigError(f'DeltaConfig.modules_to_save = {shown(config.modules_to_save)}: {pattern!r} names no parameter of the '
                         f'model that is trained.{near} There are {", ".join(names)}.')
-  if config.token_ids and all(delta.whole(leaf) for leaf in leaves if 'vocab' in leaf.axes):
+  if config.token_ids and all(delta.whole(leaf) for leaf in trained if 'vocab' in leaf.axes):
     raise ConfigError('DeltaConfig.modules_to_save trains all rows of the embedding and of the output, DeltaConfig.token_ids '
                       'some of them: leave one of the two out.')
 

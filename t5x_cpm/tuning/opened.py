@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError, RunInfo
@@ -55,11 +54,3 @@ def open_delta(path: Any, base_dir: str = '') -> Opened:
   run = run_directory.read_run(base.model_dir, base.step)
   check_fits(f'--delta={path}', saved.tensors, saved.config, run.config.model)
   return Opened(saved, base, run)
-
-
-def new_folder(path: str) -> epath.Path:
-  """The path of --output. Raises ConfigError where something is there already."""
-  folder = epath.Path(run_directory.resolve(path))
-  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    raise ConfigError(f'--output={path} exists already: give a new directory.')
-  return folder

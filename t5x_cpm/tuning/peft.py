@@ -84,7 +84,7 @@ def to_peft(path: str, output: str, base_dir: str = '') -> None:
   Raises:
     ConfigError: the delta is of another method than 'lora' or 'prompt', or transformers has no such model.
   """
-  folder = opened.new_folder(output)
+  folder = run_directory.new(output, '--output')
   delta = opened.open_delta(path, base_dir)
   config, model = delta.saved.config, delta.run.config.model
   described: dict[str, Any]
@@ -209,7 +209,7 @@ def from_peft(path: str, base_dir: str, output: str) -> None:
   Raises:
     ConfigError: it is another kind of adapter, uses what a delta here does not have, or does not fit the base.
   """
-  folder, target = pathlib.Path(path), opened.new_folder(output)
+  folder, target = pathlib.Path(path), run_directory.new(output, '--output')
   base = bases.find(base_dir)
   run = run_directory.read_run(base.model_dir, base.step)
   name = f'--peft={path}'
