@@ -24,15 +24,16 @@ GROUP_BYTES = 2**30  # where arrays are converted, so many are read at a time, b
 
 
 def cut_axes(names: Sequence[str | None], ndim: int) -> int:
-  """Along how many leading axes an array is cut into single slices: those of its stack, but no more than leave two uncut."""
+  """Along how many leading axes an array is cut into slices of its stack.
+
+  Beyond the first axis, the last two are never cut: expert vectors [layers, experts, D] are cut into layers only.
+  """
   stacked = len(list(itertools.takewhile(STACKED.__contains__, names)))
   return max(1, min(stacked, ndim - 2)) if stacked and ndim > 1 else 0
 
 
 def save_args(tree: Any, axes: Any = None) -> Any:
   """How the arrays of a tree are cut into chunks: a slice of one layer, or of one expert of one layer, is one chunk.
-
-  Beyond the first axis, the last two are never cut: expert vectors [layers, experts, D] are cut into layers only.
 
   Args:
     tree: arrays.
