@@ -75,11 +75,11 @@ def test_a_run_stops_when_answers_get_no_better_also_after_a_resume(base_dir, tm
 
 def test_patience_counts_what_is_not_better(tmp_path):
   options = CheckpointConfig(keep_best=1, patience=2)
-  patience = validation.Patience(options, tmp_path, 0)
+  patience = validation.Patience(options, tmp_path, 0, 0)
   values = [float('nan'), 3.0, None, 2.0, 2.0, float('inf')]
   said = [patience.add(step, {'eval/loss': value}) for step, value in enumerate(values, 1)]
   assert said == [''] * 5 + ['no eval/loss better than 2 of step 4 in 2 evaluations']
-  never = validation.Patience(CheckpointConfig(), tmp_path, 0)
+  never = validation.Patience(CheckpointConfig(), tmp_path, 0, 0)
   assert not any(never.add(step, {'eval/loss': 1.0}) for step in range(9))
 
 

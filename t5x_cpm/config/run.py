@@ -186,6 +186,7 @@ class TrainConfig(Typed):
   eval_every: int = free(0)  # steps between evaluations; there is always one at the end, and with 0 no other
   eval_batches: int = free(0)  # how many batches of the validation split are read at most; 0 is all of it
   init_from: str = ''  # a model_dir whose parameters this run starts from; '' is none
+  go_on: bool = False  # number steps from where the run of init_from stopped: schedule, rows and curve go on from there
   deterministic: bool = free(False)  # the same bits in every run on GPUs too, by slower kernels, none of them chosen by timing
   check_finite: bool = free(True)  # stop on a loss or gradient that is not finite and name the first bad tensor
 

@@ -40,6 +40,16 @@ def has_begun(model_dir: Any) -> bool:
   return bool(model_dir) and bool(run_directory.scan(run_directory.resolve(model_dir))[0])
 
 
+def first_step(config: Config, model_dir: Any) -> int:
+  """The updates that a run counts as done when it begins: 0, or with TrainConfig.go_on those of the run that it starts from."""
+  if not config.train.go_on:
+    return 0
+  if has_begun(model_dir):
+    return run_directory.read_run(model_dir).info['first_step']
+  source = run_directory.read_run(config.train.init_from)
+  return source.step or source.info.get('first_step', 0)
+
+
 def with_vocab_size(config: Config, model_dir: Any) -> Config:
   """The configuration with a number in place of ModelConfig.vocab_size = 0.
 
@@ -105,6 +115,8 @@ def check(config: Config, model_dir: Any = '') -> None:
   if config.delta.train_base and not config.train.init_from and not has_begun(model_dir):
     raise ConfigError('DeltaConfig.train_base = True goes on from a delta and its base: give --init_from=DIR, the model_dir of '
                       'the run that trained the delta.')
+  if config.train.go_on and not config.train.init_from:
+    raise ConfigError('TrainConfig.go_on = True goes on with the steps of another run: give --init_from=DIR, its model_dir.')
   if config.delta.frozen and not config.delta.base:
     raise ConfigError(f'DeltaConfig.method = {config.delta.method!r} trains a delta on another run: give --base=DIR, its '
                       'model_dir.')
@@ -115,3 +127,6 @@ def check(config: Config, model_dir: Any = '') -> None:
     check_source('DeltaConfig.base', config.delta.base, found)
   vocabularies.check_size(config.model, found)
   check_sentinels(config, found)
+  if (done := first_step(config, model_dir)) and config.train.steps <= done and not has_begun(model_dir):
+    raise ConfigError(f'TrainConfig.steps = {config.train.steps}, and by TrainConfig.go_on the run begins after step {done} of '
+                      f'{config.train.init_from}: expected more steps than that.')

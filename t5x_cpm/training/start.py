@@ -5,14 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from t5x_cpm import tasks, tuning
+from t5x_cpm import files, tasks, tuning
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config
 from t5x_cpm.models import routers
-from t5x_cpm.training import deltas, host_memory, optimizer
+from t5x_cpm.training import before, deltas, host_memory, optimizer
 from t5x_cpm.training.step import Frozen, State, Step
 from t5x_cpm.vocabularies import Vocabulary
 
@@ -30,6 +31,24 @@ def fresh(config: Config, step: Step, frozen: Frozen) -> State:
     state['params'] = tuning.load_whole(config.train.init_from, source.step, theirs.delta, step.abstract_state['params'])
     state = step.complete(host_memory.saved(state))
   return state
+
+
+def _count(x: jax.Array, done: int) -> jax.Array:
+  return jax.device_put(jnp.asarray(done, x.dtype), x.sharding)
+
+
+def gone_on(state: State, config: Config, model_dir: Any, done: int) -> State:
+  """A fresh state that counts `done` updates, in a model_dir whose curve begins with that of the run it starts from.
+
+  The moments of the optimizer begin anew, and so does their own count.
+  """
+  if jax.process_index() == 0:
+    theirs = run_directory.resolve(config.train.init_from) / 'metrics.jsonl'
+    if theirs.exists():
+      with run_directory.writing(model_dir):
+        files.write_atomically(run_directory.resolve(model_dir) / 'metrics.jsonl', files.read_bytes(theirs))
+  optimizer_state = state['opt_state'] | {'count': _count(state['opt_state']['count'], done)}
+  return state | {'step': _count(state['step'], done), 'opt_state': optimizer_state}
 
 
 def tell_of_a_leak(config: Config, say: Callable[[str], None]) -> None:
@@ -58,7 +77,9 @@ def begin(config: Config, model_dir: str, step: Step, frozen: Frozen, manager: M
   latest = manager.latest_step()
   if latest is None:
     tell_of_a_leak(config, say)
-    return deltas.initial(config, step.model, fresh(config, step, frozen), frozen, vocabulary)
+    state = deltas.initial(config, step.model, fresh(config, step, frozen), frozen, vocabulary)
+    done = before.first_step(config, model_dir)
+    return gone_on(state, config, model_dir, done) if done else state
   state = step.complete(manager.restore(host_memory.saved(step.abstract_state), latest))
   say(f'continuing {model_dir} from step {latest}')
   tell_of_another_rate(config, step, run_directory.read_run(model_dir, latest).config, latest, say)

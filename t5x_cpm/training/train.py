@@ -65,7 +65,8 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   if answers:
     say(f'data: {answers.note}; the {config.checkpoint.best_mode}imum of {config.checkpoint.best_metric} is the best')
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
-  info |= {'base': base.fingerprint} if base else {}
+  begins = before.first_step(config, model_dir)
+  info |= ({'base': base.fingerprint} if base else {}) | ({'first_step': begins} if config.train.go_on else {})
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   with contextlib.ExitStack() as until_the_loop:
@@ -75,7 +76,7 @@ def run(config: Config, model_dir: str, group: Group | None = None,
         reader.vocabulary.save(manager.model_dir / 'vocabulary')
         files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
     latest = manager.latest_step()
-    patience = validation.Patience(config.checkpoint, model_dir, latest or 0)
+    patience = validation.Patience(config.checkpoint, model_dir, begins, latest or begins)
     if latest is not None and (latest >= steps or patience.reason):
       if base:
         deltas.mend(base, config, step, manager, latest)
@@ -87,7 +88,7 @@ def run(config: Config, model_dir: str, group: Group | None = None,
       deltas.tell(base, config, step, say)
     state = start.begin(config, model_dir, step, frozen, manager, reader.vocabulary, say)
     start.tell_of_little_room(manager.model_dir, host_memory.saved(step.abstract_state), say)
-    first = latest or 0
+    first = begins if latest is None else latest
     writers = metrics.Writers(model_dir, config, start_step=first, total_steps=steps)
     until_the_loop.pop_all()
 

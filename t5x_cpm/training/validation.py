@@ -81,13 +81,13 @@ class Patience:
   What a run has reported decides, so that one that was stopped and goes on ends where one that was not does.
   """
 
-  def __init__(self, options: CheckpointConfig, model_dir: Any, step: int):
-    """step: updates done; evaluations up to it are read from the metrics of the run."""
+  def __init__(self, options: CheckpointConfig, model_dir: Any, begins: int, step: int):
+    """step: updates done; evaluations up to it are read from the metrics of the run, which began after `begins` updates."""
     self._options, self._best, self._best_step, self._count = options, math.inf, 0, 0
     path = run_directory.resolve(model_dir) / 'metrics.jsonl'
     if options.patience and path.exists():
       for record in records.read_jsonl(path):
-        if record['split'] == 'eval' and record['step'] <= step:
+        if record['split'] == 'eval' and begins < record['step'] <= step:
           self.add(record['step'], {f'eval/{name}': value for name, value in record.items()})
 
   def add(self, step: int, metrics: Mapping[str, Any]) -> str:
