@@ -125,9 +125,9 @@ def test_some_damages_of_a_checkpoint(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_400_damages_of_a_checkpoint(tmp_path, capfd):
-  found = campaign(tmp_path, random.randrange(10**6), 400)
-  assert found['refused'] > 200
+def test_200_damages_of_a_checkpoint(tmp_path, capfd):
+  found = campaign(tmp_path, random.randrange(10**6), 200)
+  assert found['refused'] > 100
   with capfd.disabled():
     print(dict(found))
   assert 'Traceback' not in capfd.readouterr().err

@@ -22,7 +22,7 @@ def run(config, folder, steps, **fields):
 
 def curve(folder):
   records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
-  return [(one['step'], one['split'], one['loss'], one.get('learning_rate')) for one in records]
+  return [(one['step'], one['split'], one['loss'], one.get('learning_rate')) for one in records if 'loss' in one]
 
 
 @pytest.fixture
@@ -43,7 +43,9 @@ def test_a_run_that_goes_on_with_another_continues_its_steps_rows_rates_and_curv
   goes_on = {'init_from': str(tmp_path / 'first'), 'go_on': True}
   run(config, tmp_path / 'second', 4, **goes_on)
   run(config, tmp_path / 'second', 5, **goes_on)
-  assert curve(tmp_path / 'second') == curve(tmp_path / 'whole') and len(curve(tmp_path / 'whole')) == 10
+  found = curve(tmp_path / 'second')
+  assert found[4][1] == 'eval' and found[3] == found[4]  # before the joint, and after it
+  assert found[:4] + found[5:] == curve(tmp_path / 'whole') and len(found) == 11
   assert run_directory.read_run(tmp_path / 'second').info['first_step'] == 2
   # A run whose loss was flat is gone on with: what ended it does not count any more.
   lines = [json.loads(line) for line in (tmp_path / 'first' / 'metrics.jsonl').read_text().splitlines()]
@@ -51,7 +53,7 @@ def test_a_run_that_goes_on_with_another_continues_its_steps_rows_rates_and_curv
   (tmp_path / 'first' / 'metrics.jsonl').write_text(flat)
   run(config, tmp_path / 'third', 3, **goes_on)
   run(config, tmp_path / 'third', 4, **goes_on)
-  assert curve(tmp_path / 'third')[4:] == curve(tmp_path / 'whole')[4:8] and 'stopped' not in capsys.readouterr().out
+  assert curve(tmp_path / 'third')[5:] == curve(tmp_path / 'whole')[4:8] and 'stopped' not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -59,7 +61,7 @@ def test_what_cannot_go_on_is_told(config, tmp_path):
   with pytest.raises(ConfigError, match='go_on = True goes on with the steps of another run: give --init_from=DIR'):
     run(config, tmp_path / 'run', 2, go_on=True)
   run(config, tmp_path / 'first', 2)
-  message = f'TrainConfig.steps = 2, and by TrainConfig.go_on the run begins after step 2 of {tmp_path / "first"}'
+  message = f'TrainConfig.steps = 1, and by TrainConfig.go_on the run begins after step 2 of {tmp_path / "first"}'
   with pytest.raises(ConfigError, match=re.escape(message)):
-    run(config, tmp_path / 'run', 2, go_on=True, init_from=str(tmp_path / 'first'))
+    run(config, tmp_path / 'run', 1, go_on=True, init_from=str(tmp_path / 'first'))
   assert not (tmp_path / 'run').exists()

@@ -1,7 +1,9 @@
 """The scripts in tools/ refuse what they cannot use as the modes do: in a line, with exit code 2."""
 
+import os
 import pathlib
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -30,3 +32,14 @@ def test_scripts_refuse_in_a_line(tmp_path, monkeypatch, capsys, script, argumen
     runpy.run_path(str(TOOLS / script), run_name='__main__')
   out, err = capsys.readouterr()
   assert end.value.code == 2 and not out and err.startswith('error: ') and err.count('\n') == 1 and complaint in err, err
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_three_stages_and_goes_on_where_it_was(tmp_path):
+  command = ['bash', str(TOOLS / 'cpm2_recipe.sh'), str(tmp_path / 'recipe'), '4 6 8']
+  for _ in range(2):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | {
+        'JAX_PLATFORMS': 'cpu', 'T5X_CPM_CACHE': str(tmp_path / 'cache')})
+    assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.count('nothing to do') == 3 and 'as the function stays the same' in done.stdout
+  assert (tmp_path / 'recipe' / 'experts' / 'loss.png').exists()

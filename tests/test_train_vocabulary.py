@@ -77,6 +77,23 @@ def test_bytes_make_room_for_few_pieces_of_many_characters(tmp_path):
   assert vocab.decode(vocab.encode('今天下雨，齉')) == '今天下雨，齉'
 
 
+def test_an_extended_vocabulary_keeps_the_pieces_and_cuts_old_text_as_before(tmp_path):
+  old, new, other = (tmp_path / name for name in ('zh.txt', 'both.txt', 'other.txt'))
+  train.run([f'{CORPUS}/zh.txt'], str(old), size=1500, sentinels=30, byte_fallback=True)
+  train.run([f'{CORPUS}/en.txt'], str(new), size=2200, sentinels=40, byte_fallback=True, extends=str(old))
+  before, after = (path.read_text(encoding='utf-8').split('\n')[:-1] for path in (old, new))
+  assert after[:1500 - 286] == before[:-286] and len(after) == len(set(after)) == 2200 and after[-1] == '<s_39>'
+  first, second = (vocabularies.load(f'cpm2:{path}') for path in (old, new))
+  texts = (CORPUS / 'zh.txt').read_text(encoding='utf-8').splitlines()
+  pieces = [[[vocab.piece(token) for token in vocab.encode(text)] for text in texts] for vocab in (first, second)]
+  same = sum(a == b for a, b in zip(*pieces))
+  assert same >= 0.95 * len(texts)  # others have English words, which have pieces now
+  assert len(second.encode('The rain started after breakfast')) < len(first.encode('The rain started after breakfast'))
+  other.write_text('\n'.join(before[:-1] + ['x', before[-1]]) + '\n', encoding='utf-8')
+  with pytest.raises(ConfigError, match="the piece 'x' stands after bytes or sentinels"):
+    train.run([f'{CORPUS}/en.txt'], str(new), size=2200, extends=str(other))
+
+
 def test_report_counts_what_is_lost(tmp_path):
   done = run('vocabulary', f'--input={CORPUS}/en.txt', '--size=700', '--sentinels=5', f'--output={tmp_path}/vocab.txt')
   assert done.returncode == 0, done.stderr

@@ -56,6 +56,11 @@ class RunInfo:
   metrics: dict[str, float]
   started: dict[str, Any]  # 'folder': where it was started, to which relative paths belong; 'import': modules of --import
 
+  @property
+  def updates(self) -> int:
+    """How many updates the parameters have seen, those of other runs that this one went on with or was grown from included."""
+    return self.step or self.info.get('first_step', 0)
+
 
 @functools.cache  # once
 def _reach(path: epath.Path) -> None:

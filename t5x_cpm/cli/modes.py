@@ -147,7 +147,7 @@ def train_vocabulary(arguments: Arguments) -> None:
   from t5x_cpm.vocabularies import train as vocabulary
 
   vocabulary.run(*map(arguments.get, ('input', 'output')), **{
-      name: arguments.get(name) for name in ('field', 'size', 'sentinels', 'byte_fallback')})
+      name: arguments.get(name) for name in ('field', 'size', 'sentinels', 'byte_fallback', 'extends')})
 
 
 def report_tokens(arguments: Arguments) -> None:
@@ -264,6 +264,7 @@ t5x_cpm vocabulary --input='tasks/corpus/??.txt' --size=2000 --output=runs/vocab
          flags=(TEXTS, FIELD, Flag('size', 'N', 'pieces in all, special tokens included', kind=int, default=8000),
                 Flag('sentinels', 'N', 'marks of masked spans', kind=int, default=100),
                 Flag('byte_fallback', '', 'add the 256 bytes: every text can be written without loss'),
+                Flag('extends', 'FILE', 'vocab.txt whose pieces come first, each with its id: for `inherit`'),
                 Flag('output', 'FILE', 'vocab.txt to write; used as TaskConfig.vocabulary = cpm2:FILE')),
          needs=('input', 'output')),
     Mode('tokenize', 'measure how a vocabulary fits text: length, speed, what is lost and why', report_tokens, """\

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from t5x_cpm import tasks, vocabularies
+from t5x_cpm import files, tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.tensors import CheckpointReader, TensorWriter
 from t5x_cpm.chips import GiB
@@ -91,8 +91,12 @@ def grow(config: Config, source: str, model_dir: str, *, dry_run: bool = False) 
     return
   made_from = {'source': base.fingerprint, 'growth': [*config.inherit.growth, config.inherit.seed, config.inherit.expert_noise]}
   config = dataclasses.replace(config, model=stage.model)
-  with TensorWriter(folder, config, {'vocabulary': stage.words.fingerprint}, stage.leaves.values(), made_from) as writer:
+  info = {'vocabulary': stage.words.fingerprint, 'first_step': run_directory.read_run(base.model_dir, base.step).updates}
+  curve = base.model_dir / 'metrics.jsonl'
+  with TensorWriter(folder, config, info, stage.leaves.values(), made_from) as writer:
     stage.words.save(writer.partial / 'vocabulary')
+    if curve.exists():  # for a run that goes on with it
+      files.write_atomically(writer.partial / 'metrics.jsonl', files.read_bytes(curve))
     writer.fill(stage.read, 'inherit')
   print(f'{model_dir}: a checkpoint of step 0. Train it on by\n'
         f'  python -m t5x_cpm train --init_from={model_dir} --gin_file=gin/runs/pretrain.gin --model_dir=RUN')

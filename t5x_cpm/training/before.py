@@ -46,8 +46,7 @@ def first_step(config: Config, model_dir: Any) -> int:
     return 0
   if has_begun(model_dir):
     return run_directory.read_run(model_dir).info['first_step']
-  source = run_directory.read_run(config.train.init_from)
-  return source.step or source.info.get('first_step', 0)
+  return run_directory.read_run(config.train.init_from).updates
 
 
 def with_vocab_size(config: Config, model_dir: Any) -> Config:
@@ -127,6 +126,6 @@ def check(config: Config, model_dir: Any = '') -> None:
     check_source('DeltaConfig.base', config.delta.base, found)
   vocabularies.check_size(config.model, found)
   check_sentinels(config, found)
-  if (done := first_step(config, model_dir)) and config.train.steps <= done and not has_begun(model_dir):
+  if (done := first_step(config, model_dir)) and config.train.steps < done and not has_begun(model_dir):
     raise ConfigError(f'TrainConfig.steps = {config.train.steps}, and by TrainConfig.go_on the run begins after step {done} of '
-                      f'{config.train.init_from}: expected more steps than that.')
+                      f'{config.train.init_from}: expected at least as many.')

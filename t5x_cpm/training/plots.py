@@ -9,7 +9,7 @@ from etils import epath
 from t5x_cpm import files
 from t5x_cpm.checkpoints.run_directory import resolve
 from t5x_cpm.config import ConfigError
-from t5x_cpm.training.records import read_jsonl
+from t5x_cpm.training.records import JOINT, read_jsonl
 
 # Families of fonts with Chinese, in the order of preference; there may be none.
 FONTS = ('Noto Sans CJK SC', 'Source Han Sans SC', 'Source Han Sans CN', 'Noto Sans SC', 'WenQuanYi Zen Hei',
@@ -62,13 +62,16 @@ def _save(figure: Any, path: epath.Path) -> epath.Path:
 
 
 def plot_loss(model_dir: Any) -> epath.Path:
-  """Draws model_dir/loss.png from metrics.jsonl: the training loss, its running mean, and the evaluations.
+  """Draws model_dir/loss.png from metrics.jsonl: the training loss, its running mean, evaluations, and where it went on with
+  another run.
 
   Raises:
     ConfigError: there is nothing to draw.
   """
   model_dir = resolve(model_dir)
-  records = [record for record in _records(model_dir) if record.get('loss') is not None]
+  everything = _records(model_dir)
+  records = [record for record in everything if record.get('loss') is not None]
+  joints = sorted({record['step'] for record in everything if record['split'] == JOINT})
 
   def points(split: str) -> list[tuple[int, float]]:
     return [(record['step'], record['loss']) for record in records if record['split'] == split]
@@ -86,6 +89,9 @@ def plot_loss(model_dir: Any) -> epath.Path:
     steps, losses = zip(*evaluation)
     axes.plot(steps, losses, color='#d94801', marker='o', markersize=4, linewidth=1.2,
               label=f'evaluation, {losses[-1]:.3f} at step {steps[-1]}')
+  for number, step in enumerate(joints):
+    axes.axvline(step, color='#636363', linestyle='--', linewidth=1.0,
+                 label='' if number else 'goes on from another run')
   name, families = _title(model_dir.name)
   axes.set(xlabel='step', ylabel='loss (nats per target token)')
   axes.set_title(f'{name}: loss', fontfamily=families, parse_math=False)  # a folder may have a dollar sign in its name

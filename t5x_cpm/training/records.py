@@ -16,6 +16,8 @@ from etils import epath
 
 from t5x_cpm import files
 
+JOINT = 'joint'  # the split of a record of metrics.jsonl that says where a run began to go on with another
+
 
 def _numbers(value: Any) -> bool:
   """Whether a value is what metrics are: a number or null, or lists of them."""

@@ -1,5 +1,6 @@
 """What a run starts from: fresh parameters or those of another run; and what a run that continues is told."""
 
+import json
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config
 from t5x_cpm.models import routers
-from t5x_cpm.training import before, deltas, host_memory, optimizer
+from t5x_cpm.training import before, deltas, host_memory, optimizer, records
 from t5x_cpm.training.step import Frozen, State, Step
 from t5x_cpm.vocabularies import Vocabulary
 
@@ -44,9 +45,10 @@ def gone_on(state: State, config: Config, model_dir: Any, done: int) -> State:
   """
   if jax.process_index() == 0:
     theirs = run_directory.resolve(config.train.init_from) / 'metrics.jsonl'
-    if theirs.exists():
-      with run_directory.writing(model_dir):
-        files.write_atomically(run_directory.resolve(model_dir) / 'metrics.jsonl', files.read_bytes(theirs))
+    lines = files.read_bytes(theirs) if theirs.exists() else b''
+    joint = json.dumps({'step': done, 'split': records.JOINT})
+    with run_directory.writing(model_dir):
+      files.write_atomically(run_directory.resolve(model_dir) / 'metrics.jsonl', lines + f'{joint}\n'.encode())
   optimizer_state = state['opt_state'] | {'count': _count(state['opt_state']['count'], done)}
   return state | {'step': _count(state['step'], done), 'opt_state': optimizer_state}
 

@@ -99,7 +99,8 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   evaluation: dict[str, float] = {}
   with (interrupted.noting(), writers, profile, manager,
         batches.training_batches(step, reader, first, steps) as rows):
-    for number in range(first + 1, steps + 1) or [first]:  # if no step is asked for, only the parameters as they are
+    joins = latest is None and begins > 0  # it goes on with another run: what it begins with is evaluated, too
+    for number in range(first + (not joins), steps + 1) or [first]:  # if no step is asked for, only the parameters as they are
       if number > first:
         batch = next(rows)
         group.at(f'step {number}')
@@ -114,7 +115,7 @@ def run(config: Config, model_dir: str, group: Group | None = None,
       last = number == steps
       stop = interrupted.before(number + 1)
       current: dict[str, float] = {}  # an older evaluation is not of this state
-      if held_out and (last or (config.train.eval_every and number % config.train.eval_every == 0)):
+      if held_out and (last or (joins and number == first) or (config.train.eval_every and number % config.train.eval_every == 0)):
         late.report(state)
         group.at(f'the evaluation after step {number}')
         evaluation = current = validation.evaluate(step, state, frozen, held_out, config.train.eval_batches, answers)

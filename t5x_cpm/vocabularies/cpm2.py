@@ -43,7 +43,8 @@ def _continues(piece: str) -> bool:
   return len(piece) > 2 and piece.startswith('##')
 
 
-def _read_pieces(path: str) -> list[str]:
+def read_pieces(path: str) -> list[str]:
+  """The lines of a vocabulary file. Raises ConfigError where it is none."""
   content = read(path)
   try:
     text = content.decode('utf-8')
@@ -120,7 +121,7 @@ class Cpm2(Vocabulary):
   def __init__(self, path: str, options: dict[str, str]):
     super().__init__(path, options)
     no_options(self.spec, options)
-    self.pieces = _read_pieces(path)
+    self.pieces = read_pieces(path)
     self.size = len(self.pieces)
     index = {piece: token for token, piece in enumerate(self.pieces)}
     for special in (*SPECIALS, SPACE, LINE_FEED):
