@@ -12,26 +12,24 @@ the end OUT/table.md and OUT/table.png show the means and the spread over seeds.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
 import random
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
+
+from jobs import command, gin_flags, run_all, write_lines
 
 from t5x_cpm import files, user_files
 from t5x_cpm.cli.errors import run_script
 from t5x_cpm.cli.parse import Parser, at_least
 from t5x_cpm.config import ConfigError
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MODEL = '--gin_file=gin/models/cpm2_tiny.gin'
 LABELS = {'0': '否', '1': '是'}
 OPERATIONS = {'+': lambda a, b: a + b, '-': lambda a, b: a - b, '大': max, '小': min}
@@ -42,7 +40,6 @@ LENGTHS = {'lcqmc': 80, 'sums': 8, 'classes': 8}  # tokens of the longest inputs
 POSITIONS = {  # of CPM-2: front, middle, back, and mixes
     'F': ('{p}{a}{b}', (20,)), 'M': ('{a}{p}{b}', (20,)), 'B': ('{a}{b}{p}', (20,)), 'F+M': ('{p}{a}{p}{b}', (10, 10)),
     'M+B': ('{a}{p}{b}{p}', (10, 10)), 'F+B': ('{p}{a}{b}{p}', (10, 10)), 'F+M+B': ('{p}{a}{p}{b}{p}', (7, 7, 6))}
-RUNNING: set[subprocess.Popen] = set()  # what is to end with this program
 METHODS = ('prompt', 'prefix', 'lora', 'ia3', 'adapter', 'bitfit')
 
 
@@ -86,31 +83,6 @@ def arms() -> Iterator[Arm]:
   for name, (form, lengths) in POSITIONS.items():
     yield Arm('place', name, 'sums', 'prompt_tune', {
         'LocalTaskConfig.inputs_template': form.format(p='<prompt>', a='{a}', b=' {b} ='), 'DeltaConfig.lengths': lengths})
-
-
-def gin_flags(values: dict[str, object]) -> list[str]:
-  return [f'--gin.{name}={value!r}' for name, value in values.items()]
-
-
-def command(log: pathlib.Path, *arguments: str) -> None:
-  """Runs t5x_cpm; what it prints goes to a log.
-
-  Raises:
-    ConfigError: it failed.
-  """
-  with log.open('a', encoding='utf-8') as file:
-    file.write(f'$ {" ".join(arguments)}\n')
-    file.flush()
-    child = subprocess.Popen([sys.executable, '-m', 't5x_cpm', *arguments], cwd=ROOT, stdout=file, stderr=file)
-    RUNNING.add(child)
-    code = child.wait()
-    RUNNING.remove(child)
-  if code:
-    raise ConfigError(f'`t5x_cpm {arguments[0]}` ended with {code}: see {log}.')
-
-
-def write_lines(path: pathlib.Path, lines: Iterator[str]) -> None:
-  files.write_atomically(path, ''.join(f'{line}\n' for line in lines).encode())
 
 
 def lcqmc_lines(path: pathlib.Path) -> Iterator[str]:
@@ -238,30 +210,13 @@ def show(found: dict[tuple[str, str], dict[str, list[dict]]], output: pathlib.Pa
   return table
 
 
-def run_all(wanted: list[Arm], seeds: int, steps: int, output: pathlib.Path, parallel: int) -> None:
-  """Runs all arms with all seeds, says how each ended, and keeps the table up to date."""
-  jobs = {label_of(arm, seed): (arm, seed) for seed in range(seeds) for arm in wanted}
-  done: dict[str, dict] = {}
-  started = time.monotonic()
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  with ThreadPoolExecutor(parallel) as pool:
-    futures = {pool.submit(run_arm, arm, seed, steps, output): label for label, (arm, seed) in jobs.items()}
-    try:
-      for future in as_completed(futures):
-        name = futures[future]
-        done[name] = future.result()
-        left = (time.monotonic() - started) / len(done) * (len(jobs) - len(done))
-        print(f'{len(done)}/{len(jobs)}  {name}: {done[name]["accuracy"]:.1%} (about {left / 60:.0f} min left)', flush=True)
-        found: dict[tuple[str, str], dict[str, list[dict]]] = {}
-        for arm in wanted:
-          if results := [done[label] for seed in range(seeds) if (label := label_of(arm, seed)) in done]:
-            found.setdefault((arm.table, arm.task), {})[arm.name] = results
-        table = show(found, output)
-    finally:
-      pool.shutdown(wait=False, cancel_futures=True)
-      for child in list(RUNNING):
-        child.terminate()
-  print(table)
+def report(wanted: list[Arm], seeds: int, output: pathlib.Path, done: dict[str, dict]) -> str:
+  """Brings the table and the plot up to date with what is done, by label."""
+  found: dict[tuple[str, str], dict[str, list[dict]]] = {}
+  for arm in wanted:
+    if results := [done[label] for seed in range(seeds) if (label := label_of(arm, seed)) in done]:
+      found.setdefault((arm.table, arm.task), {})[arm.name] = results
+  return show(found, output)
 
 
 def main() -> None:
@@ -281,7 +236,9 @@ def main() -> None:
   wanted = [arm for arm in arms() if not args.only or arm.table in args.only.split(',')]
   if not wanted:
     raise ConfigError(f'--only={args.only!r}: expected some of {", ".join(dict.fromkeys(arm.table for arm in arms()))}.')
-  run_all(wanted, args.seeds, args.steps, output, args.parallel)
+  jobs = {label_of(arm, seed): functools.partial(run_arm, arm, seed, args.steps, output)
+          for seed in range(args.seeds) for arm in wanted}
+  run_all(jobs, args.parallel, lambda found: f'{found["accuracy"]:.1%}', functools.partial(report, wanted, args.seeds, output))
 
 
 if __name__ == '__main__':
