@@ -25,6 +25,7 @@ from t5x_cpm.progress import Progress
 
 Index = tuple[int, ...]
 PARTIAL = '.partial'  # at the end of the name of a directory that is not complete
+CHUNK_BYTES = 32 << 20  # at most, of what is written at a time
 JOURNAL = 'slices.jsonl'  # in it, which slices are written, with their digests
 
 
@@ -76,9 +77,13 @@ class CheckpointReader:
       if name not in self._stores:
         self._stores = {name: _store(state, f'params/{name}')}  # one at a time: each keeps a cache
       part = self._stores[name][index]
-      value = np.empty(part.shape, part.dtype.numpy_dtype)
-      for piece in _pieces(part):
-        value[piece] = part[piece].read().result()
+      pieces = list(_pieces(part))
+      if len(pieces) == 1:  # without a copy
+        value = part.read().result()
+      else:
+        value = np.empty(part.shape, part.dtype.numpy_dtype)
+        for piece in pieces:
+          value[piece] = part[piece].read().result()
     except (ValueError, OSError) as error:
       raise run_directory.damaged(self._model_dir, self._step, f'the array {name}: {quiet.reason(error)}') from error
     running = self._running[name]
@@ -89,12 +94,12 @@ class CheckpointReader:
 
 
 def _chunks(leaf: Leaf) -> list[int]:
-  """The chunks of a parameter: slices, as `arrays.save_args` has them cut, or else rows of at most MAX_CHUNK_BYTES."""
+  """The chunks of a parameter: rows of a slice, of at most CHUNK_BYTES, because each is in memory as it is and compressed."""
   depth = arrays.cut_axes(leaf.axes, len(leaf.shape))
-  if depth:
-    return [1] * depth + list(leaf.shape[depth:])
-  row = math.prod(leaf.shape[1:]) * np.dtype(leaf.dtype).itemsize
-  return [max(1, min(leaf.shape[0], arrays.MAX_CHUNK_BYTES // row)), *leaf.shape[1:]] if leaf.shape else []
+  if depth == len(leaf.shape):
+    return [1] * depth
+  row = math.prod(leaf.shape[depth + 1:]) * np.dtype(leaf.dtype).itemsize
+  return [*[1] * depth, max(1, min(leaf.shape[depth], CHUNK_BYTES // row)), *leaf.shape[depth + 1:]]
 
 
 class TensorWriter:
@@ -176,7 +181,9 @@ class TensorWriter:
     value = np.ascontiguousarray(value, np.dtype(leaf.dtype))
     if value.shape != leaf.shape[len(index):]:
       raise CheckpointError(f'{name}{list(index)} is {list(value.shape)}, expected {list(leaf.shape[len(index):])}.')
-    if not np.isfinite(value.astype(np.float32, copy=False)).all():
+    with np.errstate(invalid='ignore'):
+      ends = [float(value.min()), float(value.max())]  # NaN where one number is
+    if not np.isfinite(ends).all():
       raise CheckpointError(f'{name}{list(index)} would have numbers that are not finite (NaN or inf).')
     with run_directory.writing(self.partial):
       try:
@@ -203,7 +210,8 @@ class TensorWriter:
     total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in self._leaves.values())
     done = sum(sizes[name] * len(running.seen) for name, running in self._running.items())
     progress = Progress(what, 'MiB', total >> 20, done >> 20)
-    for leaf in self._leaves.values():
+    # The largest slices come first, while the allocator holds nothing that it keeps for later.
+    for leaf in sorted(self._leaves.values(), key=lambda leaf: -sizes[leaf.name]):
       for index in indices(leaf):
         if not self.has(leaf.name, index):
           self.write(leaf.name, index, make(leaf, index))
