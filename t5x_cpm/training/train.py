@@ -115,7 +115,8 @@ def run(config: Config, model_dir: str, group: Group | None = None,
       last = number == steps
       stop = interrupted.before(number + 1)
       current: dict[str, float] = {}  # an older evaluation is not of this state
-      if held_out and (last or (joins and number == first) or (config.train.eval_every and number % config.train.eval_every == 0)):
+      is_due = last or (joins and number == first) or (config.train.eval_every and number % config.train.eval_every == 0)
+      if held_out and is_due:
         late.report(state)
         group.at(f'the evaluation after step {number}')
         evaluation = current = validation.evaluate(step, state, frozen, held_out, config.train.eval_batches, answers)
