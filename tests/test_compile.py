@@ -231,7 +231,7 @@ def test_estimates_know_that_a_base_is_frozen():
   tuned = dataclasses.replace(full, delta=DeltaConfig(method='lora', base='base', base_dtype='bfloat16'))
   sizes, slice_ = estimate.sizes(full.model), slices.parse('v5p:1x1x1')
   a, b = (estimate.estimate(config, slice_, 'train', sizes) for config in (tuned, full))
-  whole = estimate._training_bytes(full, estimate._held(sizes, full.mesh))
+  whole = estimate._training_bytes(full, estimate._held(sizes, full))
   # Weights in half the bytes, and neither gradients nor moments.
   assert whole - a.bytes == pytest.approx((4 + 4 + 8 - 2) * sum(sizes.values())) and a.seconds < 0.8 * b.seconds
   assert b.config.mesh.host_gib and not a.config.mesh.host_gib

@@ -154,8 +154,16 @@ def write_switch(config: ModelConfig, activation: str) -> dict[str, Any]:
   } | layers | {key: getattr(config, ours) for ours, key in FIELDS.items()}
 
 
+def check_layers(config: ModelConfig) -> None:
+  """Raises ConfigError where layers share their parameters, which no T5 of transformers can."""
+  if config.share_layers:
+    raise ConfigError('ModelConfig.share_layers = True: transformers has no such T5. Give each layer its own parameters first: '
+                      '`inherit` with gin/runs/inherit_unshare_layers.gin.')
+
+
 def write_config(config: ModelConfig) -> dict[str, Any]:
   """The config.json of a ModelConfig, without the special tokens."""
+  check_layers(config)
   activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp_activation)
   if config.moe.num_experts:
     return write_switch(config, activation)

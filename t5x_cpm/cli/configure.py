@@ -130,7 +130,11 @@ def make_config(arguments: Arguments) -> Config:
   from t5x_cpm.config import gin
 
   reads_run, model_dir, source = arguments.mode.scope == 'eval', arguments.get('model_dir'), arguments.get('init_from')
-  frozen, grown = arguments.get('base'), arguments.get('source')
+  frozen, grown = arguments.get('base'), ''
+  if arguments.get('source'):  # of several, all have one model
+    from t5x_cpm.inherit import sources
+
+    grown = sources.split(arguments.get('source')[0])[0]
   if source and frozen:
     raise ConfigError('--init_from trains all parameters of a run, --base a delta on them: give one of the two.')
   overrides = list(arguments.overrides)

@@ -136,7 +136,7 @@ def work_on_deltas(arguments: Arguments) -> None:
 
 
 def inherit(arguments: Arguments, config: Config) -> None:
-  """Makes a larger model from the checkpoint of a smaller one."""
+  """Makes a model from checkpoints of others."""
   from t5x_cpm import inherit as inherit_lib
 
   inherit_lib.grow(config, arguments.get('source'), arguments.get('model_dir'), dry_run=arguments.get('dry_run'))
@@ -239,10 +239,11 @@ t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",
                 Flag('objective', 'NAME', "import: how it was trained; default t5, for CPM vocabularies isolated"),
                 Flag('step', 'STEP', 'export: checkpoint to read; default the last')),
          needs=('direction', 'hf', 'model_dir')),
-    Mode('inherit', 'make a larger model from what a trained one has learned: a new vocabulary, experts', inherit, """\
+    Mode('inherit', 'make a model from what trained ones have learned: other words, more layers, experts', inherit, """\
 t5x_cpm inherit --source=runs/example --model_dir=runs/grown \\
     --gin_file=gin/runs/inherit_experts.gin --gin.MoEConfig.num_experts=4""",
-         flags=(Flag('source', 'DIR', 'model_dir of the run whose last checkpoint is grown'),
+         flags=(Flag('source', 'DIR', 'model_dir of the run whose last checkpoint is grown; DIR@STEP is another; several for '
+                     'growths that make one model of them', repeat=True),
                 Flag('model_dir', 'DIR', 'new folder of the larger model, for `train --init_from`'), *GIN_FLAGS),
          needs=('source', 'model_dir'), scope='train', on_cpu=True, tells=True,
          gin=('InheritConfig', 'ModelConfig', 'MoEConfig', 'TaskConfig')),

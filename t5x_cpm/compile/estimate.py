@@ -88,6 +88,7 @@ class Held(NamedTuple):
   """How many parameters one chip holds."""
 
   local: float  # to compute with: split only over `model` and `expert`
+  passed: float  # the same, each counted once for every layer that uses it
   weights: float  # stored, as MeshConfig.sharding splits parameters
   moments: float  # stored, as it splits the optimizer's state
 
@@ -102,9 +103,21 @@ def _split(sizes: Sizes, mesh: MeshConfig, rules: mesh_lib.Rules) -> float:
   return total
 
 
-def _held(sizes: Sizes, mesh: MeshConfig) -> Held:
+def _layers(model: ModelConfig) -> tuple[int, int]:
+  return model.num_encoder_layers, model.num_decoder_layers
+
+
+def _own_layers(model: ModelConfig) -> tuple[int, int]:
+  return model.own_layers('encoder'), model.own_layers('decoder')
+
+
+def _held(sizes: Sizes, config: Config) -> Held:
+  mesh, model = config.mesh, config.model
   param_rules, optimizer_rules = mesh_lib.STATE_RULES[mesh.sharding]
-  return Held(*(_split(sizes, mesh, rules) for rules in (mesh_lib.RULES, param_rules, optimizer_rules)))
+  local, weights, moments = (_split(sizes, mesh, rules) for rules in (mesh_lib.RULES, param_rules, optimizer_rules))
+  again = sum(_layers(model)) / sum(_own_layers(model)) - 1  # encoder and decoder alike: that is close enough
+  of_layers = _split({names: count for names, count in sizes.items() if 'layers' in names}, mesh, mesh_lib.RULES)
+  return Held(local, local + again * of_layers, weights, moments)
 
 
 # The links of a slice, for groups of which only the size is known. `Slice` does the same for chips whose places are known.
@@ -132,10 +145,6 @@ def _exchange_seconds(slice_: Slice, size: int) -> float:
 
 
 # Shared by training and inference.
-
-
-def _layers(model: ModelConfig) -> tuple[int, int]:
-  return model.num_encoder_layers, model.num_decoder_layers
 
 
 def _tokens_in_layers(model: ModelConfig, tokens: tuple[float, float]) -> float:
@@ -189,7 +198,7 @@ def _training_bytes(config: Config, held: Held) -> float:
     outputs = (KEPT_HEADS * HK + KEPT_HIDDEN * F) / mesh.model + KEPT_MODEL * D
     kept += COMPUTE * outputs * _tokens_in_layers(model, tokens)
   working = WIDE * rows * (H * S * S + T * V) / mesh.model + WORKING * max(tokens) * (D + F / mesh.model)
-  gathered = GATHERED * held.local / max(sum(_layers(model)), 1) if mesh.sharding == 'full' else 0.0
+  gathered = GATHERED * held.local / sum(_own_layers(model)) if mesh.sharding == 'full' else 0.0
   return state + gradients + kept + working + gathered
 
 
@@ -211,7 +220,7 @@ def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
   sent += (slice_.slices - 1) / slice_.slices * between / chip.network_rate
 
   activations = ACTIVATION_PASSES * _tokens_in_layers(model, tokens) * model.d_model
-  moved = count * (WEIGHT_READS * held.local + GRADIENT_ADDED * held.weights * trains + activations)
+  moved = count * (WEIGHT_READS * held.passed + GRADIENT_ADDED * held.weights * trains + activations)
   moved += UPDATE * held.moments * trains
   return _together(arithmetic / slice_.count / chip.flops, sent, moved / chip.hbm_rate)
 
@@ -243,11 +252,12 @@ def _inference(config: Config, slice_: Slice, step: str, held: Held) -> Estimate
     tokens = 0.0, rows
     slots = rows * model.num_decoder_layers * (S + T)
     cache = KEY_AND_VALUE * slots * model.num_heads * model.head_dim / mesh.model
-  read = COMPUTE * held.local + cache
+  read = COMPUTE * held.passed + cache
   arithmetic = flops.inference_flops(model, step, B, S, T)
   seconds = _together(
       arithmetic / slice_.count / chip.flops, read / chip.hbm_rate, _travel_seconds(config, slice_, tokens))
-  return Estimate(config, read + INFERENCE_WORKING * sum(tokens) * (model.d_model + model.d_ff), seconds)
+  kept = COMPUTE * held.local + cache
+  return Estimate(config, kept + INFERENCE_WORKING * sum(tokens) * (model.d_model + model.d_ff), seconds)
 
 
 def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes) -> Estimate:
@@ -262,5 +272,5 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes) -> Estimate
   Returns:
     The estimate; its configuration has MeshConfig.host_gib set where a training step fits only with it.
   """
-  held = _held(sizes, config.mesh)
+  held = _held(sizes, config)
   return _training(config, slice_, held) if step == 'train' else _inference(config, slice_, step, held)

@@ -135,7 +135,8 @@ def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
   for leaf in jax.tree.leaves(model.leaves()):
     if leaf.axes[:1] == ('vocab',) and not model.config.tie_embeddings:
       continue  # the embedding is only looked up, unless it is also the head
-    passed[leaf.stack or 'decoder'] += model.share(leaf) * leaf.size  # the head belongs to no stack, and decoder tokens pass it
+    # The head belongs to no stack, and decoder tokens pass it.
+    passed[leaf.stack or 'decoder'] += model.share(leaf) * model.uses(leaf) * leaf.size
   config = model.config
   cross = config.num_decoder_layers * 2 * config.d_model * config.num_heads * config.head_dim
   return passed['encoder'] + cross, passed['decoder'] - cross

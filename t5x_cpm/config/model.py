@@ -84,6 +84,9 @@ class ModelConfig(Typed):
   head_dim: int = 32  # width of a head's queries, keys and values
   num_encoder_layers: int = 2  # layers of the encoder
   num_decoder_layers: int = 2  # layers of the decoder
+  # True: all layers of a stack use the parameters of one; with experts in every n-th layer, those of n. `inherit` with growth
+  # 'unshare_layers' gives each its own (Pseudo-to-Real, Lin et al. 2021)
+  share_layers: bool = False
   mlp_activation: str = 'gated_gelu'  # 'gated_gelu', 'gated_silu', 'relu' or 'gelu'
   tie_embeddings: bool = False  # True: the head is the embedding table and the decoder output is divided by sqrt(d_model)
   num_buckets: int = 32  # buckets of relative positions; the encoder uses one half for each direction
@@ -101,6 +104,14 @@ class ModelConfig(Typed):
   def num_layers(self, stack: str) -> int:
     """How many layers 'encoder' or 'decoder' has."""
     return self.num_encoder_layers if stack == 'encoder' else self.num_decoder_layers
+
+  def period(self, stack: str) -> int:
+    """Of how many layers a stack is made over and over: of one, or of several of which the last has experts."""
+    return self.moe.every(stack) or 1
+
+  def own_layers(self, stack: str) -> int:
+    """How many layers of 'encoder' or 'decoder' have parameters of their own; the others use these again."""
+    return self.period(stack) if self.share_layers else self.num_layers(stack)
 
   def validate(self) -> None:
     in_range(self, 'vocab_size', 0)

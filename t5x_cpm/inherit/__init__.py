@@ -4,7 +4,8 @@
 which `train --init_from` reads. What can grow is a table of functions in `growth`. Nothing here trains.
 """
 
-from t5x_cpm.inherit.growth import GROWTH, Stage
+from t5x_cpm.inherit.growth import GROWTH
 from t5x_cpm.inherit.run import grow
+from t5x_cpm.inherit.stage import Stage
 
 __all__ = ['GROWTH', 'Stage', 'grow']

@@ -1,81 +1,113 @@
-"""From the checkpoint of a source to the run directory of a larger model."""
+"""From the checkpoints of one source, or of several, to the run directory of a new model."""
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from t5x_cpm import files, tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
-from t5x_cpm.checkpoints.tensors import CheckpointReader, TensorWriter
+from t5x_cpm.checkpoints.tensors import TensorWriter
 from t5x_cpm.chips import GiB
-from t5x_cpm.config import Config, ConfigError, identity_differences
+from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.config.fields import did_you_mean
-from t5x_cpm.inherit.growth import GROWTH, Stage
-from t5x_cpm.tuning import base as bases
+from t5x_cpm.inherit import sources as source_lib
+from t5x_cpm.inherit.growth import GROWTH, OF_SEVERAL
+from t5x_cpm.inherit.sources import Source
+from t5x_cpm.inherit.stage import Stage
 
 
-def plan(config: Config, source: str) -> tuple[Stage, Any]:
-  """The model that grows from the last checkpoint of a run, and which checkpoint that is.
+def check_growth(growth: Sequence[str], sources: int) -> None:
+  """Raises ConfigError unless all that grows is known, and suits the number of sources."""
+  for name in growth:
+    if name not in GROWTH:
+      raise ConfigError(f'InheritConfig.growth has {name!r}: expected some of {", ".join(GROWTH)}.{did_you_mean(name, GROWTH)}')
+    if name in OF_SEVERAL and name != growth[0]:
+      raise ConfigError(f'InheritConfig.growth has {name!r} after {growth[0]!r}: it makes one model of several, and comes '
+                        'first.')
+  if not growth:
+    raise ConfigError(f'InheritConfig.growth = (): say what grows, some of {", ".join(GROWTH)}; gin/runs/inherit_*.gin do.')
+  if sources == 1 and growth[0] in OF_SEVERAL:
+    raise ConfigError(f'InheritConfig.growth has {growth[0]!r}, which needs --source=DIR two times or more; --source=DIR@STEP '
+                      'is another checkpoint of a run.')
+  if sources > 1 and growth[0] not in OF_SEVERAL:
+    raise ConfigError(f'--source is given {sources} times, and InheritConfig.growth begins with {growth[0]!r}: only '
+                      f'{" and ".join(map(repr, OF_SEVERAL))} take several.')
+
+
+def plan(config: Config, given: Sequence[str]) -> tuple[Stage, list[Source]]:
+  """The model that grows, and what it grows from.
+
+  Args:
+    config: of the new run.
+    given: model_dirs, as DIR or DIR@STEP.
 
   Raises:
     ConfigError: what grows is unknown or cannot, or the result is not the model that the configuration describes.
   """
-  for name in config.inherit.growth:
-    if name not in GROWTH:
-      raise ConfigError(f'InheritConfig.growth has {name!r}: expected some of {", ".join(GROWTH)}.{did_you_mean(name, GROWTH)}')
-  if not config.inherit.growth:
-    raise ConfigError(f'InheritConfig.growth = (): say what grows, some of {", ".join(GROWTH)}; gin/runs/inherit_*.gin do.')
-  base = bases.find(source)
-  run = run_directory.read_run(base.model_dir, base.step)
-  words = vocabularies.load_saved(base.model_dir / 'vocabulary', run.info.get('vocabulary'))
-  reader = CheckpointReader(base.model_dir, base.step)
+  growth = config.inherit.growth
+  check_growth(growth, len(given))
+  sources = [source_lib.find(one) for one in given]
+  source_lib.check_alike(sources)
   wanted = vocabularies.load(config.task.vocabulary) if config.task.vocabulary else tasks.vocabulary(config)
-  stage = Stage(run.config.model, words, lambda leaf, index: reader.read(leaf.name, index))
-  for name in config.inherit.growth:
+  first, *others = (source.stage for source in sources)
+  stage = dataclasses.replace(first, others=tuple(others))
+  for name in growth:
     stage = GROWTH[name](stage, config, wanted)
-  given, made = (dataclasses.replace(Config(), model=model) for model in (config.model, stage.model))
-  if different := [line for line in identity_differences(made, given) if not line.startswith('ModelConfig.dropout_rate')]:
-    raise ConfigError(f'InheritConfig.growth = {config.inherit.growth} does not make the model that is described: '
-                      f'{"; ".join(different).replace("in the checkpoint", "is made").replace(" now", " is described")}.')
+  if different := source_lib.differences(stage.model, config.model, 'is made', 'is described'):
+    raise ConfigError(f'InheritConfig.growth = {growth} does not make the model that is described: {different}.')
   if wanted.fingerprint != stage.words.fingerprint:
     raise ConfigError(f'TaskConfig.vocabulary = {wanted.spec!r} is not that of the source, {stage.words.spec!r}: '
                       "InheritConfig.growth needs 'vocabulary'.")
   vocabularies.check_size(stage.model, stage.words)
-  return stage, base
+  return stage, sources
 
 
-def tell(stage: Stage) -> None:
-  """Prints what becomes of every parameter, and what is kept."""
+def _bytes(stage: Stage) -> int:
+  return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in stage.leaves.values())
+
+
+def check_room(folder: Any, stage: Stage) -> str:
+  """How much of the disk the new model takes, in words; compressed, it takes up to a tenth less.
+
+  Args:
+    folder: where it is to be; None: nobody has said.
+    stage: the new model.
+
+  Raises:
+    ConfigError: the disk has no room for it.
+  """
+  needed, free = 0.9 * _bytes(stage), None
+  if folder is not None and '://' not in str(folder):
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if free < needed:
+      raise ConfigError(f'--model_dir={folder}: the new model takes about {needed / GiB:.1f} GiB, and {free / GiB:.1f} are '
+                        'free there.')
+  return f'{_bytes(stage) / GiB:.2f} GiB of disk' + ('' if free is None else f', of {free / GiB:.1f} that are free')
+
+
+def tell(stage: Stage, room: str) -> None:
+  """Prints what becomes of every parameter, what it takes, and what is kept."""
   leaves = stage.leaves
   width = max(map(len, leaves))
   for name, leaf in leaves.items():
     print(f'{name:<{width}}  {list(leaf.shape)!s:<26} {stage.told.get(name, "as in the source")}')
-  size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
-  print(f'{sum(leaf.size for leaf in leaves.values()):,} parameters, {size / GiB:.2f} GiB')
+  print(f'{sum(leaf.size for leaf in leaves.values()):,} parameters, {room}; the state of the optimizer begins anew')
   for sentence in stage.kept:
     print(sentence)
 
 
-def check_room(folder: Any, stage: Stage) -> None:
-  """Raises ConfigError where the disk has no room for the new model; compressed, it takes up to a tenth less."""
-  where = next(path for path in (folder, *folder.parents) if path.exists())
-  needed = 0.9 * sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in stage.leaves.values())
-  if '://' not in str(folder) and (free := shutil.disk_usage(where).free) < needed:
-    raise ConfigError(f'--model_dir={folder}: the new model takes about {needed / GiB:.1f} GiB, and {free / GiB:.1f} are free '
-                      'there.')
-
-
-def grow(config: Config, source: str, model_dir: str, *, dry_run: bool = False) -> None:
-  """Writes a run directory with a checkpoint of step 0 whose parameters come from the last checkpoint of another run.
+def grow(config: Config, source: str | Sequence[str], model_dir: str, *, dry_run: bool = False) -> None:
+  """Writes a run directory with a checkpoint of step 0 whose parameters come from checkpoints of other runs.
 
   Parameters pass through memory slice by slice, and the optimizer's state begins anew. The same command goes on where it was
   killed.
 
   Args:
     config: of the new run.
-    source: the model_dir of the run that is grown.
+    source: the model_dir of the run that is grown, as DIR (its last checkpoint) or DIR@STEP; or several.
     model_dir: a new directory.
     dry_run: say what would be done, and stop.
 
@@ -83,13 +115,11 @@ def grow(config: Config, source: str, model_dir: str, *, dry_run: bool = False) 
     ConfigError: see `plan`; or model_dir exists, or its disk is too small.
   """
   folder = run_directory.new(model_dir) if model_dir else None
-  stage, base = plan(config, source)
-  tell(stage)
-  if folder is not None:
-    check_room(folder, stage)
+  stage, sources = plan(config, [source] if isinstance(source, str) else source)
+  tell(stage, check_room(folder, stage))
   if dry_run or folder is None:
     return
-  made_from = {'source': base.fingerprint, 'growth': [*config.inherit.growth, config.inherit.seed, config.inherit.expert_noise]}
+  made_from = {'sources': [one.fingerprint for one in sources], 'growth': dataclasses.asdict(config.inherit)}
   config = dataclasses.replace(config, model=stage.model)
   info = {'vocabulary': stage.words.fingerprint, 'first_step': run_directory.read_run(base.model_dir, base.step).updates}
   curve = base.model_dir / 'metrics.jsonl'

@@ -5,11 +5,16 @@ other piece begins with the row of its longest prefix that the old vocabulary ha
 """
 
 import collections
+import dataclasses
 import re
 from typing import NamedTuple
 
 import numpy as np
 
+from t5x_cpm.checkpoints.tensors import Index
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.inherit.stage import Stage
+from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.vocabularies import Vocabulary
 
 CONTINUES = '##'  # what a piece that continues a word begins with
@@ -68,3 +73,23 @@ def origins(old: Vocabulary, new: Vocabulary, rows: int, seed: int) -> Origins:
     found[token] = origin
     counts[kind] += 1
   return Origins(found, dict(counts))
+
+
+def grow_vocabulary(stage: Stage, config: Config, words: Vocabulary) -> Stage:
+  """The rows of another vocabulary; see `origins`."""
+  new = dataclasses.replace(stage.model, vocab_size=config.model.vocab_size)
+  found, old = origins(stage.words, words, new.vocab_size, config.inherit.seed), stage.leaves
+  if not found.counts.get('kept') and not found.counts.get('prefix'):
+    raise ConfigError(f'TaskConfig.vocabulary: {words.spec} shares no piece with {stage.words.spec}, the vocabulary of the '
+                      'source: nothing would be inherited.')
+
+  def read(leaf: Leaf, index: Index) -> np.ndarray:
+    if 'vocab' not in leaf.axes:
+      return stage.read(leaf, index)
+    return np.take(stage.read(old[leaf.name], index), found.rows, axis=leaf.axes.index('vocab'))
+
+  counts = ', '.join(f'{count:,} {kind}' for kind, count in found.counts.items())
+  told = {name: counts for name, leaf in old.items() if 'vocab' in leaf.axes}
+  kept = (f'vocabulary: texts of the {found.counts.get("kept", 0):,} pieces that both have get the same hidden states and the '
+          'same logits of these pieces; others compete with them in the softmax.')
+  return dataclasses.replace(stage.then(new, read, told, kept), words=words)

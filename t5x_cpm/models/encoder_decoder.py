@@ -156,7 +156,9 @@ class Model(model.Model):
       empty = shard(jnp.zeros((B, H, max_len, K), keys.dtype), *axes)
       return {'self_key': empty, 'self_value': empty, 'cross_key': keys, 'cross_value': values}
 
-    return stacks.each(of_layer, stacks.side_by_side(parts))
+    caches = stacks.each(of_layer, stacks.side_by_side(parts))
+    own = self.config.own_layers('decoder')
+    return caches if own == len(self.layers['decoder']) else stacks.repeated(caches, len(self.layers['decoder']) // own)
 
   def start(self, params: Params, batch: Batch, max_len: int) -> Cache:
     """Encodes the batch and makes the cache of up to max_len decoder tokens; its leaves are [L, B, ...] or [1, B, ...]."""

@@ -168,6 +168,7 @@ def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> 
   """The layers of a stack, in order.
 
   With experts in every n-th layer, the last of each n has them; the networks of the others lie in a component of their own.
+  Layers that share their parameters have the same rows.
 
   Args:
     config: the model's configuration.
@@ -177,18 +178,18 @@ def table(config: ModelConfig, stack: str, components: dict[str, Component]) -> 
   every = config.moe.every(stack)
   layers = []
   for index in range(config.num_layers(stack)):
-    routed = bool(every) and index % every == every - 1
-    roles = {'block': (components[f'{stack}/layers'], index)}
+    routed, place = bool(every) and index % every == every - 1, index % config.own_layers(stack)
+    roles = {'block': (components[f'{stack}/layers'], place)}
     if routed:
-      row = index // every
+      row = place // every
       roles['experts'] = components[f'experts/{stack}'], row
       for role, path in (('router', f'{stack}/routers'), ('shared', f'experts/{stack}_shared')):
         if path in components:
           roles[role] = components[path], row
     elif every:
-      roles['experts'] = components[f'experts/{stack}_dense'], index - index // every
+      roles['experts'] = components[f'experts/{stack}_dense'], place - place // every
     else:
-      roles['experts'] = components[f'experts/{stack}'], index
+      roles['experts'] = components[f'experts/{stack}'], place
     parts = ((components[path], row) for component, row in roles.values() if (path := f'delta/{component.path}') in components)
     layers.append(Layer(config, stack, index, roles, tuple(parts)))
   return tuple(layers)

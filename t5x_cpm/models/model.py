@@ -38,8 +38,8 @@ def resident(layer: Layer, weights: Params, u_BTD: jax.Array, routing: Any, ctx:
 
 def stack_components(config: ModelConfig, stack: str) -> list[Component]:
   """The components of one stack of layers, in the order in which their parameters are drawn."""
-  num_layers, every = config.num_layers(stack), config.moe.every(stack)
-  routed = num_layers // every if every else 0  # layers with experts
+  num_layers, own, every = config.num_layers(stack), config.own_layers(stack), config.moe.every(stack)
+  routed = own // every if every else 0  # layers with experts
 
   def mlp(rngs: nnx.Rngs, width: int = 1) -> MLP:
     return MLP(config, num_layers, rngs, width)
@@ -47,13 +47,13 @@ def stack_components(config: ModelConfig, stack: str) -> list[Component]:
   def over(count: int) -> tuple[str, int]:
     return 'layers', count
 
-  found = [Component(f'{stack}/layers', lambda rngs: Block(config, num_layers, stack == 'decoder', rngs), (over(num_layers),),
+  found = [Component(f'{stack}/layers', lambda rngs: Block(config, num_layers, stack == 'decoder', rngs), (over(own),),
                      stack)]
   if routed:
     expert = 'expert', config.moe.num_experts
     found.append(Component(f'experts/{stack}', mlp, (over(routed), expert), stack))
-    if routed < num_layers:
-      found.append(Component(f'experts/{stack}_dense', mlp, (over(num_layers - routed),), stack))
+    if routed < own:
+      found.append(Component(f'experts/{stack}_dense', mlp, (over(own - routed),), stack))
     if config.moe.shared_experts:
       shared = functools.partial(mlp, width=config.moe.shared_experts)
       found.append(Component(f'experts/{stack}_shared', shared, (over(routed),), stack))
@@ -61,7 +61,7 @@ def stack_components(config: ModelConfig, stack: str) -> list[Component]:
     if weights is not None:  # never cast: a rounded score is another expert
       found.append(Component(f'{stack}/routers', functools.partial(weights, config), (over(routed),), stack, cast=False))
   else:
-    found.append(Component(f'experts/{stack}', mlp, (over(num_layers),), stack))
+    found.append(Component(f'experts/{stack}', mlp, (over(own),), stack))
   found.append(Component(f'{stack}/relative_bias', functools.partial(RelativeBias, config, stack == 'encoder'), stack=stack))
   found.append(Component(f'{stack}/final_norm', lambda rngs: RMSNorm(config), stack=stack))
   return found
@@ -142,6 +142,10 @@ class Model:
       return 1.0
     return routers.experts_of_token(self.config.moe, leaf.stack) / self.config.moe.num_experts
 
+  def uses(self, leaf: Leaf) -> int:
+    """How many layers use each row of a parameter: 1 except for those that share theirs."""
+    return self.config.num_layers(leaf.stack) // self.config.own_layers(leaf.stack) if 'layers' in leaf.stacked else 1
+
   def prepare(self, params: Params) -> Params:
     """Parameters for many calls without gradient: cast once (except routers), and unstacked where layers are not scanned.
 
@@ -196,6 +200,8 @@ class Model:
     for stack, load_LE in updates.items():
       advance = routers.get(self.config.moe.of(stack)).advance
       assert advance is not None
+      if self.config.share_layers:  # one router, whose load is that of all layers
+        load_LE = load_LE.sum(axis=0, keepdims=True)
       changed = advance(params[stack]['routers'], load_LE, self.config.moe)
       params = params | {stack: params[stack] | {'routers': changed}}
     return params
@@ -220,9 +226,11 @@ class Model:
     Returns:
       The last layer's output; what has changed of the cache; and {'losses', 'metrics'} of the layers with experts, stacked.
     """
-    period = self.layers[stack][:self.config.moe.every(stack) or 1]  # what repeats: layers, of which the last has experts
+    period = self.layers[stack][:self.config.period(stack)]  # what repeats: layers, of which the last has experts
     used = {component.path: component for layer in period for component, _ in (*layer.roles.values(), *layer.deltas)}
-    trees = {path: component.of(params) for path, component in used.items()} | ({} if cache is None else {'cache': cache})
+    weights_of = {path: component.of(params) for path, component in used.items()}
+    shared = weights_of if self.config.share_layers else {}
+    trees = ({} if shared else weights_of) | ({} if cache is None else {'cache': cache})
 
     def fn(x: jax.Array, given: stacks.Slices, index: Any) -> tuple[jax.Array, stacks.Slices]:
       outs: stacks.Slices = {'about': [{}]}
@@ -242,7 +250,8 @@ class Model:
       return x, outs
 
     x_BTD, outs = stacks.run(
-        fn, x_BTD, trees, self.config.num_layers(stack) // len(period), self.config, remat=cache is None)
+        fn, x_BTD, trees, self.config.num_layers(stack) // len(period), self.config, remat=cache is None,
+        shared=shared)
     return x_BTD, outs.get('cache'), stacks.stacked(outs['about'])
 
   def delta_of(self, parts: Sequence[Params], row: dict[str, jax.Array]) -> hooks.Hooks | None:

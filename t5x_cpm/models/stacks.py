@@ -18,6 +18,11 @@ Slices = dict[str, list[Any]]  # by name, a tree for each layer of a period
 Period = Callable[[Any, Slices, Any], tuple[Any, Slices]]
 
 
+def _given_too(period: Period, same: Slices) -> Period:
+  """The function of a period that is also given these slices, whichever period it is."""
+  return lambda x, slices, index: period(x, slices | same, index)
+
+
 def loop(config: ModelConfig) -> str:
   """'scan' or 'unroll'. Unrolled layers run faster on CPU; scanned layers compile faster, and run as fast on accelerators."""
   if config.layer_loop != 'auto':
@@ -44,6 +49,11 @@ def side_by_side(trees: dict[str, Any]) -> Any:
   if any(isinstance(tree, tuple) for tree in trees.values()):
     return tuple(dict(zip(trees, layers)) for layers in zip(*trees.values(), strict=True))
   return trees
+
+
+def repeated(layers: Any, times: int) -> Any:
+  """A stack in either form, so many times over."""
+  return layers * times if isinstance(layers, tuple) else jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), layers)
 
 
 def each(fn: Callable[[Any], Any], layers: Any) -> Any:
@@ -81,7 +91,7 @@ def _scanned(period: Period, x: Any, trees: dict[str, Any], counts: dict[str, in
 
   grouped = {name: tree if counts[name] == 1 else jax.tree.map(lambda leaf: leaf.reshape(periods, -1, *leaf.shape[1:]), tree)
              for name, tree in trees.items()}
-  (x, _), outs = jax.lax.scan(body, (x, jnp.int32(0)), grouped)
+  (x, _), outs = jax.lax.scan(body, (x, jnp.int32(0)), grouped, length=periods)
   return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outs)
 
 
@@ -98,7 +108,7 @@ def _unrolled(period: Period, x: Any, trees: dict[str, Any], counts: dict[str, i
 
 def run(
     period: Period, x: Any, trees: dict[str, Any], periods: int, config: ModelConfig, *,
-    remat: bool) -> tuple[Any, dict[str, Any]]:
+    remat: bool, shared: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
   """Runs x through a stack, one period after another.
 
   A period is what repeats: one layer, or several of which some differ. From a tree with n layers per period, each period is
@@ -111,14 +121,18 @@ def run(
     periods: how many there are.
     config: chooses the loop, and what the backward pass computes again.
     remat: False where there is no backward pass.
+    shared: stacks of the layers of one period, by name, which all periods use.
 
   Returns:
     The last layer's output, and the outs by name, stacked over layers. If the trees are tuples of layers, so are the outs.
   """
-  wrap = functools.partial(_rematerialised, config, remat)
+  wrap, unstacked = functools.partial(_rematerialised, config, remat), any(isinstance(tree, tuple) for tree in trees.values())
+  if shared:
+    unstacked |= any(isinstance(tree, tuple) for tree in shared.values())
+    period = _given_too(period, {name: [first((layer,)) for layer in (tree if isinstance(tree, tuple) else unstack(tree))]
+                                 for name, tree in shared.items()})
   counts = {name: (len(tree) if isinstance(tree, tuple) else jax.tree.leaves(tree)[0].shape[0]) // periods
             for name, tree in trees.items()}
-  unstacked = any(isinstance(tree, tuple) for tree in trees.values())
   if not unstacked and loop(config) == 'scan':
     return _scanned(period, x, trees, counts, periods, wrap)
   x, collected = _unrolled(wrap(period), x, trees, counts, periods)

@@ -212,6 +212,7 @@ def from_peft(path: str, base_dir: str, output: str) -> None:
   folder, target = pathlib.Path(path), run_directory.new(output, '--output')
   base = bases.find(base_dir)
   run = run_directory.read_run(base.model_dir, base.step)
+  huggingface.check_layers(run.config.model)
   name = f'--peft={path}'
   if not (folder / CONFIG).exists():
     raise ConfigError(f'{name}: there is no {CONFIG} in it.')
