@@ -121,8 +121,8 @@ def grow(config: Config, source: str | Sequence[str], model_dir: str, *, dry_run
     return
   made_from = {'sources': [one.fingerprint for one in sources], 'growth': dataclasses.asdict(config.inherit)}
   config = dataclasses.replace(config, model=stage.model)
-  info = {'vocabulary': stage.words.fingerprint, 'first_step': run_directory.read_run(base.model_dir, base.step).updates}
-  curve = base.model_dir / 'metrics.jsonl'
+  info = {'vocabulary': stage.words.fingerprint, 'first_step': sources[0].updates}
+  curve = sources[0].model_dir / 'metrics.jsonl'
   with TensorWriter(folder, config, info, stage.leaves.values(), made_from) as writer:
     stage.words.save(writer.partial / 'vocabulary')
     if curve.exists():  # for a run that goes on with it

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from etils import epath
+
 from t5x_cpm import vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.tensors import CheckpointReader
@@ -17,11 +19,15 @@ class Source(NamedTuple):
 
   Attributes:
     name: as it was given.
+    model_dir: of its run.
+    updates: that its parameters have seen.
     stage: its model.
     fingerprint: of its stored weights.
   """
 
   name: str
+  model_dir: epath.Path
+  updates: int
   stage: Stage
   fingerprint: str
 
@@ -46,7 +52,7 @@ def find(source: str) -> Source:
   words = vocabularies.load_saved(model_dir / 'vocabulary', run.info.get('vocabulary'))
   reader = CheckpointReader(model_dir, run.step)
   stage = Stage(run.config.model, words, lambda leaf, index: reader.read(leaf.name, index))
-  return Source(source, stage, bases.fingerprint(model_dir, run.step))
+  return Source(source, model_dir, run.updates, stage, bases.fingerprint(model_dir, run.step))
 
 
 def differences(a: ModelConfig, b: ModelConfig, of_a: str, of_b: str) -> str:
