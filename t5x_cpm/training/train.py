@@ -64,9 +64,10 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   held_out = validation.open_reader(config, say)
   if answers:
     say(f'data: {answers.note}; the {config.checkpoint.best_mode}imum of {config.checkpoint.best_metric} is the best')
-  info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
+  info: dict[str, Any] = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
   begins = before.first_step(config, model_dir)
-  info |= ({'base': base.fingerprint} if base else {}) | ({'first_step': begins} if config.train.go_on else {})
+  info |= {'base': base.fingerprint} if base else {}
+  info |= {'first_step': begins} if config.train.go_on else {}
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   with contextlib.ExitStack() as until_the_loop:
