@@ -26,6 +26,8 @@ TEXTS = Flag('input', 'GLOB', 'files of text: .txt, .tsv or .jsonl, also .gz', r
 FIELD = Flag('field', 'NAME', 'of .jsonl, the field with the text', default='text')
 BASE = Flag('base', 'DIR', 'the run whose model a delta is trained on (DeltaConfig.method); also where it has moved')
 OTHER_BASE = Flag('allow_other_base', '', 'use a base whose weights are not those that the delta was trained on, and say so')
+TEACHER = Flag('teacher', 'DIR', 'the run whose model is the teacher, of the same vocabulary (TeacherConfig)')
+TEACHER_CACHE = Flag('teacher_cache', 'DIR', 'folder with what a teacher says of the rows of a run, made by `cache --teacher`')
 INIT_FROM = Flag('init_from', 'DIR', 'start from the parameters of another run, with its model and vocabulary')
 
 
@@ -190,7 +192,7 @@ MODES = {mode.name: mode for mode in (
     Mode('train', 'pre-train or fine-tune; the same command again continues where it stopped', train, """\
 t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart.gin \\
     --gin.TrainConfig.steps=20 --model_dir=runs/example""",
-         flags=(MODEL_DIR, INIT_FROM, BASE, OTHER_BASE, *GIN_FLAGS,
+         flags=(MODEL_DIR, INIT_FROM, BASE, OTHER_BASE, TEACHER, TEACHER_CACHE, *GIN_FLAGS,
                 Flag('profile_steps', 'START:COUNT', 'write a profile of these steps for TensorBoard'),
                 Flag('coordinator', 'HOST:PORT',
                      'where process 0 of several is; SLURM, Open MPI and TPUs say it themselves'),
@@ -198,7 +200,8 @@ t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart
                 Flag('process_id', 'I', 'which of them this is, from 0')),
          needs=('model_dir',), scope='train',
          gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'LocalTaskConfig', 'OptimizerConfig', 'TrainConfig',
-              'CheckpointConfig', 'ProcessesConfig', 'MetricsConfig', 'EvalConfig', 'DecodeConfig', 'DeltaConfig')),
+              'CheckpointConfig', 'ProcessesConfig', 'MetricsConfig', 'EvalConfig', 'DecodeConfig', 'DeltaConfig',
+              'TeacherConfig')),
     Mode('eval', 'evaluate checkpoints on tasks: metrics, predictions and a table', evaluate, """\
 t5x_cpm eval --model_dir=runs/example --tasks=quickstart --gin.EvalConfig.max_examples=64""",
          flags=(MODEL_DIR, BASE, OTHER_BASE, Flag('tasks', 'NAME,...', 'tasks to evaluate'),
