@@ -137,8 +137,8 @@ def check_teacher(config: Config, found: vocabularies.Vocabulary) -> None:
                       f'it to {rows}.')
   needed = set(row_features.names(dataclasses.replace(config, model=run.config.model)))
   if needed and (needed - set(row_features.names(config)) or run.config.model.moe.num_experts != model.moe.num_experts):
-    raise ConfigError(f"--teacher={model_dir}: its experts go by the task of a row (router 'domain'), which rows carry only for "
-                      'a model with the same number of such experts.')
+    raise ConfigError(f"--teacher={model_dir}: its experts go by the task of a row (router 'domain'), which rows carry only "
+                      'for a model with the same number of such experts.')
 
 
 def check(config: Config, model_dir: Any = '') -> None:
