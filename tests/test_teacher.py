@@ -217,8 +217,8 @@ def teacher_dir(tmp_path_factory):
   return small_model.model_dir(folder, vocabulary, steps=(3, 5))
 
 
-def student(teacher_dir, steps=6, train=None, **fields) -> Config:
-  """A run that learns from the model in a folder for four steps."""
+def student(teacher_dir, steps=6, guided=4, **fields) -> Config:
+  """A run that learns from the model in a folder for some steps."""
   run = run_directory.read_run(teacher_dir).config
   folder = teacher_dir.parent
   return dataclasses.replace(
@@ -226,8 +226,8 @@ def student(teacher_dir, steps=6, train=None, **fields) -> Config:
           run.task, name='local', cache_dir=str(folder), cache_processes=1), metrics=MetricsConfig(every=1, tensorboard=False),
       local_task=LocalTaskConfig(files=f'{folder}/a.txt', validation_fraction=0.1), checkpoint=CheckpointConfig(every=3),
       optimizer=OptimizerConfig(schedule='constant', learning_rate=0.01, warmup_steps=0),
-      train=TrainConfig(batch_size=4, steps=steps, eval_batches=1, **(train or {})), mesh=MeshConfig(data=1, cpu_devices=1),
-      teacher=TeacherConfig(**{'model_dir': str(teacher_dir), 'steps': 4} | fields))
+      train=TrainConfig(batch_size=4, steps=steps, eval_batches=1), mesh=MeshConfig(data=1, cpu_devices=1),
+      teacher=TeacherConfig(**{'model_dir': str(teacher_dir), 'steps': guided} | fields))
 
 
 def records(model_dir):

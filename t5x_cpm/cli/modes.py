@@ -1,5 +1,6 @@
 """The modes of the program: what each takes, what it does, and an example that runs."""
 
+import dataclasses
 import inspect
 import os
 import sys
@@ -8,7 +9,7 @@ import t5x_cpm
 from t5x_cpm.cli import configure
 from t5x_cpm.cli.errors import tell
 from t5x_cpm.cli.parse import Arguments, Flag, Mode, print_table, print_text
-from t5x_cpm.config import Config, ConfigError, ModelConfig
+from t5x_cpm.config import Config, ConfigError, ModelConfig, TeacherConfig
 from t5x_cpm.config.fields import did_you_mean
 
 GIN_FLAGS = (
@@ -79,6 +80,16 @@ def cache(arguments: Arguments, config: Config) -> None:
   from t5x_cpm.training import before
 
   tasks.identity(config)
+  if config.teacher.model_dir:
+    from t5x_cpm import backend
+    from t5x_cpm.training import teacher_cache
+
+    backend.keep_memory()
+    print(teacher_cache.make(config), flush=True)
+    return
+  if config.teacher.cache:
+    raise ConfigError('cache --teacher_cache=DIR needs --teacher=DIR, the run of the teacher that speaks.')
+  config = dataclasses.replace(config, teacher=TeacherConfig())  # the text is the same with any teacher
   if config.model == ModelConfig():  # files that say nothing of a model may be cached for any
     before.check_sentinels(config, before.vocabulary(config))
   else:
@@ -230,9 +241,10 @@ t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain
          needs=('topology',), scope='train', on_cpu=True,  # libtpu compiles; nothing runs
          gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'OptimizerConfig', 'TrainConfig', 'InferConfig',
               'DecodeConfig', 'DeltaConfig')),
-    Mode('cache', 'turn the text of a task into tokens, once', cache, """\
+    Mode('cache', 'turn the text of a task into tokens, or a run\'s rows into what a teacher says of them, once', cache, """\
 t5x_cpm cache --gin_file=gin/runs/quickstart.gin""",
-         flags=(INIT_FROM, BASE, *GIN_FLAGS), scope='train', gin=('TaskConfig', 'LocalTaskConfig')),
+         flags=(INIT_FROM, BASE, TEACHER, TEACHER_CACHE, *GIN_FLAGS), scope='train',
+         gin=('TaskConfig', 'LocalTaskConfig', 'TeacherConfig')),
     Mode('convert', 'carry a model over from transformers, or to it: T5, T5 1.1, mT5, Switch', convert, """\
 t5x_cpm convert export --model_dir=runs/example --hf=runs/example_hf
 t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",

@@ -355,6 +355,8 @@ class Config(Typed):
     if self.teacher.given and self.delta.vectors:
       raise ConfigError(f'DeltaConfig.method = {self.delta.method!r} gives rows vectors that a teacher (TeacherConfig) does '
                         'not know: tune a prompt without one.')
+    if self.teacher.top_k >= self.model.vocab_size > 0:
+      raise ConfigError(f'TeacherConfig.top_k = {self.teacher.top_k}: the model has {self.model.vocab_size} tokens; 0 is all.')
     moe = self.model.moe
     if moe.uses('domain') and self.infer.domain >= moe.num_experts:
       raise ConfigError(

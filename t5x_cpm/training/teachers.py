@@ -1,5 +1,6 @@
 """The teacher of a run: which checkpoint it is, and which program takes a step, the guided one or, after it, the plain one."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ from t5x_cpm import tuning
 from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.checkpoints.run_directory import CheckpointError
 from t5x_cpm.chips import GiB
-from t5x_cpm.config import Config, ModelConfig
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.data import taught
+from t5x_cpm.data.reader import Reader
 from t5x_cpm.training import before, layout
 from t5x_cpm.training import step as step_lib
 from t5x_cpm.training.step import Frozen, Step
@@ -20,16 +23,16 @@ class Teacher(NamedTuple):
   """The checkpoint of a teacher.
 
   Attributes:
-    model_dir: of its run.
-    step: of the checkpoint.
+    model_dir: of its run; or the folder with what it says.
+    step: of the checkpoint; of such a folder 0.
     fingerprint: of its stored weights.
-    model: its hyperparameters.
+    model: its hyperparameters; 'cached' where batches bring what it says.
   """
 
   model_dir: epath.Path
   step: int
   fingerprint: str
-  model: ModelConfig
+  model: layout.Teacher
 
 
 def of_run(config: Config) -> Teacher:
@@ -59,10 +62,13 @@ def find(config: Config, model_dir: Any) -> Teacher | None:
     None where no teacher guides any of the steps that are left.
 
   Raises:
-    CheckpointError: there is none, or not the one that the run began with.
+    ConfigError: there is none, or not the one that the run began with.
   """
-  if not before.is_guided(config, model_dir) or config.teacher.cache:
+  if not before.is_guided(config, model_dir):
     return None
+  if config.teacher.cache:
+    folder = pathlib.Path(config.teacher.cache).expanduser()
+    return Teacher(epath.Path(folder), 0, taught.describe(folder)['key']['teacher'], 'cached')
   found = of_run(config)
   known = before.known_teacher(model_dir)
   return found if known is None or known['weights'] == found.fingerprint else _wanted(found, known['weights'])
@@ -80,6 +86,24 @@ def info(config: Config, model_dir: Any, fingerprint: str | None) -> dict[str, A
     known = before.known_teacher(model_dir)
     return {} if known is None else {'teacher': known}
   return {'teacher': {'weights': fingerprint, 'cached': bool(config.teacher.cache)}}
+
+
+def batches(config: Config, reader: Reader, teacher: Teacher | None) -> Reader | taught.WithTeacher:
+  """The batches of a run: those of the reader, with what the teacher says of them where that is cached.
+
+  Raises:
+    ConfigError: it is the word of another teacher, or of other rows, or of fewer steps.
+  """
+  if teacher is None or teacher.model != 'cached':
+    return reader
+  weights = of_run(config).fingerprint if config.teacher.model_dir else teacher.fingerprint
+  steps, shape = config.teacher.guided(config.train.steps), (config.train.batch_size, config.task.decoder_length)
+  found = taught.Taught(pathlib.Path(teacher.model_dir), taught.key(config, reader, weights), steps, shape)
+  if missing := found.missing:
+    raise ConfigError(f'--teacher_cache={teacher.model_dir} has nothing for step {found.steps_of(missing[0])[-1] + 1}, and a '
+                      f'teacher guides this run up to step {steps}: `t5x_cpm cache` with the same --teacher, gin files and '
+                      'flags goes on.')
+  return taught.WithTeacher(reader, found)
 
 
 class Steps:
@@ -105,7 +129,7 @@ class Steps:
   def load(self, frozen: Frozen, teacher: Teacher | None) -> None:
     """Takes what all steps read, and loads the weights of the teacher."""
     self._frozen = frozen
-    if teacher is not None and self.guided is not None:
+    if teacher is not None and self.guided is not None and teacher.model != 'cached':
       into = self.guided.abstract_frozen['teacher']
       self._weights = {'teacher': arrays.load_params(teacher.model_dir, step=teacher.step, into=into)}
 
@@ -123,8 +147,12 @@ class Steps:
 def tell(teacher: Teacher, config: Config, steps: Steps, say: Callable[[str], None]) -> None:
   """Says who guides the run, for how long, and how large the teacher is."""
   assert steps.guided is not None
+  course = f'Its share in the loss begins with {config.teacher.alpha:g} ({config.teacher.schedule}).'
+  if teacher.model == 'cached':
+    say(f'{teacher.model_dir} says what the teacher (weights {teacher.fingerprint}) does, up to step {steps.last_guided}. '
+        f'{course}')
+    return
   leaves = jax.tree.leaves(steps.guided.abstract_frozen['teacher'])
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   say(f'{teacher.model_dir} at step {teacher.step} (weights {teacher.fingerprint}) is the teacher up to step '
-      f'{steps.last_guided}: {sum(leaf.size for leaf in leaves):,} parameters, {size / GiB:.3g} GiB. Its share in the loss '
-      f'begins with {config.teacher.alpha:g} ({config.teacher.schedule}).')
+      f'{steps.last_guided}: {sum(leaf.size for leaf in leaves):,} parameters, {size / GiB:.3g} GiB. {course}')

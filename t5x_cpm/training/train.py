@@ -65,6 +65,7 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   held_out = validation.open_reader(config, say)
   if answers:
     say(f'data: {answers.note}; the {config.checkpoint.best_mode}imum of {config.checkpoint.best_metric} is the best')
+  taught = teachers.batches(config, reader, teacher)
   info = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
   info |= {'base': base.fingerprint} if base else {}
   info |= teachers.info(config, model_dir, teacher.fingerprint if teacher else None)
@@ -102,7 +103,7 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   late = metrics.LateMetrics(step, frozen, writers, manager.last_words)
   evaluation: dict[str, float] = {}
   with (interrupted.noting(), writers, profile, manager,
-        batches.training_batches(programs.of, reader, first, steps) as rows):
+        batches.training_batches(programs.of, taught, first, steps) as rows):
     for number in range(first + 1, steps + 1) or [first]:  # if no step is asked for, only the parameters as they are
       if number > first:
         batch = next(rows)
