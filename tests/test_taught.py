@@ -152,7 +152,7 @@ def test_a_run_from_a_cache_is_the_run_with_its_teacher(teacher_dir, folders, tm
   online, said = student(teacher_dir, top_k=top_k), cached(teacher_dir, folders / str(top_k), top_k=top_k, model_dir='')
   train.run(online, str(tmp_path / 'online'))
   train.run(dataclasses.replace(said, train=dataclasses.replace(said.train, steps=3)), str(tmp_path / 'cached'))
-  with pytest.raises(ConfigError, match='teacher.cached: True in the checkpoint, False now'):
+  with pytest.raises(ConfigError, match='teacher.cached: true in the checkpoint, false now'):
     train.run(online, str(tmp_path / 'cached'))
   train.run(said, str(tmp_path / 'cached'))
   for a, b in zip(records(tmp_path / 'online'), records(tmp_path / 'cached'), strict=True):

@@ -19,6 +19,7 @@ from small_run import ROOT
 from t5x_cpm import vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.compile import estimate, plan, program, slices
 from t5x_cpm.config import (
   CheckpointConfig,
   Config,
@@ -34,7 +35,7 @@ from t5x_cpm.config import (
   TrainConfig,
 )
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import before, divergence, guidance, teachers, train
+from t5x_cpm.training import before, divergence, flops, guidance, teachers, train
 
 SMALL = dataclasses.replace(test_step.CONFIG.model, d_model=8, d_ff=12, num_decoder_layers=1, init_std=0.5)
 
@@ -316,3 +317,33 @@ def test_who_cannot_be_a_teacher_is_refused_in_a_line(teacher_dir, tmp_path):
   with pytest.raises(ConfigError, match='tune a prompt without one'):
     dataclasses.replace(config, delta=DeltaConfig(method='prompt', base='x'), task=dataclasses.replace(
         config.task, objective='pairs')).validate()
+
+
+def test_the_arithmetic_of_a_guided_step_is_its_own_and_a_pass_of_the_teacher():
+  wide = dataclasses.replace(test_step.CONFIG.model, d_model=64, d_ff=96, remat='none')
+  config = with_teacher(dataclasses.replace(test_step.CONFIG, model=wide, train=TrainConfig(batch_size=8, microbatches=2)))
+  teacher = dataclasses.replace(wide, d_model=48, num_decoder_layers=1)
+  built = test_step.build(config, teacher=teacher)
+  executed = program.arithmetic(built.fn.trace(built.abstract_state, built.abstract_frozen, built.abstract_batch).jaxpr.jaxpr)
+  needed = flops.model_flops(wide, 8 * 12, 8 * 8, 12, 8)
+  assert plan._of_teacher(config, teacher) == pytest.approx(flops.model_flops(teacher, 8 * 12, 8 * 8, 12, 8) / 3)
+  assert executed == pytest.approx(needed + plan._of_teacher(config, teacher), rel=0.01)
+
+
+def test_a_plan_knows_the_teacher(teacher_dir):
+  config = student(teacher_dir)
+  model = teachers.model_of(config)
+  assert model == run_directory.read_run(teacher_dir).config.model
+  assert teachers.model_of(dataclasses.replace(config, teacher=TeacherConfig())) is None
+  assert teachers.model_of(student(teacher_dir, cache='x')) == 'cached'
+  with pytest.raises(ConfigError, match='give --teacher=DIR'):
+    teachers.model_of(student(teacher_dir, model_dir=''))
+  with pytest.raises(ConfigError, match='vocab_size = .* set it to'):
+    teachers.model_of(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=9)))
+  sizes, slice_ = estimate.sizes(config.model), slices.parse('v5p:1x1x1')
+  guide = estimate.Guide(model, estimate.sizes(model))
+  one = dataclasses.replace(config, mesh=MeshConfig(data=1))
+  plain, guided = (estimate.estimate(one, slice_, 'train', sizes, *more) for more in ((), (guide,)))
+  logits = 4 * one.train.batch_size * one.task.decoder_length * model.vocab_size
+  assert guided.bytes - plain.bytes == pytest.approx(4 * sum(guide.sizes.values()) + logits)
+  assert guided.seconds > plain.seconds

@@ -237,10 +237,11 @@ t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain
          flags=(Flag('topology', 'SLICE', 'slice to compile for, its shape in chips, as in v5p:4x4x4'),
                 Flag('step', 'STEP', 'train, encode or decode; default train'),
                 Flag('search', '', 'look for the best mesh first'),
-                Flag('output', 'FILE', '.json of the plan, with the mesh of --search as .gin beside it'), BASE, *GIN_FLAGS),
+                Flag('output', 'FILE', '.json of the plan, with the mesh of --search as .gin beside it'), BASE,
+                TEACHER, TEACHER_CACHE, *GIN_FLAGS),
          needs=('topology',), scope='train', on_cpu=True,  # libtpu compiles; nothing runs
          gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'OptimizerConfig', 'TrainConfig', 'InferConfig',
-              'DecodeConfig', 'DeltaConfig')),
+              'DecodeConfig', 'DeltaConfig', 'TeacherConfig')),
     Mode('cache', 'turn the text of a task into tokens, or a run\'s rows into what a teacher says of them, once', cache, """\
 t5x_cpm cache --gin_file=gin/runs/quickstart.gin""",
          flags=(INIT_FROM, BASE, TEACHER, TEACHER_CACHE, *GIN_FLAGS), scope='train',

@@ -121,13 +121,13 @@ def is_guided(config: Config, model_dir: Any) -> bool:
   return False
 
 
-def check_teacher(config: Config, found: vocabularies.Vocabulary) -> None:
-  """Raises ConfigError if the run of TeacherConfig.model_dir cannot teach a run that has the vocabulary `found`."""
+def check_teacher(config: Config, found: vocabularies.Vocabulary | None) -> None:
+  """Raises ConfigError if the run of TeacherConfig.model_dir cannot teach a run that has the vocabulary `found` (None: any)."""
   model_dir, model = config.teacher.model_dir, config.model
   run = run_directory.read_run(model_dir)
   run_directory.check_is_model(model_dir, run.config)
   theirs = run.info.get('vocabulary')
-  if theirs != found.fingerprint:
+  if found is not None and theirs != found.fingerprint:
     raise ConfigError(f'--teacher={model_dir}: that run was trained with another vocabulary than {found.spec} ({theirs}, not '
                       f'{found.fingerprint}). A teacher speaks of the same tokens: set TaskConfig.vocabulary to the one in '
                       f'{model_dir}/vocabulary, or give another teacher.')

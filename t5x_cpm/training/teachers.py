@@ -43,6 +43,20 @@ def of_run(config: Config) -> Teacher:
   return Teacher(model_dir, run.step, tuning.fingerprint(model_dir, run.step), run.config.model)
 
 
+def model_of(config: Config) -> layout.Teacher:
+  """The model that guides the first steps of a run, for `step.build`. Reads neither weights nor vocabularies.
+
+  Raises:
+    ConfigError: there is none, although TeacherConfig says how it teaches; or it does not fit the run.
+  """
+  if not before.is_guided(config, ''):
+    return None
+  if config.teacher.cache:
+    return 'cached'
+  before.check_teacher(config, None)
+  return run_directory.read_run(config.teacher.model_dir).config.model
+
+
 def _wanted(found: Teacher, fingerprint: str) -> Teacher:
   """The checkpoint of a teacher's run that has the fingerprint with which a student began."""
   steps = run_directory.read_run(found.model_dir).steps
