@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import shutil
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -44,8 +44,13 @@ class _Speaker:
     return jax.device_get(self._ask(self._weights, {name: jax.device_put(batch[name], self._places[name]) for name in batch}))
 
 
-def _make_file(taught: Taught, number: int, reader: Reader, speaker: Any, microbatches: int) -> int:
-  """Writes a file, and returns how many targets it has."""
+def _shown(size: float) -> str:
+  return f'{size / GiB:.3g} GiB' if size >= 0.1 * GiB else f'{size / 2**20:.3g} MiB'
+
+
+def _make_file(taught: Taught, number: int, reader: Reader, speaker: _Speaker, microbatches: int,
+               report: Callable[[int], None]) -> None:
+  """Writes a file; `report` is told the targets of each step."""
   counts, records = [], []
   for step in taught.steps_of(number):
     for rows in np.split(np.arange(taught.shape[0]), microbatches):
@@ -53,8 +58,8 @@ def _make_file(taught: Taught, number: int, reader: Reader, speaker: Any, microb
       counted = batch['decoder_loss_weights'] != 0
       counts.append(counted.sum(axis=1))
       records.append(taught.pack(speaker(batch), counted))
+    report(sum(map(len, records[-microbatches:])))
   taught.write(number, np.concatenate(counts).reshape(-1, taught.shape[0]), np.concatenate(records))
-  return sum(map(len, records))
 
 
 def _check_room(taught: Taught, reader: Reader) -> str:
@@ -63,12 +68,32 @@ def _check_room(taught: Taught, reader: Reader) -> str:
   some = range(min(SAMPLED, taught.steps))
   targets = sum(int((reader.batch(step)['decoder_loss_weights'] != 0).sum()) for step in some) / max(len(some), 1)
   size, free = steps * targets * taught.record, shutil.disk_usage(taught.folder).free
-  told = (f'{steps:,} steps, about {steps * targets:,.0f} targets of {taught.record:,} bytes: {size / GiB:.3g} GiB; the disk '
-          f'of {taught.folder} has {free / GiB:.3g} GiB free')
+  told = (f'{steps:,} steps, about {steps * targets:,.0f} targets of {taught.record:,} bytes: {_shown(size)}; the disk of '
+          f'{taught.folder} has {_shown(free)} free')
   if 1.05 * size > free:
     raise ConfigError(f'--teacher_cache={taught.folder} needs room for {told}. Make room, or lower TeacherConfig.steps or '
                       'TeacherConfig.top_k (0 stores the logits of all tokens).')
   return told
+
+
+def _fill(config: Config, taught: Taught, reader: Reader, teacher: teachers.Teacher, told: str) -> None:
+  """Makes the files that are missing, after saying `told`."""
+  missing = taught.missing
+  if not missing:
+    return
+  speaker = _Speaker(config, teacher)
+  progress = Progress('teacher', 'step', taught.steps, taught.steps - sum(len(taught.steps_of(one)) for one in missing))
+  progress.note(told)
+  done = targets = 0
+
+  def report(count: int) -> None:
+    nonlocal done, targets
+    done, targets = done + 1, targets + count
+    progress.show(progress.before + done, f'{progress.rate(targets):,.0f} targets/s')
+
+  for number in missing:
+    _make_file(taught, number, reader, speaker, config.train.microbatches, report)
+  progress.close()
 
 
 def make(config: Config) -> pathlib.Path:
@@ -104,18 +129,3 @@ def make(config: Config) -> pathlib.Path:
     except files.LockedError as error:
       raise ConfigError(f'--teacher_cache={folder} is in use: {error} writes there.') from None
   return folder
-
-
-def _fill(config: Config, taught: Taught, reader: Reader, teacher: teachers.Teacher, told: str) -> None:
-  missing = taught.missing
-  if not missing:
-    return
-  speaker, targets = _Speaker(config, teacher), 0
-  progress = Progress('teacher', 'step', taught.steps, taught.steps - sum(len(taught.steps_of(one)) for one in missing))
-  progress.note(told)
-  done = progress.before
-  for number in missing:
-    targets += _make_file(taught, number, reader, speaker, config.train.microbatches)
-    done += len(taught.steps_of(number))
-    progress.show(done, f'{progress.rate(targets):,.0f} targets/s')
-  progress.close()
