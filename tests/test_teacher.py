@@ -143,6 +143,9 @@ def test_a_guided_step_reports_the_plain_loss_and_follows_its_teacher():
   np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one['params'], other['params'])
 
+  broken = frozen['teacher'] | {'lm_head': frozen['teacher']['lm_head'].at[0, 0].set(jnp.nan)}
+  assert built.explain(one, {'teacher': broken}, batch) == 'teacher/lm_head'
+
 
 def after(config: Config, steps: int = 3, **options):
   """Parameters and metrics of a guided run of the same rows."""

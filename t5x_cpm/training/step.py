@@ -105,6 +105,10 @@ def explain(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> str |
 
   Parameters that are finite, but so large that the sum of their squares is not, stand before loss and gradients.
   """
+  if layout.teacher is not None:
+    of_teacher = jax.tree.map(lambda leaf: leaf.axes, layout.teacher.leaves())
+    if bad := stability.first_bad_tensor({'teacher': frozen['teacher']}, {'teacher': of_teacher}):
+      return bad
   grads, sums = jax.jit(functools.partial(gradients, layout))(state, frozen, batch)
   axes = jax.tree.map(lambda leaf: leaf.axes, {'base': layout.base, 'state': layout.leaves, 'trained': layout.trained})
   params = {'parameter': frozen.get('base', {}) | state['params']}
