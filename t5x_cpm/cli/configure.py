@@ -158,6 +158,9 @@ def make_config(arguments: Arguments) -> Config:
     overrides.append(f'TrainConfig.init_from={source!r}')
   if frozen:
     overrides.append(f'DeltaConfig.base={frozen!r}')
+  for flag, field in (('teacher', 'model_dir'), ('teacher_cache', 'cache')):
+    if given := arguments.get(flag):
+      overrides.append(f'TeacherConfig.{field}={given!r}')
   if arguments.get('allow_other_base'):
     overrides.append('DeltaConfig.allow_other_base=True')
 

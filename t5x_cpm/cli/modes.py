@@ -1,5 +1,6 @@
 """The modes of the program: what each takes, what it does, and an example that runs."""
 
+import dataclasses
 import inspect
 import os
 import sys
@@ -8,7 +9,7 @@ import t5x_cpm
 from t5x_cpm.cli import configure
 from t5x_cpm.cli.errors import tell
 from t5x_cpm.cli.parse import Arguments, Flag, Mode, print_table, print_text
-from t5x_cpm.config import Config, ConfigError, ModelConfig
+from t5x_cpm.config import Config, ConfigError, ModelConfig, TeacherConfig
 from t5x_cpm.config.fields import did_you_mean
 
 GIN_FLAGS = (
@@ -26,6 +27,8 @@ TEXTS = Flag('input', 'GLOB', 'files of text: .txt, .tsv or .jsonl, also .gz', r
 FIELD = Flag('field', 'NAME', 'of .jsonl, the field with the text', default='text')
 BASE = Flag('base', 'DIR', 'the run whose model a delta is trained on (DeltaConfig.method); also where it has moved')
 OTHER_BASE = Flag('allow_other_base', '', 'use a base whose weights are not those that the delta was trained on, and say so')
+TEACHER = Flag('teacher', 'DIR', 'the run whose model is the teacher, of the same vocabulary (TeacherConfig)')
+TEACHER_CACHE = Flag('teacher_cache', 'DIR', 'folder with what a teacher says of the rows of a run, made by `cache --teacher`')
 INIT_FROM = Flag('init_from', 'DIR', 'start from the parameters of another run, with its model and vocabulary')
 
 
@@ -77,6 +80,16 @@ def cache(arguments: Arguments, config: Config) -> None:
   from t5x_cpm.training import before
 
   tasks.identity(config)
+  if config.teacher.model_dir:
+    from t5x_cpm import backend
+    from t5x_cpm.training import teacher_cache
+
+    backend.keep_memory()
+    print(teacher_cache.make(config), flush=True)
+    return
+  if config.teacher.cache:
+    raise ConfigError('cache --teacher_cache=DIR needs --teacher=DIR, the run of the teacher that speaks.')
+  config = dataclasses.replace(config, teacher=TeacherConfig())  # the text is the same with any teacher
   if config.model == ModelConfig():  # files that say nothing of a model may be cached for any
     before.check_sentinels(config, before.vocabulary(config))
   else:
@@ -190,7 +203,7 @@ MODES = {mode.name: mode for mode in (
     Mode('train', 'pre-train or fine-tune; the same command again continues where it stopped', train, """\
 t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart.gin \\
     --gin.TrainConfig.steps=20 --model_dir=runs/example""",
-         flags=(MODEL_DIR, INIT_FROM, BASE, OTHER_BASE, *GIN_FLAGS,
+         flags=(MODEL_DIR, INIT_FROM, BASE, OTHER_BASE, TEACHER, TEACHER_CACHE, *GIN_FLAGS,
                 Flag('profile_steps', 'START:COUNT', 'write a profile of these steps for TensorBoard'),
                 Flag('coordinator', 'HOST:PORT',
                      'where process 0 of several is; SLURM, Open MPI and TPUs say it themselves'),
@@ -198,7 +211,8 @@ t5x_cpm train --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/quickstart
                 Flag('process_id', 'I', 'which of them this is, from 0')),
          needs=('model_dir',), scope='train',
          gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'LocalTaskConfig', 'OptimizerConfig', 'TrainConfig',
-              'CheckpointConfig', 'ProcessesConfig', 'MetricsConfig', 'EvalConfig', 'DecodeConfig', 'DeltaConfig')),
+              'CheckpointConfig', 'ProcessesConfig', 'MetricsConfig', 'EvalConfig', 'DecodeConfig', 'DeltaConfig',
+              'TeacherConfig')),
     Mode('eval', 'evaluate checkpoints on tasks: metrics, predictions and a table', evaluate, """\
 t5x_cpm eval --model_dir=runs/example --tasks=quickstart --gin.EvalConfig.max_examples=64""",
          flags=(MODEL_DIR, BASE, OTHER_BASE, Flag('tasks', 'NAME,...', 'tasks to evaluate'),
@@ -223,13 +237,15 @@ t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain
          flags=(Flag('topology', 'SLICE', 'slice to compile for, its shape in chips, as in v5p:4x4x4'),
                 Flag('step', 'STEP', 'train, encode or decode; default train'),
                 Flag('search', '', 'look for the best mesh first'),
-                Flag('output', 'FILE', '.json of the plan, with the mesh of --search as .gin beside it'), BASE, *GIN_FLAGS),
+                Flag('output', 'FILE', '.json of the plan, with the mesh of --search as .gin beside it'), BASE,
+                TEACHER, TEACHER_CACHE, *GIN_FLAGS),
          needs=('topology',), scope='train', on_cpu=True,  # libtpu compiles; nothing runs
          gin=('ModelConfig', 'MoEConfig', 'MeshConfig', 'TaskConfig', 'OptimizerConfig', 'TrainConfig', 'InferConfig',
-              'DecodeConfig', 'DeltaConfig')),
-    Mode('cache', 'turn the text of a task into tokens, once', cache, """\
+              'DecodeConfig', 'DeltaConfig', 'TeacherConfig')),
+    Mode('cache', 'turn the text of a task into tokens, or a run\'s rows into what a teacher says of them, once', cache, """\
 t5x_cpm cache --gin_file=gin/runs/quickstart.gin""",
-         flags=(INIT_FROM, BASE, *GIN_FLAGS), scope='train', gin=('TaskConfig', 'LocalTaskConfig')),
+         flags=(INIT_FROM, BASE, TEACHER, TEACHER_CACHE, *GIN_FLAGS), scope='train',
+         gin=('TaskConfig', 'LocalTaskConfig', 'TeacherConfig')),
     Mode('convert', 'carry a model over from transformers, or to it: T5, T5 1.1, mT5, Switch', convert, """\
 t5x_cpm convert export --model_dir=runs/example --hf=runs/example_hf
 t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",

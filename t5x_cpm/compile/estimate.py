@@ -182,6 +182,33 @@ def _rows_at_a_time(config: Config) -> float:
   return config.train.batch_size / config.train.microbatches / (config.mesh.data * config.mesh.expert)
 
 
+@dataclasses.dataclass(frozen=True)
+class Guide:
+  """A teacher that guides a training step."""
+
+  model: ModelConfig
+  sizes: Sizes
+
+  def held(self, config: Config) -> Held:
+    """How many of its parameters one chip of a run holds."""
+    return _held(self.sizes, dataclasses.replace(config, model=self.model))
+
+
+def _guide_bytes(config: Config, guide: Guide) -> float:
+  """Bytes that a teacher adds to one chip: its weights, and its logits of a microbatch."""
+  width = COMPUTE if config.teacher.dtype == 'bfloat16' else WEIGHT
+  logits = _rows_at_a_time(config) * config.task.decoder_length * guide.model.vocab_size / config.mesh.model
+  return width * guide.held(config).weights + WEIGHT * logits
+
+
+def _guide_seconds(config: Config, slice_: Slice, guide: Guide) -> float:
+  """Seconds that the pass of a teacher takes: its arithmetic, or reading its weights for each microbatch."""
+  B, S, T = config.train.batch_size, config.task.encoder_length, config.task.decoder_length
+  arithmetic = flops.forward_flops(guide.model, B * S, B * T, S, T) / slice_.count / slice_.chip.flops
+  read = config.train.microbatches * COMPUTE * guide.held(config).passed / slice_.chip.hbm_rate
+  return _together(arithmetic, read)
+
+
 def _training_bytes(config: Config, held: Held) -> float:
   """Bytes that a training step needs on one chip."""
   mesh, model, rows = config.mesh, config.model, _rows_at_a_time(config)
@@ -225,9 +252,11 @@ def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
   return _together(arithmetic / slice_.count / chip.flops, sent, moved / chip.hbm_rate)
 
 
-def _training(config: Config, slice_: Slice, held: Held) -> Estimate:
+def _training(config: Config, slice_: Slice, held: Held, guide: Guide | None = None) -> Estimate:
   """Estimates a training step; what does not fit goes to host memory, where that is possible and sufficient."""
   needed, seconds = _training_bytes(config, held), _training_seconds(config, slice_, held)
+  if guide is not None:
+    needed, seconds = needed + _guide_bytes(config, guide), seconds + _guide_seconds(config, slice_, guide)
   room, moments = ROOM * slice_.chip.hbm, MOMENTS * held.moments
   missing = needed - room
   # All moments move first. A weight that moves leaves a bfloat16 copy of half its size behind, so twice as much must move.
@@ -260,7 +289,7 @@ def _inference(config: Config, slice_: Slice, step: str, held: Held) -> Estimate
   return Estimate(config, kept + INFERENCE_WORKING * sum(tokens) * (model.d_model + model.d_ff), seconds)
 
 
-def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes) -> Estimate:
+def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes, guide: Guide | None = None) -> Estimate:
   """Memory and time of a step, from sizes alone.
 
   Args:
@@ -268,9 +297,10 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes) -> Estimate
     slice_: the chips to run on.
     step: 'train', 'encode' or 'decode'.
     sizes: those of the model's parameters, from `sizes`.
+    guide: the teacher of a training step; None: it has none, or batches bring what it says.
 
   Returns:
     The estimate; its configuration has MeshConfig.host_gib set where a training step fits only with it.
   """
   held = _held(sizes, config)
-  return _training(config, slice_, held) if step == 'train' else _inference(config, slice_, step, held)
+  return _training(config, slice_, held, guide) if step == 'train' else _inference(config, slice_, step, held)

@@ -20,10 +20,10 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.chips import GiB
 from t5x_cpm.compile import program, slices
 from t5x_cpm.compile.slices import Slice
-from t5x_cpm.config import Config
+from t5x_cpm.config import Config, ModelConfig
 from t5x_cpm.inference import programs
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import flops
+from t5x_cpm.training import flops, layout, teachers
 from t5x_cpm.training import step as step_lib
 
 STEPS = ('train', 'encode', 'decode')
@@ -126,6 +126,13 @@ def _needed(config: Config, step: str) -> float:
   return flops.inference_flops(config.model, step, config.infer.batch_size, S, T)
 
 
+def _of_teacher(config: Config, teacher: layout.Teacher) -> float:
+  """Floating-point operations of the pass of a teacher, all chips together."""
+  if not isinstance(teacher, ModelConfig):
+    return 0.0
+  return flops.forward_flops(teacher, *_token_slots(config, 'train'), config.task.encoder_length, config.task.decoder_length)
+
+
 def _passed(model: encoder_decoder.Model) -> tuple[float, float]:
   """How many parameters a token of the encoder passes, and a token of the decoder: the N of 6 ND.
 
@@ -201,10 +208,11 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
     ConfigError: the compiler is missing, the slice is unknown, or the mesh cannot split the model and the batch.
   """
   started, chip = time.monotonic(), slice_.chip
+  teacher = teachers.model_of(config) if step == 'train' else None
   with backend.compiling_for(chip.platform):
     mesh = mesh_lib.make_mesh(config.mesh, slices.devices(slice_))
     if step == 'train':
-      built = step_lib.build(config, mesh)
+      built = step_lib.build(config, mesh, teacher=teacher)
       fn: Any = built.fn
       arguments: tuple[Any, ...] = (built.abstract_state, built.abstract_frozen, built.abstract_batch)
     else:
@@ -222,7 +230,7 @@ def make(config: Config, slice_: Slice, step: str = 'train') -> Plan:
       fits=not compiled.missing and left >= 0, missing_bytes=compiled.missing or max(-left, 0.0),
       argument_bytes=compiled.arguments, temporary_bytes=compiled.temporaries, host_bytes=compiled.host,
       tokens=float(sum(slots)), parameters=model.num_parameters(), active_parameters=model.num_active_parameters(),
-      model_flops=_needed(config, step), six_nd=six_nd(model, slots),
+      model_flops=_needed(config, step) + _of_teacher(config, teacher), six_nd=six_nd(model, slots),
       executed_flops=executed, hbm_bytes=hbm, collectives=collectives,
       seconds={'compute': executed / (slice_.count * chip.flops), 'memory': hbm / chip.hbm_rate,
                'interconnect': sum(kind['seconds'] for kind in collectives.values()), 'host': compiled.host / chip.host_rate},

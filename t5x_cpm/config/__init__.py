@@ -27,9 +27,10 @@ from t5x_cpm.config.run import (
     identity_differences,
     to_dict,
 )
+from t5x_cpm.config.teacher import TeacherConfig
 
 __all__ = [
     'CheckpointConfig', 'Config', 'ConfigError', 'DecodeConfig', 'DeltaConfig', 'EvalConfig', 'InferConfig',
     'InheritConfig', 'LocalTaskConfig',
     'MeshConfig', 'MetricsConfig', 'ModelConfig', 'MoEConfig', 'OptimizerConfig', 'ProcessesConfig', 'TaskConfig',
-    'TrainConfig', 'from_dict', 'identity_differences', 'to_dict']
+    'TeacherConfig', 'TrainConfig', 'from_dict', 'identity_differences', 'to_dict']

@@ -17,6 +17,7 @@ from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError, as_count, choice, free, in_range, shown
 from t5x_cpm.config.inherit import InheritConfig
 from t5x_cpm.config.model import ModelConfig
+from t5x_cpm.config.teacher import TeacherConfig
 from t5x_cpm.config.template import PROMPT, Template
 from t5x_cpm.config.typed import Typed
 
@@ -328,6 +329,7 @@ class Config(Typed):
   eval: EvalConfig = EvalConfig()
   delta: DeltaConfig = DeltaConfig()
   inherit: InheritConfig = InheritConfig()
+  teacher: TeacherConfig = TeacherConfig()
 
   @property
   def marks(self) -> int:
@@ -351,6 +353,11 @@ class Config(Typed):
                         f"{PROMPT}, as in '{PROMPT}{{sentence1}}{PROMPT}{{sentence2}}'; one length stands before the inputs.")
     if self.delta.method and self.mesh.host_gib:
       raise ConfigError('MeshConfig.host_gib: the optimizer state of a delta is too small to be worth moving; set it to 0.')
+    if self.teacher.given and self.delta.vectors:
+      raise ConfigError(f'DeltaConfig.method = {self.delta.method!r} gives rows vectors that a teacher (TeacherConfig) does '
+                        'not know: tune a prompt without one.')
+    if self.teacher.top_k >= self.model.vocab_size > 0:
+      raise ConfigError(f'TeacherConfig.top_k = {self.teacher.top_k}: the model has {self.model.vocab_size} tokens; 0 is all.')
     moe = self.model.moe
     if moe.uses('domain') and self.infer.domain >= moe.num_experts:
       raise ConfigError(

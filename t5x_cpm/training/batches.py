@@ -4,12 +4,11 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from t5x_cpm.data.reader import Reader
 from t5x_cpm.training.step import Step
 
 AHEAD = 2  # batches that wait for the loop
@@ -73,7 +72,22 @@ def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Iter
     thread.join()
 
 
-def training_batches(step: Step, reader: Reader, start: int, stop: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
-  """A context with an iterator over the batches of the steps that follow `start`, ..., `stop - 1` updates."""
-  rows = own_rows(step)
-  return prefetch(lambda index: put(step, reader.batch(index, rows), rows), start, stop)
+class MakesBatches(Protocol):
+  """A Reader, or what adds to its batches."""
+
+  def batch(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """These rows of the batch that follows `step` updates."""
+    ...
+
+
+def training_batches(step_of: Callable[[int], Step], reader: MakesBatches, start: int, stop: int) -> (
+    contextlib.AbstractContextManager[Iterator[Any]]):
+  """A context with an iterator over the batches of the steps that follow `start`, ..., `stop - 1` updates.
+
+  Args:
+    step_of: from the number of a step, counted from 1, to its program.
+    reader: makes the batches.
+    start, stop: how many updates are done before the first step, and after the last one.
+  """
+  rows = own_rows(step_of(start + 1))
+  return prefetch(lambda index: put(step_of(index + 1), reader.batch(index, rows), rows), start, stop)

@@ -9,7 +9,7 @@ from typing import Any
 
 from t5x_cpm import tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
-from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.config import Config, ConfigError, TeacherConfig, row_features
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import rows
 from t5x_cpm.tasks import caches
@@ -56,7 +56,8 @@ def with_vocab_size(config: Config, model_dir: Any) -> Config:
   """
   if config.model.vocab_size:
     return config
-  source = model_dir if has_begun(model_dir) else config.train.init_from or config.delta.base
+  source = model_dir if has_begun(model_dir) else (
+      config.train.init_from or config.delta.base or config.teacher.model_dir)
   size = run_directory.read_run(source).config.model.vocab_size if source else vocabulary(config).size
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
@@ -104,6 +105,51 @@ def check_source(field: str, model_dir: str, found: vocabularies.Vocabulary, wit
         f'{found.fingerprint}). Set TaskConfig.vocabulary to the one in {model_dir}/vocabulary, or leave it out with {flag}.')
 
 
+def known_teacher(model_dir: Any) -> dict[str, Any] | None:
+  """What the last checkpoint of a run says of its teacher; None where it has none, or there is no checkpoint."""
+  return run_directory.read_run(model_dir).info.get('teacher') if has_begun(model_dir) else None
+
+
+def is_guided(config: Config, model_dir: Any) -> bool:
+  """Whether a teacher guides any of the steps that a run has left.
+
+  Raises:
+    ConfigError: one must, and none is given.
+  """
+  done = run_directory.read_run(model_dir).step if has_begun(model_dir) else 0
+  if done >= config.teacher.guided(config.train.steps):
+    return False
+  if config.teacher.given:
+    return True
+  if known_teacher(model_dir) is not None:
+    raise ConfigError(f'--model_dir={model_dir} learns from a teacher until step {config.teacher.guided(config.train.steps)}, '
+                      f'and is at step {done}: give --teacher=DIR, or the --teacher_cache=DIR that it began with.')
+  if config.teacher != TeacherConfig():
+    raise ConfigError('TeacherConfig says how to learn from a teacher, and there is none: give --teacher=DIR, the model_dir of '
+                      'its run, or --teacher_cache=DIR.')
+  return False
+
+
+def check_teacher(config: Config, found: vocabularies.Vocabulary | None) -> None:
+  """Raises ConfigError if the run of TeacherConfig.model_dir cannot teach a run that has the vocabulary `found` (None: any)."""
+  model_dir, model = config.teacher.model_dir, config.model
+  run = run_directory.read_run(model_dir)
+  run_directory.check_is_model(model_dir, run.config)
+  theirs = run.info.get('vocabulary')
+  if found is not None and theirs != found.fingerprint:
+    raise ConfigError(f'--teacher={model_dir}: that run was trained with another vocabulary than {found.spec} ({theirs}, not '
+                      f'{found.fingerprint}). A teacher speaks of the same tokens: set TaskConfig.vocabulary to the one in '
+                      f'{model_dir}/vocabulary, or give another teacher.')
+  rows = run.config.model.vocab_size
+  if rows != model.vocab_size:
+    raise ConfigError(f'--teacher={model_dir}: its model has ModelConfig.vocab_size = {rows}, this one {model.vocab_size}: set '
+                      f'it to {rows}.')
+  needed = set(row_features.names(dataclasses.replace(config, model=run.config.model)))
+  if needed and (needed - set(row_features.names(config)) or run.config.model.moe.num_experts != model.moe.num_experts):
+    raise ConfigError(f"--teacher={model_dir}: its experts go by the task of a row (router 'domain'), which rows carry only "
+                      'for a model with the same number of such experts.')
+
+
 def check(config: Config, model_dir: Any = '') -> None:
   """Raises ConfigError for what cannot work whatever the documents are.
 
@@ -124,6 +170,8 @@ def check(config: Config, model_dir: Any = '') -> None:
     check_source('TrainConfig.init_from', config.train.init_from, found, config.delta.train_base)
   if config.delta.base:
     check_source('DeltaConfig.base', config.delta.base, found)
+  if is_guided(config, model_dir) and config.teacher.model_dir:
+    check_teacher(config, found)
   vocabularies.check_size(config.model, found)
   check_sentinels(config, found)
   if (done := first_step(config, model_dir)) and config.train.steps < done and not has_begun(model_dir):

@@ -58,6 +58,12 @@ def model_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: floa
   return (2.0 if frozen else 3.0) * (encoder_tokens * (encoder + keys) + decoder_tokens * decoder)
 
 
+def forward_flops(config: ModelConfig, encoder_tokens: float, decoder_tokens: float, S: int, T: int) -> float:
+  """As `model_flops`, of the forward pass alone, which is all that a teacher does."""
+  encoder, keys, decoder = _of_a_token(config, S, T)
+  return encoder_tokens * (encoder + keys) + decoder_tokens * decoder
+
+
 def inference_flops(config: ModelConfig, step: str, rows: int, S: int, T: int) -> float:
   """Floating-point operations that one call of a part of inference has to do.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm import trees
-from t5x_cpm.training import host_memory, losses
+from t5x_cpm.training import guidance, host_memory, losses
 from t5x_cpm.training.layout import Batch, Frozen, Layout, State
 
 
@@ -26,25 +26,33 @@ def means(pairs: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
 
 
 def loss_sums(
-    layout: Layout, params: Any, frozen: Frozen, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Sums]:
+    layout: Layout, params: Any, frozen: Frozen, batch: Batch, key: jax.Array | None,
+    share: jax.Array | None = None) -> tuple[jax.Array, jax.Array, Sums]:
   """The sum of the losses of the targets, the sum of the auxiliary losses, and what else adds up; key: None outside training.
 
-  Over a frozen base tokens are routed as at inference, also in training.
+  Over a frozen base tokens are routed as at inference, also in training. `share` is that of a teacher in the loss, of which
+  the batch has what it says; None: there is none.
   """
   logits, auxiliary, layers, updates = layout.model.apply(
       frozen.get('base', {}) | params, batch, key=key, train=key is not None and not layout.base)
   total, pairs = losses.cross_entropy(
       logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], layout.config.optimizer.z_loss)
+  if share is not None:
+    total, of_teacher = guidance.loss(layout.config.teacher, total, logits, batch, share)
+    pairs |= of_teacher
   pairs |= {name: (value, jnp.ones_like(value)) for name, value in auxiliary.items()}
   return total, sum(auxiliary.values(), jnp.zeros_like(total)), Sums(pairs, layers, updates)
 
 
-def _microbatch_gradients(layout: Layout, trained: Any, rest: Any, frozen: Frozen, weight: jax.Array, batch: Batch,
-                          key: jax.Array) -> tuple[Any, Sums]:
+def _microbatch_gradients(layout: Layout, trained: Any, rest: Any, frozen: Frozen, weight: jax.Array,
+                          share: jax.Array | None, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
   """Gradients of the losses of some rows, divided by the weight of all rows, and what else adds up."""
 
+  if layout.teacher is not None:
+    batch = batch | guidance.of_teacher(layout.config.teacher, layout.teacher, frozen['teacher'], batch)
+
   def objective(trained: Any) -> tuple[jax.Array, Sums]:
-    total, auxiliary, sums = loss_sums(layout, trees.merged(trained, rest), frozen, batch, key)
+    total, auxiliary, sums = loss_sums(layout, trees.merged(trained, rest), frozen, batch, key, share)
     loss = total / weight
     return (loss if layout.base else loss + auxiliary / layout.config.train.microbatches), sums
 
@@ -63,11 +71,12 @@ def _microbatches(batch: Batch, count: int, together: int) -> Batch:
   return jax.tree.map(deal, batch)
 
 
-def _batch_gradients(layout: Layout, params: Any, frozen: Frozen, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+def _batch_gradients(layout: Layout, params: Any, frozen: Frozen, share: jax.Array | None, batch: Batch,
+                     key: jax.Array) -> tuple[Any, Sums]:
   """Gradients of the mean loss over the weighted targets of all microbatches together, and what else adds up."""
   trained, rest = layout.split(params)
   weight = jnp.maximum(batch['decoder_loss_weights'].sum(), 1e-9)
-  one = functools.partial(_microbatch_gradients, layout, trained, rest, frozen, weight)
+  one = functools.partial(_microbatch_gradients, layout, trained, rest, frozen, weight, share)
   count = layout.config.train.microbatches
   if count == 1:
     return one(batch, key)
@@ -96,4 +105,5 @@ def gradients(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> tup
   """
   with mesh_lib.inside(layout.mesh):
     key = jax.random.fold_in(jax.random.key(layout.config.train.seed), state['step'])
-    return _batch_gradients(layout, host_memory.working(state), frozen, batch, key)
+    share = guidance.share(layout.config, state['step']) if layout.guided else None
+    return _batch_gradients(layout, host_memory.working(state), frozen, share, batch, key)

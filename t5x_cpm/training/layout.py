@@ -3,21 +3,22 @@
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm import trees, tuning
-from t5x_cpm.config import Config, ConfigError, row_features
+from t5x_cpm.config import Config, ConfigError, ModelConfig, row_features
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.layers import compute_dtype
-from t5x_cpm.training import host_memory, optimizer
+from t5x_cpm.training import guidance, host_memory, optimizer
 
 State = dict[str, Any]
 Frozen = dict[str, Any]
 Batch = dict[str, Any]
+Teacher = ModelConfig | Literal['cached'] | None
 ENCODER_FEATURES = ('encoder_input_tokens', 'encoder_segment_ids', 'encoder_positions')
 DECODER_FEATURES = (
     'decoder_input_tokens', 'decoder_target_tokens', 'decoder_segment_ids', 'decoder_positions', 'decoder_loss_weights')
@@ -34,12 +35,14 @@ class Layout:
     leaves: a Leaf for every parameter of the state.
     trained: those of `leaves` that change by their gradient, which is what gradients and the optimizer see.
     base: a Leaf for every parameter of the frozen base; {} where the state holds all parameters.
+    guided: whether a teacher has a part in the loss.
+    teacher: that teacher; None where there is none, or batches bring what it says.
     tx: the optimizer of what is trained.
     schedule: step -> learning rate.
     group_rows: rows of a batch that are routed together.
     axes: logical axes of the state as a checkpoint holds it: a tree of tuples of names.
     abstract_state: shapes, dtypes and shardings of the state, with the copies of what lies in the memory of the hosts.
-    abstract_frozen: the same of what a step reads but neither changes nor saves: {'base': ...}, or {}.
+    abstract_frozen: the same of what a step reads but neither changes nor saves: {'base': ..., 'teacher': ...}, if any.
     abstract_batch: the same of a batch.
     gradient_shardings: of the gradients, where MeshConfig.sharding splits the optimizer's state over data; else None.
   """
@@ -50,6 +53,8 @@ class Layout:
   leaves: Any
   trained: Any
   base: Any
+  guided: bool
+  teacher: encoder_decoder.Model | None
   tx: optimizer.Optimizer
   schedule: optimizer.Schedule
   group_rows: int
@@ -119,13 +124,27 @@ def _in_two(leaves: Any, trained: Collection[str] | None) -> tuple[Any, Any]:
           {name: leaf for name, leaf in leaves.items() if name not in trained})
 
 
-def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | None = None) -> Layout:
+def _frozen(config: Config, mesh: jax.sharding.Mesh, base: Any, teacher: encoder_decoder.Model | None) -> Frozen:
+  """Shapes, dtypes and shardings of what a step only reads."""
+  rules = mesh_lib.STATE_RULES[config.mesh.sharding][0]
+  frozen: Frozen = {}
+  if base:
+    frozen['base'] = _with_shardings(tuning.held(base, config.delta), mesh_lib.shardings(mesh, _axes(base), rules))
+  if teacher is not None:
+    leaves, dtype = teacher.leaves(), jnp.dtype(config.teacher.dtype)
+    mesh_lib.check_tree_divides(mesh, {'teacher': _abstract(leaves)}, {'teacher': _axes(leaves)}, rules)
+    held = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype if leaf.casts else leaf.dtype), leaves)
+    frozen['teacher'] = _with_shardings(held, mesh_lib.shardings(mesh, _axes(leaves), rules))
+  return frozen
+
+
+def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | None = None, teacher: Teacher = None) -> Layout:
   """The layout of a configuration on a mesh.
 
   Args:
     config: the run's configuration.
     mesh: the mesh to run on.
-    trained: see `step.build`.
+    trained, teacher: see `step.build`.
 
   Raises:
     ConfigError: a dimension that the mesh does not divide; a head_dim, batch or schedule that cannot work.
@@ -150,14 +169,13 @@ def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | Non
     dtype = compute_dtype(config.model)
     shardings = host_memory.move(state, shardings, leaves, config.mesh.host_gib, dtype)
     state = jax.eval_shape(functools.partial(host_memory.complete, shardings=shardings, dtype=dtype), state)
-  frozen: Frozen = {}
-  if base:
-    places = mesh_lib.shardings(mesh, _axes(base), param_rules)
-    frozen['base'] = _with_shardings(tuning.held(base, config.delta), places)
-  batch = batch_shapes(config)
-  batch_axes = {name: ('batch', 'length')[:shape.ndim] for name, shape in batch.items()}
+  guide = encoder_decoder.build(teacher) if isinstance(teacher, ModelConfig) else None
+  frozen = _frozen(config, mesh, base, guide)
+  batch = batch_shapes(config) | (guidance.shapes(config) if teacher == 'cached' else {})
+  batch_axes = {name: ('batch', 'length', None)[:shape.ndim] for name, shape in batch.items()}
   return Layout(
-      config=config, model=model, mesh=mesh, leaves=leaves, trained=by_gradient, base=base, tx=tx,
+      config=config, model=model, mesh=mesh, leaves=leaves, trained=by_gradient, base=base,
+      guided=teacher is not None, teacher=guide, tx=tx,
       schedule=optimizer.make_schedule(config.optimizer, config.train.steps), group_rows=group_rows, axes=axes,
       abstract_state=_with_shardings(state, shardings), abstract_frozen=frozen,
       abstract_batch=_with_shardings(batch, mesh_lib.shardings(mesh, batch_axes)),

@@ -212,13 +212,14 @@ class LateMetrics:
       checkpoints: says which checkpoint was written last, for messages about a run that fails.
     """
     self._step, self._frozen, self._writers, self._checkpoints = step, frozen, writers, checkpoints
-    self._waiting: tuple[int, dict[str, jax.Array], Batch] | None = None
+    self._waiting: tuple[int, dict[str, jax.Array], Batch, Step, Frozen] | None = None
     self._root = math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(step.abstract_state['params'])))
     self._told = False
 
-  def add(self, number: int, values: dict[str, jax.Array], batch: Batch) -> None:
-    """Takes the metrics of a step, which need not have run yet, and the batch that it was given."""
-    self._waiting = number, values, batch
+  def add(self, number: int, values: dict[str, jax.Array], batch: Batch, step: Step | None = None,
+          frozen: Frozen | None = None) -> None:
+    """Takes the metrics of a step, which need not have run yet, and what it was given; step: of another program than others."""
+    self._waiting = number, values, batch, step or self._step, self._frozen if frozen is None else frozen
 
   def report(self, state: State) -> None:
     """Writes what waits. `state` may be that of the step or a later one: once something is not finite, it does not change.
@@ -228,13 +229,13 @@ class LateMetrics:
     """
     if self._waiting is None:
       return
-    number, values, batch = self._waiting
+    number, values, batch, step, frozen = self._waiting
     self._waiting = None
     numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
     if numbers.pop('halted'):
       raise FloatingPointError(
           f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
-          f'finite is {self._step.explain(state, self._frozen, batch)}. {self._checkpoints()} {ADVICE}')
+          f'finite is {step.explain(state, frozen, batch)}. {self._checkpoints()} {ADVICE}')
     self._writers.step(number, numbers)
     self._check_size(number, numbers.get('parameter_norm', 0.0))
 

@@ -7,9 +7,10 @@ finite sets: from then on the state stays as it was before that step, so that th
 update makes parameters not finite, and these stay. Where weights lie in the memory of the hosts, the state has their `copies`
 too: see host_memory.
 
-What is frozen is a plain dict as well: {} where all parameters are trained, else {'base': the other ones}. A step reads it, and
-neither changes, donates nor saves it. The model sees frozen['base'] | state['params'], and over such a base it chooses experts
-as at inference: no token is dropped, no balance is asked for, and no bias moves.
+What is frozen is a plain dict as well: {} where all parameters are trained, else {'base': the other ones}; and 'teacher' is
+among it where one guides the step (see guidance). A step reads it, and neither changes, donates nor saves it. The model sees
+frozen['base'] | state['params'], and over such a base it chooses experts as at inference: no token is dropped, no balance is
+asked for, and no bias moves.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from t5x_cpm import backend, trees
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import host_memory, losses, optimizer, stability
+from t5x_cpm.training import guidance, host_memory, losses, optimizer, stability
 from t5x_cpm.training import layout as layout_lib
 from t5x_cpm.training.gradients import Sums, gradients, loss_sums, means
 from t5x_cpm.training.layout import Batch, Frozen, Layout, State, shardings_of
@@ -65,7 +66,8 @@ def metrics(
     norm: the norm of the gradients.
     squares: the sum of the squares of the parameters.
   """
-  return means(sums.pairs) | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
+  of_teacher = {'teacher_share': guidance.share(layout.config, step)} if layout.guided else {}
+  return means(sums.pairs) | of_teacher | {f'router/{name}': value for name, value in means(sums.layers).items()} | {
       'gradient_norm': norm,
       'parameter_norm': jnp.sqrt(squares),
       'learning_rate': jnp.asarray(layout.schedule(step), jnp.float32),
@@ -103,6 +105,10 @@ def explain(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> str |
 
   Parameters that are finite, but so large that the sum of their squares is not, stand before loss and gradients.
   """
+  if layout.teacher is not None:
+    of_teacher = jax.tree.map(lambda leaf: leaf.axes, layout.teacher.leaves())
+    if bad := stability.first_bad_tensor({'teacher': frozen['teacher']}, {'teacher': of_teacher}):
+      return bad
   grads, sums = jax.jit(functools.partial(gradients, layout))(state, frozen, batch)
   axes = jax.tree.map(lambda leaf: leaf.axes, {'base': layout.base, 'state': layout.leaves, 'trained': layout.trained})
   params = {'parameter': frozen.get('base', {}) | state['params']}
@@ -165,7 +171,8 @@ class Step:
   schedule: Callable[[Any], Any]
 
 
-def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] | None = None) -> Step:
+def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] | None = None,
+          teacher: layout_lib.Teacher = None) -> Step:
   """Builds the step of a configuration for a mesh.
 
   Args:
@@ -174,12 +181,14 @@ def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] |
     trained: names of the top-level subtrees of the parameters that the state holds and the step trains; the others are the
       frozen base, which the caller gives to each call. None: the delta where DeltaConfig names one; else all are trained, and
       nothing is frozen.
+    teacher: the model of the teacher that guides the step, with its weights in frozen['teacher']; 'cached': batches bring what
+      it says; None: no teacher does.
 
   Raises:
     ConfigError: a dimension that the mesh does not divide; a head_dim, batch or schedule that cannot work; a name in `trained`
       that is no subtree.
   """
-  layout = layout_lib.make(config, mesh, trained)
+  layout = layout_lib.make(config, mesh, trained, teacher)
   state, frozen, batch = (shardings_of(tree) for tree in (
       layout.abstract_state, layout.abstract_frozen, layout.abstract_batch))
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -16,8 +16,7 @@ from t5x_cpm.config import Config, gin
 from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.data import report
 from t5x_cpm.tasks import caches
-from t5x_cpm.training import batches, before, deltas, host_memory, metrics, optimizer, plots, start, validation
-from t5x_cpm.training import step as step_lib
+from t5x_cpm.training import batches, before, deltas, host_memory, metrics, optimizer, plots, start, teachers, validation
 from t5x_cpm.training.interrupts import Interrupted
 from t5x_cpm.training.profile import Profile
 
@@ -51,7 +50,9 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   backend.use_cpu_devices(config.mesh.cpu_devices, group.count)
   backend.keep_compiled_programs()
   mesh = mesh_lib.make_mesh(config.mesh)
-  step = step_lib.build(config, mesh)
+  teacher = teachers.find(config, model_dir)
+  programs = teachers.Steps(config, mesh, teacher.model if teacher else None)
+  step = programs.plain
   base = deltas.find(config, model_dir)
   may_differ = ('base',) if config.delta.allow_other_base else ()
   config = deltas.as_saved(config)
@@ -64,10 +65,12 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   held_out = validation.open_reader(config, say)
   if answers:
     say(f'data: {answers.note}; the {config.checkpoint.best_mode}imum of {config.checkpoint.best_metric} is the best')
+  taught = teachers.batches(config, reader, teacher)
   info: dict[str, Any] = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
   begins = before.first_step(config, model_dir)
   info |= {'base': base.fingerprint} if base else {}
   info |= {'first_step': begins} if config.train.go_on else {}
+  info |= teachers.info(config, model_dir, teacher.fingerprint if teacher else None)
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   with contextlib.ExitStack() as until_the_loop:
@@ -87,6 +90,9 @@ def run(config: Config, model_dir: str, group: Group | None = None,
     frozen = deltas.load(base, step)
     if base:
       deltas.tell(base, config, step, say)
+    programs.load(frozen, teacher)
+    if teacher:
+      teachers.tell(teacher, config, programs, say)
     state = start.begin(config, model_dir, step, frozen, manager, reader.vocabulary, say)
     start.tell_of_little_room(manager.model_dir, host_memory.saved(step.abstract_state), say)
     first = begins if latest is None else latest
@@ -99,16 +105,18 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   late = metrics.LateMetrics(step, frozen, writers, manager.last_words)
   evaluation: dict[str, float] = {}
   with (interrupted.noting(), writers, profile, manager,
-        batches.training_batches(step, reader, first, steps) as rows):
+        batches.training_batches(programs.of, taught, first, steps) as rows):
     joins = latest is None and begins > 0  # it goes on with another run: what it begins with is evaluated, too
     for number in range(first + (not joins), steps + 1) or [first]:  # if no step is asked for, only the parameters as they are
       if number > first:
         batch = next(rows)
         group.at(f'step {number}')
+        program, reads = programs.at(number)
         with profile.step(number - 1):
-          state, values = step.fn(state, frozen, batch)
+          state, values = program.fn(state, reads, batch)
         late.report(state)
-        late.add(number, values, batch)
+        late.add(number, values, batch, program, reads)
+        del reads
       if number == first + 1:
         late.report(state)
         writers.note(f'first step after {time.monotonic() - started:.1f} s')
