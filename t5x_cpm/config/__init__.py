@@ -16,17 +16,16 @@ from t5x_cpm.config.run import (
     DecodeConfig,
     EvalConfig,
     InferConfig,
-    LocalTaskConfig,
     MeshConfig,
     MetricsConfig,
     OptimizerConfig,
     ProcessesConfig,
-    TaskConfig,
     TrainConfig,
     from_dict,
     identity_differences,
     to_dict,
 )
+from t5x_cpm.config.task import LocalTaskConfig, TaskConfig
 from t5x_cpm.config.teacher import TeacherConfig
 
 __all__ = [
