@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_tensors
+from small_tensors import from_params, to_params
 
 from t5x_cpm import vocabularies
 from t5x_cpm.__main__ import main
-from t5x_cpm.checkpoints import arrays, convert, huggingface, run_directory
+from t5x_cpm.checkpoints import arrays, huggingface, run_directory
 from t5x_cpm.checkpoints.manager import Manager
 from t5x_cpm.config import Config, ConfigError, ModelConfig, TaskConfig
 from t5x_cpm.inference import decode
@@ -44,10 +46,10 @@ class Reference:
     self.file, self.train = file, bool(training)
     print(file['versions'])
     config = huggingface.read_config(json.loads(str(file['config'])))
-    self.config, weights = huggingface.head_to_ours(config, self.part('weight/'))
+    self.config, params = to_params(config, self.part('weight/'))
     self.config = dataclasses.replace(self.config, moe=dataclasses.replace(self.config.moe, **training))
     self.model = encoder_decoder.build(self.config)
-    self.params = jax.tree.map(jnp.asarray, huggingface.to_params(self.config, weights))
+    self.params = jax.tree.map(jnp.asarray, params)
     labels = file['labels']
     self.weights = jnp.asarray(labels >= 0, jnp.float32)
     self.targets = jnp.maximum(labels, 0)
@@ -99,7 +101,7 @@ def check_figures(reference: Reference) -> None:
   assert want[valid].std() >= 1
   assert_equal('logits', np.asarray(logits)[valid], want[valid])
   assert_equal('loss', loss, reference.file['loss'])
-  own = dict(huggingface.from_params(reference.config, gradients))
+  own = from_params(reference.config, gradients)
   theirs = reference.part('gradient/')
   assert set(own) == set(theirs)
   for name, value in theirs.items():
@@ -160,9 +162,9 @@ def test_switch_transformers(switch):
 
 
 def test_switch_transformers_there_and_back(switch, tmp_path):
-  there = dict(huggingface.from_params(switch.config, switch.params))
+  there = from_params(switch.config, switch.params)
   assert set(there) == set(switch.part('weight/'))
-  jax.tree.map(np.testing.assert_array_equal, huggingface.to_params(switch.config, there), switch.params)
+  jax.tree.map(np.testing.assert_array_equal, to_params(switch.config, there)[1], switch.params)
   assert huggingface.read_config(huggingface.write_config(switch.config)) == switch.config
   routed = dataclasses.replace(switch.config, moe=dataclasses.replace(switch.config.moe, router='top_k'))
   with pytest.raises(ConfigError, match="router = 'top_k'.*SwitchTransformers"):
@@ -176,10 +178,10 @@ def test_switch_transformers_there_and_back(switch, tmp_path):
 
 
 def test_weights_and_configuration_there_and_back(golden):
-  there = dict(huggingface.from_params(golden.config, golden.params))
+  there = from_params(golden.config, golden.params)
   assert {name: value.shape for name, value in there.items()} == {
       name: value.shape for name, value in golden.part('weight/').items()}
-  back = huggingface.to_params(golden.config, there)
+  back = to_params(golden.config, there)[1]
   jax.tree.map(np.testing.assert_array_equal, back, golden.params)
   for config in (golden.config, dataclasses.replace(golden.config, mlp_activation='gelu', tie_embeddings=True)):
     assert huggingface.read_config(huggingface.write_config(config)) == config
@@ -190,7 +192,7 @@ def test_tensors_that_do_not_fit_are_named(golden):
   weights['encoder.block.1.layer.0.SelfAttention.k.weight'] = np.zeros((3, 2), np.float32)
   weights['decoder.block.9.layer.0.layer_norm.weight'] = weights.pop('decoder.final_layer_norm.weight')
   with pytest.raises(ConfigError) as error:
-    huggingface.to_params(golden.config, weights)
+    to_params(golden.config, weights)
   for part in ('block.1.layer.0.SelfAttention.k.weight: [3, 2], expected [24, 32]', 'decoder.final_layer_norm.weight: missing',
                'decoder.block.9.layer.0.layer_norm.weight: not of'):
     assert part in str(error.value)
@@ -208,8 +210,7 @@ def test_every_kind_of_head_gives_their_logits(golden, tied, scaled):
   if tied:
     del weights['lm_head.weight']
   head = weights['shared.weight' if tied else 'lm_head.weight']
-  config, given = huggingface.head_to_ours(dataclasses.replace(golden.config, tie_embeddings=scaled), weights)
-  params = huggingface.to_params(config, given)
+  config, params = to_params(dataclasses.replace(golden.config, tie_embeddings=scaled), weights)
   x = np.random.default_rng(5).standard_normal((1, 2, config.d_model)).astype(np.float32)
   got = encoder_decoder.build(config).logits(params, jnp.asarray(x))
   want = x * (config.d_model**-0.5 if scaled else 1) @ head.T
@@ -232,28 +233,28 @@ def test_export_and_import_keep_a_model(tmp_path, capsys):
   with Manager(tmp_path / 'run', config, info={'vocabulary': words.fingerprint}) as manager:
     words.save(tmp_path / 'run' / 'vocabulary')
     manager.save(3, {'step': jnp.int32(3), 'params': params})
-  assert main(['convert', 'export', f'--model_dir={tmp_path / "run"}', f'--hf={tmp_path / "hf"}']) == 0
+  assert main(['convert', 'to_hf', f'{tmp_path / "run"}', f'{tmp_path / "hf"}']) == 0
   described = json.loads((tmp_path / 'hf' / 'config.json').read_text())
   assert (described['decoder_start_token_id'], described['eos_token_id'], described['pad_token_id']) == (1, 7, 5)
-  assert main(['convert', 'import', f'--hf={tmp_path / "hf"}', f'--model_dir={tmp_path / "back"}']) == 0
+  assert main(['convert', 'hf', f'{tmp_path / "hf"}', f'{tmp_path / "back"}']) == 0
   jax.tree.map(np.testing.assert_array_equal, arrays.load_params(tmp_path / 'back'), params)
   assert run_directory.read_run(tmp_path / 'back').info['vocabulary'] == words.fingerprint
-  assert main(['convert', 'export', f'--model_dir={tmp_path / "run"}', f'--hf={tmp_path / "hf"}']) == 2
-  assert 'is not empty' in capsys.readouterr().err
+  assert main(['convert', 'to_hf', f'{tmp_path / "run"}', f'{tmp_path / "hf"}']) == 2
+  assert 'exists already' in capsys.readouterr().err
 
 
 def test_large_models_are_written_in_parts(tmp_path, golden):
-  convert.write_tensors(tmp_path, huggingface.from_params(golden.config, golden.params), limit=20_000)
+  small_tensors.write(tmp_path, from_params(golden.config, golden.params), limit=20_000)
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
   files = sorted(file.name for file in tmp_path.glob('*.safetensors'))
   assert len(files) > 3 and sorted(set(index['weight_map'].values())) == files and not list(tmp_path.glob('part-*'))
-  for name, value in convert.read_tensors(tmp_path).items():
+  for name, value in small_tensors.read(tmp_path).items():
     np.testing.assert_array_equal(value, golden.part('weight/')[name])
 
 
 def test_folders_that_cannot_be_read_are_refused(tmp_path, golden, capsys):
   words = small_vocabulary(tmp_path)
-  flags = ['convert', 'import', f'--hf={tmp_path}', f'--model_dir={tmp_path / "new"}', f'--vocabulary={words}']
+  flags = ['convert', 'hf', f'{tmp_path}', f'{tmp_path / "new"}', f'--vocabulary={words}']
 
   def told() -> str:
     assert main(flags) == 2
@@ -267,9 +268,9 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path, golden, capsys):
   assert 'has no model*.safetensors' in told()
   (tmp_path / 'model.safetensors').write_bytes(b'x' * 20)
   assert 'model.safetensors is damaged' in told()
-  assert main([*flags, '--step=3']) == 2 and main(['convert', 'exprot', *flags[2:]]) == 2
+  assert main([*flags, '--step=3']) == 2 and main(['convert', 'to_hg', *flags[2:]]) == 2
   error = capsys.readouterr().err
-  assert '--step is not a flag of convert import' in error and 'Did you mean export?' in error
+  assert '--step is not a flag of convert hf' in error and 'Did you mean to_hf?' in error
   assert not (tmp_path / 'new').exists()
 
 
@@ -333,7 +334,7 @@ def read_by_transformers(folder: pathlib.Path, reference: Reference, kind: str) 
   transformers = pytest.importorskip('transformers')
   (folder / 'config.json').write_text(json.dumps(huggingface.write_config(reference.config) | {
       'pad_token_id': 0, 'eos_token_id': 1, 'decoder_start_token_id': 0}))
-  convert.write_tensors(folder, huggingface.from_params(reference.config, reference.params))
+  small_tensors.write(folder, from_params(reference.config, reference.params))
   model = getattr(transformers, f'{kind}ForConditionalGeneration').from_pretrained(folder).eval()
   with torch.no_grad():
     out = model(**{name: torch.from_numpy(reference.file[name]).long() for name in ('input_ids', 'attention_mask', 'labels')})
@@ -352,8 +353,7 @@ def test_transformers_reads_what_is_exported(tmp_path, golden, switch):
   import torch
   torch.save(model.state_dict(), tmp_path / 't5' / 'pytorch_model.bin')
   (tmp_path / 't5' / 'model.safetensors').unlink()
-  config, weights = huggingface.head_to_ours(golden.config, convert.read_tensors(tmp_path / 't5'))
-  jax.tree.map(np.testing.assert_array_equal, huggingface.to_params(config, weights), golden.params)
+  jax.tree.map(np.testing.assert_array_equal, to_params(golden.config, small_tensors.read(tmp_path / 't5'))[1], golden.params)
 
 
 def test_golden_files_are_small():

@@ -22,7 +22,7 @@ from jax.extend.core import jaxprs_in_params
 
 from t5x_cpm import inference, trees, tuning
 from t5x_cpm import mesh as mesh_lib
-from t5x_cpm.checkpoints import convert, digests, run_directory
+from t5x_cpm.checkpoints import digests, export, run_directory
 from t5x_cpm.config import CheckpointConfig, Config, ConfigError, DeltaConfig, LocalTaskConfig, MeshConfig, MoEConfig
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.component import Weight
@@ -264,7 +264,7 @@ def test_a_delta_belongs_to_its_base(base_dir, whole, tmp_path, capsys):
   started = dataclasses.replace(tuned(base_dir), train=source, delta=DeltaConfig())
   twice = str(tmp_path / 'twice')
   for use in (lambda: training.run(tuned(run), twice), lambda: training.run(started, twice),
-              lambda: convert.to_huggingface(run, twice)):
+              lambda: export.to_huggingface(run, twice)):
     with pytest.raises(ConfigError, match='holds no model, but a delta'):
       use()
   assert not (tmp_path / 'twice').exists()

@@ -1,8 +1,8 @@
 """The format of transformers: T5 1.1, mT5, T5, CPM-2 written as T5, and SwitchTransformers.
 
 Translates between a ModelConfig and a config.json, and between our parameters and their tensors. Our kernels are [in, out] and
-stacked over layers, theirs are [out, in] and one per layer; neither side scales query, key or value. `convert` reads and writes
-the files.
+stacked over layers, theirs are [out, in] and one per layer; neither side scales query, key or value. `convert` and `export`
+stream them.
 """
 
 import dataclasses
@@ -11,8 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from t5x_cpm import trees
+from t5x_cpm.checkpoints.readers import Index, TensorReader, check_fits, equal, misfits, read_part
 from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig
 from t5x_cpm.config.fields import shown
+from t5x_cpm.models import encoder_decoder
+from t5x_cpm.models.leaf import Leaf
 
 SWITCH = 'switch_transformers'
 UNTIED = 'without it SwitchTransformers gives encoder and decoder an embedding table each, and here they share one.'
@@ -40,10 +44,9 @@ class Tensor(NamedTuple):
   stack: tuple[tuple[int, ...], ...]  # the numbers of layers, and of experts, that it is stacked over: (), (layers,) or both
   transposed: bool
 
-  def each(self, stacked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Their name for each part, and the part as a view."""
-    for index in np.ndindex(*map(len, self.stack)):
-      yield self.name.format(*(numbers[i] for numbers, i in zip(self.stack, index))), stacked[index]
+  def at(self, index: Index) -> str:
+    """Their name of the slice at an index."""
+    return self.name.format(*(numbers[i] for numbers, i in zip(self.stack, index, strict=True)))
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
@@ -173,79 +176,89 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   } | {key: getattr(config, ours) for ours, key in FIELDS.items()}
 
 
-def head_to_ours(config: ModelConfig, given: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+class Part(NamedTuple):
+  """One of their tensors, and the slice of a parameter that it is made of."""
+
+  name: str
+  shape: tuple[int, ...]
+  leaf: Leaf
+  at: Index
+  transposed: bool
+
+
+def _leaves(config: ModelConfig) -> dict[str, Leaf]:
+  return trees.named(encoder_decoder.build(config).leaves())
+
+
+def exported(config: ModelConfig) -> Iterator[Part]:
+  """Their tensors of a model, one after the other."""
+  leaves = _leaves(config)
+  for tensor in tensors(config):
+    leaf = leaves[tensor.path]
+    shape = leaf.shape[len(tensor.stack):]
+    for index in np.ndindex(*map(len, tensor.stack)):
+      yield Part(tensor.at(index), shape[::-1] if tensor.transposed else shape, leaf, index, tensor.transposed)
+
+
+def _head(config: ModelConfig, reader: TensorReader) -> tuple[ModelConfig, dict[str, str], bool]:
   """Brings the four combinations of (tied or not, scaled or not) to the two of ModelConfig.tie_embeddings.
 
   Args:
     config: its tie_embeddings says whether they scale.
-    given: the tensors; a head that equals the embedding table is tied.
+    reader: of their tensors; a head that equals the embedding table is tied.
 
   Returns:
-    The configuration, and tensors that fit it.
+    The configuration; their names of the table and of the head, where they lie under another; whether the head is to be scaled
+    by 1 / sqrt(d_model).
 
   Raises:
     ConfigError: encoder and decoder have an embedding table each.
   """
-  tables = {name: given[name] for name in TABLES if name in given}
-  given = {name: value for name, value in given.items() if name not in (*TABLES, UNUSED)}
-  shared: Any = next(iter(tables.values()), None)
-  for name, table in tables.items():
-    if not np.array_equal(table, shared):
-      raise ConfigError(f'{next(iter(tables))} and {name} differ: here encoder and decoder share one embedding table.')
-  if shared is not None:
-    given['shared.weight'] = shared
-  own = given.pop('lm_head.weight', None)
-  tied = own is None or (shared is not None and np.array_equal(own, shared))
-  if shared is None or tied == config.tie_embeddings:
-    return config, given if tied else given | {'lm_head.weight': own}
-  head = np.asarray(shared if tied else own)
-  if config.tie_embeddings:  # a head of its own, and scaled: fold the scale into the head
-    head = head * np.asarray(config.d_model**-0.5, head.dtype)
-  return dataclasses.replace(config, tie_embeddings=False), given | {'lm_head.weight': head}
+  first, *others = [name for name in TABLES if name in reader.kinds] or ['']
+  for name in others:
+    if not equal(reader, first, name):
+      raise ConfigError(f'{first} and {name} differ: here encoder and decoder share one embedding table.')
+  own = 'lm_head.weight' in reader.kinds
+  if not first:
+    return config, {}, False
+  tied = not own or equal(reader, first, 'lm_head.weight')
+  names = {'shared.weight': first, 'lm_head.weight': first if tied else 'lm_head.weight'}
+  if tied == config.tie_embeddings:
+    return config, names, False
+  return dataclasses.replace(config, tie_embeddings=False), names, config.tie_embeddings
 
 
-def to_params(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-  """Our parameters, numpy in ModelConfig.param_dtype, from their tensors.
+class Source:
+  """The parameters of a model in the tensors of a folder of transformers, slice by slice.
 
-  Raises:
-    ConfigError: names up to 5 tensors that are missing, left over, or of another shape than the configuration says.
+  Attributes:
+    config: of the model.
+    leaves: its parameters by name.
   """
-  import jax
 
-  from t5x_cpm.models import encoder_decoder
+  def __init__(self, config: ModelConfig, reader: TensorReader):
+    """Names up to 5 tensors that are missing, left over, or of another shape than the configuration says, as a ConfigError.
 
-  abstract = encoder_decoder.build(config).abstract()[0]
-  table = {tensor.path: tensor for tensor in tensors(config)}
-  wrong, used = [], set()
+    Args:
+      config: as from `read_config`.
+      reader: of their tensors.
+    """
+    self.config, self._names, self._scales = _head(config, reader)
+    self._reader = reader
+    self.leaves = _leaves(self.config)
+    self._tensors = {tensor.path: tensor for tensor in tensors(self.config)}
+    wanted = {self._names.get(part.name, part.name): part.shape for part in exported(self.config)}
+    # What is the same table under another name was compared, and is not missed.
+    spare = {*TABLES, UNUSED} | ({'lm_head.weight'} if self._names.get('lm_head.weight') in TABLES else set())
+    kinds = {name: kind for name, kind in reader.kinds.items() if name in wanted or name not in spare}
+    check_fits('the tensors do not fit config.json', misfits(kinds, wanted))
 
-  def convert(path: Any, leaf: Any) -> np.ndarray:
-    tensor = table[jax.tree_util.keystr(path, simple=True, separator='/')]
-    value = np.empty(leaf.shape, leaf.dtype)
-    for name, part in tensor.each(value):
-      used.add(name)
-      found = given.get(name)
-      shape = part.shape[::-1] if tensor.transposed else part.shape
-      if found is None:
-        wrong.append(f'{name}: missing')
-      elif tuple(found.shape) != shape:
-        wrong.append(f'{name}: {list(found.shape)}, expected {list(shape)}')
-      else:
-        part[...] = found.T if tensor.transposed else found
-    return value
-
-  params = jax.tree_util.tree_map_with_path(convert, abstract)
-  wrong += [f'{name}: not of a T5 of this configuration' for name in given if name not in used]
-  if wrong:
-    more = [f'and {len(wrong) - 5} more'] if len(wrong) > 5 else []
-    raise ConfigError('the tensors do not fit config.json:\n  ' + '\n  '.join(wrong[:5] + more))
-  return params
-
-
-def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-  """Their tensors, one at a time, from our parameters."""
-  for tensor in tensors(config):
-    value = params
-    for key in tensor.path.split('/'):
-      value = value[key]
-    for name, part in tensor.each(np.asarray(value)):
-      yield name, np.ascontiguousarray(part.T if tensor.transposed else part)
+  def read(self, leaf: Leaf, index: Index) -> np.ndarray:
+    """A slice of a parameter, in its type. Raises ConfigError where it cannot be read, or is not finite."""
+    tensor = self._tensors[leaf.name]
+    name = tensor.at(index)
+    name = self._names.get(name, name)
+    part = read_part(self._reader, name)
+    value = np.ascontiguousarray(part.T if tensor.transposed else part, np.dtype(leaf.dtype))
+    del part
+    return value * np.asarray(self.config.d_model**-0.5, value.dtype) if self._scales and leaf.name == 'lm_head' else value

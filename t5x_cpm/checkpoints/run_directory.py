@@ -68,8 +68,8 @@ def _reach(path: epath.Path) -> None:
   path.exists()
 
 
-def resolve(model_dir: Any) -> epath.Path:
-  """An absolute path: Orbax accepts no relative ones, and a program may change its working directory."""
+def resolve(model_dir: Any, name: str = '--model_dir') -> epath.Path:
+  """An absolute path: Orbax accepts no relative ones, and a program may change its working directory. Errors call it `name`."""
   try:
     path = epath.Path(model_dir)
     if b'\0' in os.fsencode(str(path)):
@@ -84,12 +84,12 @@ def resolve(model_dir: Any) -> epath.Path:
   except Exception as error:  # a loop of links, what is no path, what libraries of buckets say: errors of many kinds
     reason = one_line(' '.join(str(error).split()) or type(error).__name__)
     given = one_line(str(model_dir)) if isinstance(model_dir, str | os.PathLike) else shown(model_dir)
-    raise CheckpointError(f'--model_dir={given} cannot be used: {reason}.') from error
+    raise CheckpointError(f'{name}={given} cannot be used: {reason}.') from error
 
 
 def new(path: Any, name: str = '--model_dir') -> epath.Path:
   """A directory that is to be made. Raises CheckpointError, which calls it `name`, where something is there already."""
-  folder = resolve(path)
+  folder = resolve(path, name)
   if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
     raise CheckpointError(f'{name}={path} exists already: give a new directory.')
   return folder

@@ -1,13 +1,14 @@
 """Reading and writing tensors slice by slice, so that a model larger than memory streams through.
 
 A *slice* is what lies at an index of the leading axes of a tensor: one layer, or one expert of one layer; () is the whole.
-`CheckpointReader` reads slices of a checkpoint, `TensorWriter` makes a run directory with a checkpoint of step 0. What it
-writes lies in DIR.partial until the last slice is there, so nothing is ever half made.
+`CheckpointReader` reads slices of a checkpoint (`readers` those of other formats), `TensorWriter` makes a run directory with a
+checkpoint of step 0. What it writes lies in DIR.partial until the last slice is there, so nothing is ever half made.
 """
 
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,12 +19,13 @@ from etils import epath
 from t5x_cpm import files, stored, trees
 from t5x_cpm.checkpoints import arrays, digests, quiet, run_directory
 from t5x_cpm.checkpoints.manager import Manager
+from t5x_cpm.checkpoints.readers import Index, Kind
 from t5x_cpm.checkpoints.run_directory import CheckpointError
+from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config, to_dict
 from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.progress import Progress
 
-Index = tuple[int, ...]
 PARTIAL = '.partial'  # at the end of the name of a directory that is not complete
 CHUNK_BYTES = 32 << 20  # at most, of what is written at a time
 JOURNAL = 'slices.jsonl'  # in it, which slices are written, with their digests
@@ -57,7 +59,11 @@ def _pieces(part: Any) -> Iterator[tuple[slice, ...]]:
 
 
 class CheckpointReader:
-  """The parameters of a checkpoint of this project. A tensor whose slices were all read is compared with its digest."""
+  """The parameters of a checkpoint of this project. A tensor whose slices were all read is compared with its digest.
+
+  Attributes:
+    kinds: shape and type by name.
+  """
 
   def __init__(self, model_dir: Any, step: int | None = None):
     """The checkpoint of a step; None is the last. Raises CheckpointError where there is none, or it is damaged."""
@@ -66,9 +72,14 @@ class CheckpointReader:
     meta = run_directory.read_meta(self._model_dir, self._step)
     found = arrays.stored(self._model_dir, self._step, meta)
     self._digests = meta.get('arrays', {})
-    self._running = {name.removeprefix('params/'): digests.Running(np.dtype(leaf.dtype), leaf.shape)
-                     for name, leaf in found.items() if name.startswith('params/')}
+    self.kinds = {name.removeprefix('params/'): Kind(tuple(leaf.shape), np.dtype(leaf.dtype))
+                  for name, leaf in found.items() if name.startswith('params/')}
+    self._running = {name: digests.Running(kind.dtype, kind.shape) for name, kind in self.kinds.items()}
     self._stores: dict[str, Any] = {}
+
+  def place(self, name: str) -> str:
+    """Where a tensor lies, for errors."""
+    return f'{self._model_dir / "checkpoints" / str(self._step)}'
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
     """The slice at an index. Raises DamagedCheckpointError where it cannot be read, or the tensor is not what was saved."""
@@ -91,6 +102,13 @@ class CheckpointReader:
     if running.is_whole and self._digests.get(f'params/{name}', running.text) != running.text:
       raise run_directory.damaged(self._model_dir, self._step, f'the array {name} in state is not what was saved')
     return value
+
+
+def check_room(folder: epath.Path, needed: float, what: str) -> None:
+  """Raises CheckpointError where the disk of a local folder, which need not exist, has not `needed` bytes free for `what`."""
+  where = next(path for path in (folder, *folder.parents) if path.exists())
+  if '://' not in str(folder) and (free := shutil.disk_usage(where).free) < needed:
+    raise CheckpointError(f'{folder}: {what} takes about {needed / GiB:.1f} GiB, and {free / GiB:.1f} are free there.')
 
 
 def _chunks(leaf: Leaf) -> list[int]:

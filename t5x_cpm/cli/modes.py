@@ -18,7 +18,8 @@ GIN_FLAGS = (
     Flag('dry_run', '', 'print the resolved configuration, sizes and learning rates, and stop'),
 )
 MODEL_DIR = Flag('model_dir', 'DIR', 'folder of the run')
-DIRECTIONS = {'import': ('vocabulary', 'objective'), 'export': ('step',)}  # of `convert`, with the flags that only one has
+# What `convert` does, with the flags that it takes.
+CONVERSIONS = {'hf': ('vocabulary', 'objective'), 'cpm2': ('vocabulary', 'objective'), 'to_hf': ('step',)}
 # What `delta` does, with the flags that each needs and those that it also takes.
 ON_DELTAS = {'show': (('delta',), ()), 'merge': (('delta', 'output'), ('base',)),
              'average': (('delta', 'output'), ('base', 'weights')), 'to_peft': (('delta', 'output'), ('base',)),
@@ -101,20 +102,24 @@ def cache(arguments: Arguments, config: Config) -> None:
 
 
 def convert(arguments: Arguments) -> None:
-  """Converts a model from the format of transformers, or to it."""
-  direction = arguments.get('direction')
-  if direction not in DIRECTIONS:
-    raise ConfigError(f'convert {direction}: expected convert import or convert export.{did_you_mean(direction, DIRECTIONS)}')
-  for name in DIRECTIONS['export' if direction == 'import' else 'import']:
-    if arguments.get(name):
-      raise ConfigError(f'--{name} is not a flag of convert {direction}.')
+  """Carries a model over from the files of others, or to those of transformers."""
+  what = arguments.get('what')
+  if what not in CONVERSIONS:
+    raise ConfigError(f'convert {what}: expected convert {", ".join(CONVERSIONS)}.{did_you_mean(what, CONVERSIONS)}')
+  for flag in arguments.mode.flags:
+    if arguments.get(flag.name) and flag.name not in CONVERSIONS[what]:
+      raise ConfigError(f'--{flag.name} is not a flag of convert {what}.')
+  source, output = arguments.get('source'), arguments.get('output')
+  given = {name: arguments.get(name) for name in ('vocabulary', 'objective')}
   from t5x_cpm.checkpoints import convert as convert_lib
+  from t5x_cpm.checkpoints import export
 
-  hf, model_dir = arguments.get('hf'), arguments.get('model_dir')
-  if direction == 'import':
-    convert_lib.from_huggingface(hf, model_dir, vocabulary=arguments.get('vocabulary'), objective=arguments.get('objective'))
+  if what == 'to_hf':
+    export.to_huggingface(source, output, step=configure.checkpoint_step(arguments))
+  elif what == 'hf':
+    convert_lib.from_huggingface(source, output, **given)
   else:
-    convert_lib.to_huggingface(model_dir, hf, step=configure.checkpoint_step(arguments))
+    convert_lib.from_cpm2(source, output, **given)
 
 
 def work_on_deltas(arguments: Arguments) -> None:
@@ -246,15 +251,17 @@ t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain
 t5x_cpm cache --gin_file=gin/runs/quickstart.gin""",
          flags=(INIT_FROM, BASE, TEACHER, TEACHER_CACHE, *GIN_FLAGS), scope='train',
          gin=('TaskConfig', 'LocalTaskConfig', 'TeacherConfig')),
-    Mode('convert', 'carry a model over from transformers, or to it: T5, T5 1.1, mT5, Switch', convert, """\
-t5x_cpm convert export --model_dir=runs/example --hf=runs/example_hf
-t5x_cpm convert import --hf=runs/example_hf --model_dir=runs/example_back""",
-         word=Flag('direction', 'import|export', 'to a new model_dir, as step 0, or to a new folder of transformers'),
-         flags=(Flag('hf', 'DIR', 'folder of transformers, with config.json and weights'), MODEL_DIR,
-                Flag('vocabulary', 'KIND:FILE', 'import: such as sentencepiece:FILE; default what `export` left in the folder'),
-                Flag('objective', 'NAME', "import: how it was trained; default t5, for CPM vocabularies isolated"),
-                Flag('step', 'STEP', 'export: checkpoint to read; default the last')),
-         needs=('direction', 'hf', 'model_dir')),
+    Mode('convert', 'carry a model over from transformers, or to it: T5, T5 1.1, mT5, Switch; from CPM-2', convert, """\
+t5x_cpm convert to_hf runs/example runs/example_hf
+t5x_cpm convert hf runs/example_hf runs/example_back""",
+         words=(Flag('what', '|'.join(CONVERSIONS), 'from transformers, from the files that CPM-2 was published in, or to '
+                     'transformers'),
+                Flag('source', 'SOURCE', 'what is read: the folder of its files; of to_hf, a model_dir'),
+                Flag('output', 'DIR', 'what is made: a new model_dir with a checkpoint of step 0; of to_hf, a new folder')),
+         flags=(Flag('vocabulary', 'KIND:FILE', 'hf, cpm2: such as sentencepiece:FILE; default, of hf, what lies in SOURCE'),
+                Flag('objective', 'NAME', 'hf, cpm2: how it was trained; default t5, for CPM vocabularies isolated'),
+                Flag('step', 'STEP', 'to_hf: checkpoint to read; default the last')),
+         needs=('what', 'source', 'output'), on_cpu=True),
     Mode('inherit', 'make a model from what trained ones have learned: other words, more layers, experts', inherit, """\
 t5x_cpm inherit --source=runs/example --model_dir=runs/grown \\
     --gin_file=gin/runs/inherit_experts.gin --gin.MoEConfig.num_experts=4""",
@@ -270,7 +277,8 @@ t5x_cpm train --base=runs/example --gin_file=gin/runs/lora.gin --model_dir=runs/
     --gin.LocalTaskConfig.validation_files=runs/pairs.jsonl
 t5x_cpm delta show --delta=runs/example_lora
 t5x_cpm delta merge --delta=runs/example_lora --output=runs/merged""",
-         word=Flag('action', '|'.join(ON_DELTAS), 'what to do; merge writes a plain model_dir, the others folders of a delta'),
+         words=(Flag('action', '|'.join(ON_DELTAS),
+                     'what to do; merge writes a plain model_dir, the others folders of a delta'),),
          flags=(Flag('delta', 'DIR', 'folder of a delta, or model_dir of its run; of average two or more', repeat=True), BASE,
                 Flag('output', 'DIR', 'new folder to write'),
                 Flag('weights', 'X,...', 'average: the share of each delta, 1 in all; default equal'),
@@ -292,7 +300,7 @@ t5x_cpm tokenize --vocabulary=cpm2:tasks/corpus/vocab.txt --input='tasks/corpus/
     Mode('tasks', 'list the tasks and mixtures that TaskConfig.name and --tasks may name', list_tasks, """\
 t5x_cpm tasks""", flags=GIN_FLAGS, gin=('TaskConfig',)),
     Mode('fields', 'list every field that gin can bind, with its type, default and meaning', list_fields, """\
-t5x_cpm fields TrainConfig""", word=Flag('class', '[CLASS]', 'a configuration class; without it all of them')),
+t5x_cpm fields TrainConfig""", words=(Flag('class', '[CLASS]', 'a configuration class; without it all of them'),)),
     Mode('files', 'list the gin files that ship: models, runs and meshes', list_files, """\
 t5x_cpm files"""),
 )}
@@ -308,9 +316,7 @@ def run(arguments: Arguments) -> None:
   for name in mode.needs:
     # A dry run needs only the run that it reads, if any.
     if not arguments.get(name) and (not is_dry or name == 'source' or (name == 'model_dir' and mode.scope == 'eval')):
-      flag = mode.find(name)
-      expected = f'--{name}={flag.value}' if flag else f'{mode.word.value} after its name' if mode.word else name
-      raise ConfigError(f'{mode.name} needs {expected}.')
+      raise ConfigError(f'{mode.name} needs {mode.call(name)}.')
   if not mode.gin:
     mode.function(arguments)
     return

@@ -50,7 +50,7 @@ class Mode:
     gin: the configuration classes that it reads; () for a mode without configuration.
     scope: the scope of the gin bindings that apply, 'train' or 'eval'; a mode of scope 'eval' reads a run.
     on_cpu: whether it leaves accelerators alone.
-    word: a word that follows the mode's name, as a Flag without dashes; None where there is none.
+    words: what follows the mode's name, as Flags without dashes.
     tells: whether it says itself what it would do (--dry_run).
   """
 
@@ -63,12 +63,18 @@ class Mode:
   gin: tuple[str, ...] = ()
   scope: str = ''
   on_cpu: bool = False
-  word: Flag | None = None
+  words: tuple[Flag, ...] = ()
   tells: bool = False
 
   def find(self, name: str) -> Flag | None:
     """The flag of this name; None where the mode has none."""
     return next((flag for flag in self.flags if flag.name == name), None)
+
+  def call(self, name: str) -> str:
+    """What is to be written for a flag or a word of this name."""
+    flag = self.find(name)
+    word = next((word for word in self.words if word.name == name), None)
+    return f'--{name}={flag.value}' if flag else f'{word.value} after its name' if word else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +131,13 @@ def _parser(mode: Mode) -> argparse.ArgumentParser:
   parser = Parser(
       prog=f't5x_cpm {mode.name}', description=mode.text[0].upper() + mode.text[1:] + '.', epilog=_epilog(mode), add_help=False,
       allow_abbrev=False, exit_on_error=False,
-      usage=f't5x_cpm {mode.name}{f" {mode.word.value}" if mode.word else ""}{" [--flag=value ...]" if mode.flags else ""}'
-            + (' [--gin.CLASS.FIELD=VALUE ...]' if mode.gin else ''),
+      usage=' '.join(['t5x_cpm', mode.name, *(word.value for word in mode.words)])
+            + (' [--flag=value ...]' if mode.flags else '') + (' [--gin.CLASS.FIELD=VALUE ...]' if mode.gin else ''),
       formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=WIDTH, max_help_position=28))
-  if mode.word:
-    words = parser.add_argument_group('word')
-    words.add_argument(mode.word.name, metavar=mode.word.value, nargs='?', default='', help=mode.word.text)
+  if mode.words:
+    words = parser.add_argument_group('words' if mode.words[1:] else 'word')
+    for word in mode.words:
+      words.add_argument(word.name, metavar=word.value, nargs='?', default='', help=word.text)
   group = parser.add_argument_group('flags')
   for flag in mode.flags:
     text = f'{flag.text} (needed)' if flag.name in mode.needs else flag.text
@@ -256,7 +263,7 @@ def parse(argv: Sequence[str], modes: Mapping[str, Mode]) -> Arguments | None:
     if '=' not in word:
       raise ConfigError(f'{word}: expected --gin.CLASS.FIELD=VALUE or --gin.MACRO=VALUE.')
   try:
-    values, unknown = _parser(mode).parse_known_args([word for word in rest if word not in overrides])
+    values, unknown = _parser(mode).parse_known_intermixed_args([word for word in rest if word not in overrides])
   except argparse.ArgumentError as error:
     raise _explain(error, mode) from None
   if unknown:

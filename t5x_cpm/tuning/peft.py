@@ -74,7 +74,7 @@ def _lora_to_peft(tensors: Mapping[str, np.ndarray], config: DeltaConfig, model:
 
 
 def to_peft(path: str, output: str, base_dir: str = '') -> None:
-  """Writes a folder that peft's `PeftModel.from_pretrained` reads, onto what `convert export` makes of the base.
+  """Writes a folder that peft's `PeftModel.from_pretrained` reads, onto what `convert to_hf` makes of the base.
 
   Args:
     path: the delta's folder, or the model_dir of its run.
@@ -109,7 +109,7 @@ def to_peft(path: str, output: str, base_dir: str = '') -> None:
     file_lib.write_atomically(folder / WEIGHTS, safetensors.numpy.save(tensors, {'format': 'pt'}))
     file_lib.write_atomically(folder / CONFIG, (json.dumps(described, indent=2, sort_keys=True) + '\n').encode())
   print(f'{output}: {config.method} as {described["peft_type"]} of peft, {len(tensors)} tensors; its base is what '
-        f'`convert export --model_dir={delta.base.model_dir}` writes', flush=True)
+        f'`convert to_hf {delta.base.model_dir} DIR` writes', flush=True)
 
 
 def _read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -203,7 +203,7 @@ def from_peft(path: str, base_dir: str, output: str) -> None:
 
   Args:
     path: folder with adapter_config.json and adapter_model.safetensors.
-    base_dir: the model_dir of its base, as from `convert import`.
+    base_dir: the model_dir of its base, as from `convert hf`.
     output: a new folder.
 
   Raises:
