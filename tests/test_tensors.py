@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 import small_data
 import small_model
 import test_tuning
+from etils import epath
 
 from t5x_cpm import inference, trees, vocabularies
 from t5x_cpm.checkpoints import arrays, run_directory, tensors
@@ -124,3 +127,10 @@ def test_a_changed_checkpoint_is_told(source):
   finally:
     store.write(before).result()
   np.testing.assert_array_equal(tensors.CheckpointReader(source).read('lm_head'), before)
+
+
+def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch):
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=2**30))
+  tensors.check_room(epath.Path(tmp_path / 'a' / 'b'), 2**30 - 1, 'the new model')
+  with pytest.raises(ConfigError, match='b: the new model takes about 2.0 GiB, and 1.0 are free there'):
+    tensors.check_room(epath.Path(tmp_path / 'a' / 'b'), 2**31, 'the new model')

@@ -1,15 +1,13 @@
 """From the checkpoints of one source, or of several, to the run directory of a new model."""
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from t5x_cpm import files, tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
-from t5x_cpm.checkpoints.tensors import TensorWriter
+from t5x_cpm.checkpoints.tensors import TensorWriter, check_room
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.config.fields import did_you_mean
@@ -69,32 +67,14 @@ def _bytes(stage: Stage) -> int:
   return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in stage.leaves.values())
 
 
-def check_room(folder: Any, stage: Stage) -> str:
-  """How much of the disk the new model takes, in words; compressed, it takes up to a tenth less.
-
-  Args:
-    folder: where it is to be; None: nobody has said.
-    stage: the new model.
-
-  Raises:
-    ConfigError: the disk has no room for it.
-  """
-  needed, free = 0.9 * _bytes(stage), None
-  if folder is not None and '://' not in str(folder):
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if free < needed:
-      raise ConfigError(f'--model_dir={folder}: the new model takes about {needed / GiB:.1f} GiB, and {free / GiB:.1f} are '
-                        'free there.')
-  return f'{_bytes(stage) / GiB:.2f} GiB of disk' + ('' if free is None else f', of {free / GiB:.1f} that are free')
-
-
-def tell(stage: Stage, room: str) -> None:
+def tell(stage: Stage) -> None:
   """Prints what becomes of every parameter, what it takes, and what is kept."""
   leaves = stage.leaves
   width = max(map(len, leaves))
   for name, leaf in leaves.items():
     print(f'{name:<{width}}  {list(leaf.shape)!s:<26} {stage.told.get(name, "as in the source")}')
-  print(f'{sum(leaf.size for leaf in leaves.values()):,} parameters, {room}; the state of the optimizer begins anew')
+  print(f'{sum(leaf.size for leaf in leaves.values()):,} parameters, {_bytes(stage) / GiB:.2f} GiB of disk; the state of '
+        'the optimizer begins anew')
   for sentence in stage.kept:
     print(sentence)
 
@@ -116,7 +96,9 @@ def grow(config: Config, source: str | Sequence[str], model_dir: str, *, dry_run
   """
   folder = run_directory.new(model_dir) if model_dir else None
   stage, sources = plan(config, [source] if isinstance(source, str) else source)
-  tell(stage, check_room(folder, stage))
+  tell(stage)
+  if folder is not None:
+    check_room(folder, 0.9 * _bytes(stage), 'the new model')
   if dry_run or folder is None:
     return
   made_from = {'sources': [one.fingerprint for one in sources], 'growth': dataclasses.asdict(config.inherit)}
