@@ -152,10 +152,10 @@ def merge_models(stage: Stage, config: Config, words: Vocabulary) -> Stage:
   if moe.num_experts and moe.num_experts != len(sources):
     raise ConfigError(f'MoEConfig.num_experts = {moe.num_experts}: InheritConfig.growth with {name!r} makes an expert of each '
                       f'--source, of which there are {len(sources)}.')
-  rest = stage.then(stage.model, mean(sources), dict.fromkeys(stage.leaves, f'the mean of {len(sources)}'), '')
-  found = _into_experts(rest, [source.read for source in sources], config, name)
-  told = {leaf: f'a network of each of {len(sources)}' if text.startswith('each network') else
-          f'the mean of {len(sources)}' if text == 'of the other layers' else text for leaf, text in found.told.items()}
+  found = _into_experts(stage.then(stage.model, mean(sources), {}, ''), [source.read for source in sources], config, name)
+  told = {leaf: found.told.get(leaf, '') for leaf in found.leaves}
+  told = {leaf: 'a network of each source' if text.startswith('each') else text if text.startswith('drawn') else
+          f'the mean of {len(sources)}' for leaf, text in told.items()}
   routers = {moe.of(stack) for stack in STACKS if moe.every(stack)}
   kept = 'a row of the domain of a source is computed as the source does, where they differ in these networks alone.'
   if routers != {'domain'} or config.inherit.expert_noise or config.inherit.expert_reinit:

@@ -44,7 +44,8 @@ class Stage:
 
   def then(self, model: ModelConfig, read: Read, told: Mapping[str, str], kept: str) -> 'Stage':
     """The next stage, with the same vocabulary; `told` and `kept` are added to what was told before."""
-    return Stage(model, self.words, read, {**self.told, **told}, (*self.kept, kept))
+    joined = {name: '; '.join(text for text in (self.told.get(name), told.get(name)) if text) for name in {**self.told, **told}}
+    return Stage(model, self.words, read, joined, (*self.kept, kept))
 
 
 def gives_output(leaf: Leaf) -> bool:
