@@ -154,7 +154,7 @@ def read_parts(folder: pathlib.Path) -> dict[Place, TorchReader]:
 # ---- Parameters ----
 
 
-def _configuration(where: str, kinds: Mapping[str, Kind], degree: int) -> ModelConfig:
+def configuration(where: str, kinds: Mapping[str, Kind], degree: int) -> ModelConfig:
   """The model, by the shapes in one of `degree` parts. Raises ConfigError where what says a size is missing."""
   routed = any('.ff.expert_network.' in name for name in kinds)
   network = 'ff.expert_network' if routed else 'ff'
@@ -198,7 +198,7 @@ class Source:
     self.files = find(folder)
     self.degree = max(part for _, part in self._parts) + 1
     first, where = self._parts[0, 0], str(self.files[0, 0])
-    self.config = _configuration(where, first.kinds, self.degree)
+    self.config = configuration(where, first.kinds, self.degree)
     self.leaves = trees.named(encoder_decoder.build(self.config).leaves())
     self._tensors = dict(tensors(self.config))
     self._table = next(name for name in TABLES if name in first.kinds)

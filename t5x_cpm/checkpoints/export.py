@@ -10,7 +10,6 @@ import numpy as np
 import t5x_cpm
 from t5x_cpm import stored, vocabularies
 from t5x_cpm.checkpoints import huggingface, run_directory, safetensors_files
-from t5x_cpm.checkpoints.readers import Kind
 from t5x_cpm.checkpoints.run_directory import CheckpointError, RunInfo
 from t5x_cpm.checkpoints.tensors import PARTIAL, CheckpointReader, check_room
 from t5x_cpm.config import to_dict
@@ -113,30 +112,24 @@ def to_huggingface(model_dir: str, output: str, *, step: int | None = None, limi
   run_directory.check_vocabulary(model_dir, run.info, words.fingerprint)
   described = huggingface.write_config(run.config.model) | {
       'pad_token_id': words.pad_id, 'eos_token_id': words.eos_id, 'decoder_start_token_id': words.bos_id}
-  reader = CheckpointReader(model_dir, run.step)
-  parts = {part.name: part for part in huggingface.exported(run.config.model)}
-  kinds = {name: Kind(part.shape, np.dtype(part.leaf.dtype)) for name, part in parts.items()}
-
-  def read(name: str) -> np.ndarray:
-    part = parts[name]
-    value = reader.read(part.leaf.name, part.at)
-    return value.T if part.transposed else value
+  theirs = huggingface.Exported(run.config.model, CheckpointReader(model_dir, run.step))
+  leaves = {part.leaf.name: part.leaf for part in theirs.parts.values()}
 
   with run_directory.writing(output):
     target = run_directory.new(output, 'DIR')
     if '://' in str(target):
       raise CheckpointError(f'DIR={output}: expected a local folder.')
-    check_room(target, sum(kind.nbytes for kind in kinds.values()), 'the model')
+    check_room(target, sum(kind.nbytes for kind in theirs.kinds.values()), 'the model')
     folder = pathlib.Path(target)
     partial = folder.with_name(f'{folder.name}{PARTIAL}')
     meta = run_directory.read_meta(run_directory.resolve(model_dir), run.step)
     _begin(partial, stored.digest([to_dict(run.config), run.step, meta.get('arrays', {}), limit]))
-    safetensors_files.write(partial, kinds, read, 'convert', limit)
+    safetensors_files.write(partial, theirs.kinds, theirs.read, 'convert', limit)
     (partial / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
     shutil.copytree(saved, partial / 'vocabulary', dirs_exist_ok=True)
     if words.kind == 'sentencepiece':
       _write_tokenizer(partial, words)
-    number = sum(part.leaf.size for part in {part.leaf.name: part for part in parts.values()}.values())
+    number = sum(leaf.size for leaf in leaves.values())
     (partial / 'README.md').write_text(_card(folder.name, run, words, described, number), encoding='utf-8')
     if folder.exists():
       folder.rmdir()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_cpm import trees
-from t5x_cpm.checkpoints.readers import Index, TensorReader, check_fits, equal, misfits, read_part
+from t5x_cpm.checkpoints.readers import Index, Kind, Region, TensorReader, blocks, check_fits, equal, misfits, read_part
 from t5x_cpm.config import ConfigError, ModelConfig, MoEConfig
 from t5x_cpm.config.fields import shown
 from t5x_cpm.models import encoder_decoder
@@ -200,6 +200,24 @@ def exported(config: ModelConfig) -> Iterator[Part]:
       yield Part(tensor.at(index), shape[::-1] if tensor.transposed else shape, leaf, index, tensor.transposed)
 
 
+class Exported:
+  """A TensorReader of their tensors, made of the parameters of a model of ours."""
+
+  def __init__(self, config: ModelConfig, reader: TensorReader):
+    """reader: of our parameters."""
+    self._reader = reader
+    self.parts = {part.name: part for part in exported(config)}
+    self.kinds = {name: Kind(part.shape, np.dtype(part.leaf.dtype)) for name, part in self.parts.items()}
+
+  def place(self, name: str) -> str:
+    return self._reader.place(self.parts[name].leaf.name)
+
+  def read(self, name: str, index: Region = ()) -> np.ndarray:
+    part = self.parts[name]
+    value = self._reader.read(part.leaf.name, part.at)
+    return (value.T if part.transposed else value)[index]
+
+
 def _head(config: ModelConfig, reader: TensorReader) -> tuple[ModelConfig, dict[str, str], bool]:
   """Brings the four combinations of (tied or not, scaled or not) to the two of ModelConfig.tie_embeddings.
 
@@ -258,7 +276,10 @@ class Source:
     tensor = self._tensors[leaf.name]
     name = tensor.at(index)
     name = self._names.get(name, name)
-    part = read_part(self._reader, name)
-    value = np.ascontiguousarray(part.T if tensor.transposed else part, np.dtype(leaf.dtype))
-    del part
-    return value * np.asarray(self.config.d_model**-0.5, value.dtype) if self._scales and leaf.name == 'lm_head' else value
+    value = np.empty(leaf.shape[len(index):], np.dtype(leaf.dtype))
+    theirs = value.T if tensor.transposed else value
+    for region in blocks(self._reader.kinds[name]):
+      theirs[region] = read_part(self._reader, name, region)
+    if self._scales and leaf.name == 'lm_head':
+      value *= np.asarray(self.config.d_model**-0.5, value.dtype)
+    return value

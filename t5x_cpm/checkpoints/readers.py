@@ -5,12 +5,13 @@ that a model larger than memory can be read; only what torch saved in its form o
 held in memory as a whole.
 """
 
+import math
 import os
 import pathlib
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from t5x_cpm.config import ConfigError
 from t5x_cpm.config.fields import shown
 
 Index = tuple[int, ...]
+Region = tuple[int | slice, ...]  # a slice, or rows of one
+BLOCK_BYTES = 32 * 2**20  # larger tensors are read in so many rows at a time where no more is needed
 NO_PICKLE = ('is damaged or holds more than tensors, and is not opened: unpickling a file may run any program. Save the model '
              'as .safetensors.')
 DTYPES: dict[str, Any] = {
@@ -38,7 +41,7 @@ class Kind(NamedTuple):
 
   @property
   def nbytes(self) -> int:
-    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+    return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorReader(Protocol):
@@ -49,13 +52,25 @@ class TensorReader(Protocol):
     """Shape and type by name."""
     ...
 
-  def read(self, name: str, index: Index = ()) -> np.ndarray:
+  def read(self, name: str, index: Region = ()) -> np.ndarray:
     """The slice at an index. Raises ConfigError where it cannot be read, or is not what was saved."""
     ...
 
   def place(self, name: str) -> str:
     """The file or folder that a tensor lies in, for errors."""
     ...
+
+
+def blocks(kind: Kind, index: Index = ()) -> Iterator[Region]:
+  """A tensor, or the slice of it at an index, as regions: the whole, or where it is large its rows, some at a time."""
+  shape = kind.shape[len(index):]
+  size = math.prod(shape) * kind.dtype.itemsize
+  if size <= BLOCK_BYTES or len(shape) < 2:
+    yield index
+    return
+  rows = max(1, shape[0] * BLOCK_BYTES // size)
+  for start in range(0, shape[0], rows):
+    yield (*index, slice(start, min(start + rows, shape[0])))
 
 
 def misfits(kinds: Mapping[str, Kind], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -86,14 +101,16 @@ def check_finite(reader: TensorReader, name: str, value: np.ndarray) -> np.ndarr
   return value
 
 
-def read_part(reader: TensorReader, name: str, index: Index = ()) -> np.ndarray:
+def read_part(reader: TensorReader, name: str, index: Region = ()) -> np.ndarray:
   """The slice at an index, of finite numbers. Raises ConfigError where it cannot be read, or has a NaN or inf."""
   return check_finite(reader, name, reader.read(name, index))
 
 
 def equal(reader: TensorReader, name: str, other: str) -> bool:
   """Whether two tensors are the same."""
-  return reader.kinds[name].shape == reader.kinds[other].shape and np.array_equal(reader.read(name), reader.read(other))
+  kind = reader.kinds[name]
+  return kind.shape == reader.kinds[other].shape and all(
+      np.array_equal(reader.read(name, region), reader.read(other, region)) for region in blocks(kind))
 
 
 def files_of(folder: pathlib.Path, stem: str, suffix: str) -> list[pathlib.Path]:
@@ -148,7 +165,7 @@ class SafetensorsReader:
   def place(self, name: str) -> str:
     return str(self._files[name])
 
-  def read(self, name: str, index: Index = ()) -> np.ndarray:
+  def read(self, name: str, index: Region = ()) -> np.ndarray:
     import safetensors
 
     file = self._files[name]
@@ -239,7 +256,7 @@ class TorchReader:
   def place(self, name: str) -> str:
     return str(self._files[name])
 
-  def read(self, name: str, index: Index = ()) -> np.ndarray:
+  def read(self, name: str, index: Region = ()) -> np.ndarray:
     import torch
 
     value = self._tensors[name][index] if index else self._tensors[name]

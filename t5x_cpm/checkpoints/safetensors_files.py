@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from t5x_cpm import files
-from t5x_cpm.checkpoints.readers import DTYPES, Kind
+from t5x_cpm import backend, files
+from t5x_cpm.checkpoints.readers import BLOCK_BYTES, DTYPES, Kind
 from t5x_cpm.progress import Progress
 
 SHARD_BYTES = 4 * 2**30
@@ -70,6 +70,8 @@ def write(folder: pathlib.Path, kinds: Mapping[str, Kind], read: Callable[[str],
         out.write(value.reshape(-1).view(np.uint8).data)
         before, done = done, done + value.nbytes
         del value  # or it would stay in memory while the next is read
+        if kinds[name].nbytes > BLOCK_BYTES:
+          backend.give_back_memory()
         if done >> 20 > before >> 20:
           progress.show(done >> 20)
   progress.close()

@@ -10,22 +10,23 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from t5x_cpm import files, stored, trees
+from t5x_cpm import backend, files, stored, trees
 from t5x_cpm.checkpoints import arrays, digests, quiet, run_directory
 from t5x_cpm.checkpoints.manager import Manager
-from t5x_cpm.checkpoints.readers import Index, Kind
+from t5x_cpm.checkpoints.readers import Index, Kind, Region
 from t5x_cpm.checkpoints.run_directory import CheckpointError
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config, to_dict
 from t5x_cpm.models.leaf import Leaf
 from t5x_cpm.progress import Progress
 
+TRIM_BYTES = 16 * 2**20  # after a slice of more, freed memory is given back to the system
 PARTIAL = '.partial'  # at the end of the name of a directory that is not complete
 CHUNK_BYTES = 32 << 20  # at most, of what is written at a time
 JOURNAL = 'slices.jsonl'  # in it, which slices are written, with their digests
@@ -81,8 +82,12 @@ class CheckpointReader:
     """Where a tensor lies, for errors."""
     return f'{self._model_dir / "checkpoints" / str(self._step)}'
 
-  def read(self, name: str, index: Index = ()) -> np.ndarray:
-    """The slice at an index. Raises DamagedCheckpointError where it cannot be read, or the tensor is not what was saved."""
+  def read(self, name: str, index: Region = ()) -> np.ndarray:
+    """The slice at an index, or rows of one, which are not compared with a digest.
+
+    Raises:
+      DamagedCheckpointError: it cannot be read, or the tensor, of which all slices were now read, is not what was saved.
+    """
     state = self._model_dir / 'checkpoints' / str(self._step) / 'state'
     try:
       if name not in self._stores:
@@ -97,8 +102,10 @@ class CheckpointReader:
           value[piece] = part[piece].read().result()
     except (ValueError, OSError) as error:
       raise run_directory.damaged(self._model_dir, self._step, f'the array {name}: {quiet.reason(error)}') from error
+    if any(isinstance(place, slice) for place in index):
+      return value
     running = self._running[name]
-    running.add(index, value)
+    running.add(cast(Index, index), value)
     if running.is_whole and self._digests.get(f'params/{name}', running.text) != running.text:
       raise run_directory.damaged(self._model_dir, self._step, f'the array {name} in state is not what was saved')
     return value
@@ -209,12 +216,14 @@ class TensorWriter:
           self._stores = {name: _store(self._state, f'params/{name}')}
         part = self._stores[name][index]
         for piece in _pieces(part):
-          part[piece].write(value[piece]).result()
+          part[piece].write(value[piece], can_reference_source_data_indefinitely=True).result()
       except ValueError as error:  # as TensorStore tells of a full disk
         raise CheckpointError(f'{self.partial} cannot be written: {quiet.reason(error)}.') from error
       sums = self._running[name].add(index, value)
       with open(self._journal, 'a', encoding='utf-8') as file:
         file.write(json.dumps([name, index, sums]) + '\n')
+    if value.nbytes > TRIM_BYTES:
+      backend.give_back_memory()
 
   def fill(self, make: Callable[[Leaf, Index], np.ndarray], what: str) -> None:
     """Writes every slice that is not written yet, as `make` gives it, and shows how far it is.

@@ -122,6 +122,17 @@ def convert(arguments: Arguments) -> None:
     convert_lib.from_cpm2(source, output, **given)
 
 
+def show_tensors(arguments: Arguments) -> None:
+  """Prints what a checkpoint of any kind holds, or in what two of them differ."""
+  from t5x_cpm.checkpoints import inspection
+
+  path, step = arguments.get('path'), configure.checkpoint_step(arguments)
+  if arguments.get('diff'):
+    inspection.diff(path, arguments.get('diff'), step=step)
+  else:
+    inspection.show(path, step=step)
+
+
 def work_on_deltas(arguments: Arguments) -> None:
   """Shows, merges or averages deltas, or carries one over from peft, or to it."""
   action = arguments.get('action')
@@ -262,6 +273,14 @@ t5x_cpm convert hf runs/example_hf runs/example_back""",
                 Flag('objective', 'NAME', 'hf, cpm2: how it was trained; default t5, for CPM vocabularies isolated'),
                 Flag('step', 'STEP', 'to_hf: checkpoint to read; default the last')),
          needs=('what', 'source', 'output'), on_cpu=True),
+    Mode('inspect', 'say what a checkpoint of any format holds, tensor by tensor, or in what two differ', show_tensors, """\
+t5x_cpm inspect runs/example_hf
+t5x_cpm inspect runs/example --diff=runs/example_hf""",
+         words=(Flag('path', 'DIR|FILE', 'a run, a delta, a folder of transformers or peft, the files of CPM-2, .safetensors, '
+                     'or what torch saved'),),
+         flags=(Flag('diff', 'OTHER', 'another one: what is only in one, has other shapes or values, and how much is equal'),
+                Flag('step', 'STEP', 'of a run: checkpoint to read; default the last')),
+         needs=('path',), on_cpu=True),
     Mode('inherit', 'make a model from what trained ones have learned: other words, more layers, experts', inherit, """\
 t5x_cpm inherit --source=runs/example --model_dir=runs/grown \\
     --gin_file=gin/runs/inherit_experts.gin --gin.MoEConfig.num_experts=4""",
