@@ -35,11 +35,8 @@ def test_scripts_refuse_in_a_line(tmp_path, monkeypatch, capsys, script, argumen
 
 
 @pytest.mark.slow
-def test_the_recipe_trains_three_stages_and_goes_on_where_it_was(tmp_path):
-  command = ['bash', str(TOOLS / 'cpm2_recipe.sh'), str(tmp_path / 'recipe'), '4 6 8']
-  for _ in range(2):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | {
-        'JAX_PLATFORMS': 'cpu', 'T5X_CPM_CACHE': str(tmp_path / 'cache')})
-    assert done.returncode == 0, done.stderr[-3000:]
-  assert done.stdout.count('nothing to do') == 3 and 'as the function stays the same' in done.stdout
-  assert (tmp_path / 'recipe' / 'experts' / 'loss.png').exists()
+def test_the_recipe_trains_three_stages(tmp_path):
+  done = subprocess.run(['bash', str(TOOLS / 'cpm2_recipe.sh'), str(tmp_path / 'recipe'), '4 6 8'], capture_output=True, text=True,
+                        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'T5X_CPM_CACHE': str(tmp_path / 'cache')})
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert 'as the function stays the same' in done.stdout and (tmp_path / 'recipe' / 'experts' / 'loss.png').exists()
