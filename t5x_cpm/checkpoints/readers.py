@@ -201,8 +201,8 @@ def load_torch(file: pathlib.Path) -> dict[str, Any]:
     import torch
   except ImportError:
     raise ConfigError(f'{file} needs torch to be read: pip install t5x_cpm[torch], or save it as .safetensors.') from None
-  mapped = zipfile.is_zipfile(file)  # the form of version 1.6 and later
   try:
+    mapped = zipfile.is_zipfile(file)  # the form of version 1.6 and later
     with warnings.catch_warnings(), torch.serialization.safe_globals(_safe_globals()):
       warnings.simplefilter('ignore')  # of how the pickle is written
       loaded = torch.load(file, map_location='cpu', weights_only=True, mmap=mapped)
