@@ -36,7 +36,8 @@ def test_scripts_refuse_in_a_line(tmp_path, monkeypatch, capsys, script, argumen
 
 @pytest.mark.slow
 def test_the_recipe_trains_three_stages(tmp_path):
-  done = subprocess.run(['bash', str(TOOLS / 'cpm2_recipe.sh'), str(tmp_path / 'recipe'), '4 6 8'], capture_output=True, text=True,
-                        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'T5X_CPM_CACHE': str(tmp_path / 'cache')})
+  command = ['bash', str(TOOLS / 'cpm2_recipe.sh'), str(tmp_path / 'recipe'), '4 6 8']
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {
+      'JAX_PLATFORMS': 'cpu', 'T5X_CPM_CACHE': str(tmp_path / 'cache')})
   assert done.returncode == 0, done.stderr[-3000:]
   assert 'as the function stays the same' in done.stdout and (tmp_path / 'recipe' / 'experts' / 'loss.png').exists()
