@@ -259,8 +259,8 @@ def report(experiment: str, output: pathlib.Path, done: dict[str, dict]) -> str:
     curves = list(zip(*(one['curve'] for one in several)))
     axis.plot([points[0][0] for points in curves], [statistics.mean(point[2] for point in points) for points in curves],
               marker='.', label=name)
-  axis.set(title=experiment.replace('_', ' '), xlabel='step', ylabel='evaluation loss (nats per target token)', yscale='log')
-  axis.grid(alpha=0.3, which='both')
+  axis.set(title=experiment.replace('_', ' '), xlabel='step', ylabel='evaluation loss (nats per target token)')
+  axis.grid(alpha=0.3)
   axis.legend()
   figure.savefig(output / f'{experiment}.png', dpi=120)
   pyplot.close(figure)
