@@ -84,4 +84,4 @@ def tmpfs(path, options):
 def python(code, *arguments, **environment):
   return subprocess.run(
       [sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)], cwd=ROOT, text=True, capture_output=True,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment, timeout=120)
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment, timeout=400)

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +10,8 @@ import numpy as np
 import pytest
 import small_data
 import small_model
+import small_run
 import test_step
-from small_run import ROOT
 
 from t5x_cpm import vocabularies
 from t5x_cpm.checkpoints import run_directory
@@ -207,8 +204,7 @@ def with_experts() -> tuple[Config, ModelConfig]:
 
 @pytest.mark.slow
 def test_every_mesh_learns_the_same():
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
-  done = subprocess.run([sys.executable, '-c', MESHES], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+  done = small_run.python(MESHES, XLA_FLAGS='--xla_force_host_platform_device_count=8')
   print(done.stdout)
   assert done.stdout.count('ok') == 2, done.stderr[-3000:]
 

@@ -4,12 +4,9 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import small_data
 import small_model
+import small_run
 import test_step
 from jax.extend.core import jaxprs_in_params
 
@@ -372,7 +370,6 @@ for sizes, sharding in (((1, 1, 1), 'none'), ((2, 2, 2), 'full')):
 
 @pytest.mark.slow
 def test_every_mesh_trains_the_same_delta():
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
-  done = subprocess.run([sys.executable, '-c', MESHES], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+  done = small_run.python(MESHES, XLA_FLAGS='--xla_force_host_platform_device_count=8')
   print(done.stdout)
   assert done.stdout.count('ok') == 2, done.stderr[-3000:]

@@ -37,7 +37,7 @@ def _origins(order: str, old: int, new: int) -> tuple[list[int], list[bool]]:
 def deepen(stage: Stage, config: Config, words: Vocabulary) -> Stage:
   """More layers: on top of the old ones (Gong et al. 2019), or each after the one that it is made of.
 
-  New layers give nothing until they are trained, because the last matrix of each sublayer is 0 (Wu et al. 2024, section 3), or
+  New layers give nothing until they are trained, because the last matrix of each sublayer is 0 (Wu et al. 2024), or
   are copies.
   """
   model, order, copies = stage.model, config.inherit.deepen, config.inherit.new_layers == 'copy'
