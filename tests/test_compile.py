@@ -337,7 +337,8 @@ def test_a_step_compiles_for_gpus_without_one(tmp_path):
 @pytest.mark.xdist_group('compile')
 @needs_libtpu
 def test_a_row_of_the_readme_is_what_compile_says(tmp_path):
-  line = next(line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith('| `cpm2_11b` | v5e:2x4 | decode'))
+  lines = (ROOT / 'README.md').read_text().splitlines()
+  line = next(line for line in lines if line.startswith('| `cpm2_11b` | v5e:2x4 | decode'))
   cells = [cell.strip() for cell in line.strip('|').split('|')]
   made = compiled(tmp_path, '--gin_file=gin/runs/pretrain.gin', '--gin_file=gin/models/cpm2_11b.gin', '--topology=v5e:2x4',
                   '--step=decode', '--gin.InferConfig.batch_size=128', '--gin.MeshConfig.model=8')
