@@ -21,7 +21,7 @@ LIBRARY += [pathlib.Path('t5x_cpm') / file for file in SOURCES if file.parts[0] 
 # A module imports only from lines above its own, or from its own line.
 ORDER = (
     r't5x_cpm',
-    r't5x_cpm\.config\.(fields|typed|template|model|task|delta|inherit|teacher)',
+    r't5x_cpm\.config\.(fields|typed|template|model|task|delta|inherit|teacher|offload)',
     r't5x_cpm\.config\.(run|row_features)',
     r't5x_cpm\.config\.describe',
     r't5x_cpm\.config\.gin',

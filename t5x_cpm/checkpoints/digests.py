@@ -78,6 +78,13 @@ def _on_host(x: np.ndarray, first: int = 0) -> np.ndarray:
   return sums + np.array([(x & np.uint32(0xFFFF)).sum(dtype=np.uint32), (x >> 16).sum(dtype=np.uint32)])
 
 
+def of_host(x: np.ndarray) -> str:
+  """The digest of the bytes of a contiguous array in the memory of the host, 16 hexadecimal digits."""
+  raw = x.reshape(-1).view(np.uint8)
+  low, high = (int(word) for word in _on_host(raw if raw.nbytes % 4 else raw.view(np.uint32)))
+  return f'{high:08x}{low:08x}'
+
+
 def prepare() -> threading.Thread:
   """Starts to compile what `of_tree` needs on a CPU, while arrays are still being read. The result is to be joined."""
   def compile_block() -> None:

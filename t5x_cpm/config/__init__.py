@@ -10,6 +10,7 @@ from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError
 from t5x_cpm.config.inherit import InheritConfig
 from t5x_cpm.config.model import ModelConfig, MoEConfig
+from t5x_cpm.config.offload import OffloadConfig
 from t5x_cpm.config.run import (
     CheckpointConfig,
     Config,
@@ -30,6 +31,6 @@ from t5x_cpm.config.teacher import TeacherConfig
 
 __all__ = [
     'CheckpointConfig', 'Config', 'ConfigError', 'DecodeConfig', 'DeltaConfig', 'EvalConfig', 'InferConfig',
-    'InheritConfig', 'LocalTaskConfig',
-    'MeshConfig', 'MetricsConfig', 'ModelConfig', 'MoEConfig', 'OptimizerConfig', 'ProcessesConfig', 'TaskConfig',
-    'TeacherConfig', 'TrainConfig', 'from_dict', 'identity_differences', 'to_dict']
+    'InheritConfig',
+    'LocalTaskConfig', 'MeshConfig', 'MetricsConfig', 'ModelConfig', 'MoEConfig', 'OffloadConfig', 'OptimizerConfig',
+    'ProcessesConfig', 'TaskConfig', 'TeacherConfig', 'TrainConfig', 'from_dict', 'identity_differences', 'to_dict']

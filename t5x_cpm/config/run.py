@@ -15,6 +15,7 @@ from t5x_cpm.config.delta import DeltaConfig
 from t5x_cpm.config.fields import ConfigError, as_count, choice, free, in_range, shown
 from t5x_cpm.config.inherit import InheritConfig
 from t5x_cpm.config.model import ModelConfig
+from t5x_cpm.config.offload import OffloadConfig
 from t5x_cpm.config.task import LocalTaskConfig, TaskConfig
 from t5x_cpm.config.teacher import TeacherConfig
 from t5x_cpm.config.template import PROMPT
@@ -239,6 +240,7 @@ class Config(Typed):
   delta: DeltaConfig = DeltaConfig()
   inherit: InheritConfig = InheritConfig()
   teacher: TeacherConfig = TeacherConfig()
+  offload: OffloadConfig = OffloadConfig()
 
   @property
   def marks(self) -> int:

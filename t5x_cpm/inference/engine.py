@@ -12,9 +12,10 @@ from t5x_cpm import backend, tasks, vocabularies
 from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, DecodeConfig, MeshConfig, row_features
-from t5x_cpm.inference import arguments, decode, programs, score, text
+from t5x_cpm.inference import arguments, decode, programs, score, streamed, text
 from t5x_cpm.inference import deltas as deltas_lib
 from t5x_cpm.inference.answer import Answer, new_text
+from t5x_cpm.infmoe import bundle, opened
 
 LENGTH_STEP = 64  # lengths are rounded up to multiples of it, so that few shapes are compiled
 DeltaNames = str | None | Sequence[str | None]  # the name of a delta, or one for each text
@@ -343,7 +344,7 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   """See `t5x_cpm.inference.load`."""
   arguments.check_load(step, config)
   given = arguments.deltas(deltas)
-  run = run_directory.read_run(model_dir, step)
+  run = bundle.read_run(model_dir, step)
   trained = tasks.located(run.config, run.started.get('folder', ''))
   config = dataclasses.replace(trained, mesh=MeshConfig()) if config is None else config
   backend.use_cpu_devices(config.mesh.cpu_devices)
@@ -356,6 +357,8 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   reader = deltas_lib.Reader(model_dir, run.step, vocabulary, config)
   for name, path in given.items():
     reader.read(name, path)  # a mistake is told before the model is loaded
+  if bundle.is_bundle(model_dir):
+    return Engine(streamed.Streamed(opened.open_bundle(model_dir, config)), vocabulary, config, run.step)
   functions = programs.build(config, mesh)
   program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))
   engine = Engine(program, vocabulary, config, run.step, deltas_lib.Deltas(program, reader, config))

@@ -143,6 +143,13 @@ def _by_expert(
   return _permute(mlp(_permute(x_AD, order_A, inverse_A), drop, changed(product, delta)), inverse_A, order_A)
 
 
+def weighted(y_NKD: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, num_experts: int) -> jax.Array:
+  """The sum of the outputs of each token's choices, by their weights; those that are no expert count nothing."""
+  goes_NK = expert_NK < num_experts
+  y_NKD = jnp.where(goes_NK[..., None], y_NKD, 0)
+  return jnp.sum(y_NKD * jnp.where(goes_NK, weight_NK, 0)[..., None].astype(y_NKD.dtype), axis=1)
+
+
 def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, seed_NK: jax.Array, *, num_experts: int,
            rate: float, shards: int, delta: InExperts | None) -> jax.Array:
   """Computes the tokens of one device. The mesh axis `expert` has `shards` devices, which hold equally many experts."""
@@ -168,9 +175,7 @@ def _local(mlp: MLP, u_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array
 
     y_SD = _by_expert(mlp, send(x_AD, 0), send(expert_A % mine, mine), send(seed_A, 0), mine, rate, delta)
     y_AD = exchange(y_SD).at[slot_A].get(mode='fill', fill_value=0)
-  goes_NK = expert_NK < num_experts
-  y_NKD = jnp.where(goes_NK[..., None], y_AD.reshape(-1, K, D), 0)
-  return jnp.sum(y_NKD * jnp.where(goes_NK, weight_NK, 0)[..., None].astype(y_NKD.dtype), axis=1)
+  return weighted(y_AD.reshape(-1, K, D), expert_NK, weight_NK, num_experts)
 
 
 def dropless(mlp: MLP, u_GTD: jax.Array, routing: Routing, rate: float, key: jax.Array | None,

@@ -1,0 +1,263 @@
+"""A bundle: a model as files from which each expert can be read alone.
+
+  bundle.json               of which run it is, how matrices are stored, and of each file its size and the digests of its tensors
+  encoder-000.safetensors   a layer: its experts one after the other, then its other weights. What layers share is there once.
+  rest.safetensors          what belongs to no layer
+  vocabulary/               that of the run
+
+All but the experts is stored as the checkpoint has it. Files are safetensors that any library opens. Their data begin at a
+multiple of PAGE bytes, as does every expert, so that it can be mapped, or read past the system's cache; and every tensor begins
+at a multiple of 64 bytes, so that XLA:CPU computes with it where it is mapped. What lies between are tensors named 'padding/N'.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t5x_cpm import files, stored
+from t5x_cpm.checkpoints import digests, run_directory
+from t5x_cpm.checkpoints.readers import Kind
+from t5x_cpm.checkpoints.run_directory import CheckpointError, RunInfo
+from t5x_cpm.checkpoints.safetensors_files import NAMES
+from t5x_cpm.config import Config, OffloadConfig, from_dict
+from t5x_cpm.infmoe.formats import FORMATS
+from t5x_cpm.models.layer import Layer
+from t5x_cpm.models.model import Model
+
+VERSION = 1
+ABOUT = 'bundle.json'
+REST = 'rest.safetensors'
+PAGE, ALIGNED = 4096, 64
+REMEDY = 'Make the bundle again, or put back a copy of the file.'
+_FORM = {
+    'version': stored.COUNT, 'code_version': str, 'config': dict, 'info': dict, 'step': stored.COUNT, 'started': dict,
+    'format': tuple(FORMATS), 'group': stored.COUNT,
+    'files': {str: {'bytes': stored.COUNT, 'header': str, 'digests': {str: str}}}}
+
+
+class Place(NamedTuple):
+  """Where the weights of a layer lie: layers that share them have the same place."""
+
+  stack: str
+  row: int
+
+  @property
+  def file(self) -> str:
+    return f'{self.stack}-{self.row:03d}.safetensors'
+
+
+def place_of(layer: Layer) -> Place:
+  """Where the weights of a layer lie."""
+  return Place(layer.stack, layer.roles['block'][1])
+
+
+class Entry(NamedTuple):
+  """A tensor in a file.
+
+  Attributes:
+    kind: its shape and type.
+    begin: of its first byte in the file.
+    leaf: the name of the parameter that it is, or is a part of, in a checkpoint; '' for padding.
+    index: its place in the leading axes of that parameter.
+    part: which part of a stored matrix of an expert; '' for what is stored as it is.
+  """
+
+  kind: Kind
+  begin: int
+  leaf: str = ''
+  index: tuple[int, ...] = ()
+  part: str = ''
+
+
+def _expert_entries(layer: Layer, given: OffloadConfig) -> Iterator[tuple[str, Entry]]:
+  component, row = layer.roles['experts']
+  experts = dict(component.stacked)['expert']
+  for expert in range(experts):
+    for name, leaf in component.leaves.items():
+      for part, kind in FORMATS[given.format].kinds(*leaf.shape[2:], given.group).items():
+        yield f'experts/{expert}/{name}/{part}', Entry(kind, 0, leaf.name, (row, expert), part)
+    yield '', Entry(Kind((), np.dtype(np.uint8)), 0)  # the end of an expert
+
+
+def _dense_entries(layer: Layer) -> Iterator[tuple[str, Entry]]:
+  for role, (component, row) in layer.roles.items():
+    if role == 'experts' and layer.routed:
+      continue
+    for leaf in _leaves(component.leaves):
+      yield f'{role}{leaf.name.removeprefix(component.path)}', Entry(
+          Kind(tuple(leaf.shape[1:]), np.dtype(leaf.dtype)), 0, leaf.name, (row,))
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+  if isinstance(tree, dict):
+    for value in tree.values():
+      yield from _leaves(value)
+  else:
+    yield tree
+
+
+def _laid_out(entries: Iterator[tuple[str, Entry]]) -> tuple[bytes, dict[str, Entry]]:
+  """The header of a file, and its tensors with the places where they begin."""
+  found: dict[str, Entry] = {}
+  end = 0
+
+  def fill(multiple: int) -> None:
+    nonlocal end
+    if missing := -end % multiple:
+      found[f'padding/{len(found)}'] = Entry(Kind((missing,), np.dtype(np.uint8)), end)
+      end += missing
+
+  for name, entry in entries:
+    fill(ALIGNED if name else PAGE)
+    if name:
+      found[name] = entry._replace(begin=end)
+      end += entry.kind.nbytes
+  fill(PAGE)
+  about = {name: {'dtype': NAMES[entry.kind.dtype], 'shape': list(entry.kind.shape),
+                  'data_offsets': [entry.begin, entry.begin + entry.kind.nbytes]} for name, entry in found.items()}
+  text = json.dumps({'__metadata__': {'format': 'pt'}, **about}, separators=(',', ':')).encode()
+  text += b' ' * (-(8 + len(text)) % PAGE)
+  header = len(text).to_bytes(8, 'little') + text
+  return header, {name: entry._replace(begin=len(header) + entry.begin) for name, entry in found.items()}
+
+
+def layout(model: Model, given: OffloadConfig) -> dict[str, tuple[bytes, dict[str, Entry]]]:
+  """What each file of a bundle holds: by its name, the header and the tensors. Raises ConfigError for what cannot be stored so."""
+  found = {}
+  for stack in model.stacks:
+    for layer in model.layers[stack]:
+      if place_of(layer).file not in found:
+        experts = _expert_entries(layer, given) if layer.routed else iter(())
+        found[place_of(layer).file] = _laid_out(_chain(experts, _dense_entries(layer)))
+  rest = ((leaf.name, Entry(Kind(tuple(leaf.shape), np.dtype(leaf.dtype)), 0, leaf.name))
+          for component in model.components.values() if not component.stacked for leaf in _leaves(component.leaves))
+  return found | {REST: _laid_out(rest)}
+
+
+def _chain(*parts: Iterator[tuple[str, Entry]]) -> Iterator[tuple[str, Entry]]:
+  for part in parts:
+    yield from part
+
+
+def is_bundle(path: Any) -> bool:
+  """Whether a folder holds a bundle."""
+  return (run_directory.resolve(path) / ABOUT).exists()
+
+
+def read_about(path: Any) -> dict[str, Any]:
+  """What bundle.json says. Raises CheckpointError where it is damaged, or another version wrote it."""
+  file = run_directory.resolve(path) / ABOUT
+  try:
+    about = stored.parse(file, REMEDY, 'version', finite=False)
+    if about.get('version') != VERSION:
+      raise CheckpointError(f'{file} has version {about.get("version")}, written by t5x_cpm {about.get("code_version")}; this '
+                            f'one reads version {VERSION}. Make the bundle again.')
+    stored.require(file, about, _FORM, REMEDY)
+  except stored.DamagedError as error:
+    raise CheckpointError(str(error)) from error
+  return about
+
+
+def read_run(path: Any, step: int | None = None) -> RunInfo:
+  """As `run_directory.read_run`, also for the folder of a bundle, which has one step alone."""
+  if not is_bundle(path):
+    return run_directory.read_run(path, step)
+  about = read_about(path)
+  if step not in (None, about['step']):
+    raise CheckpointError(f'{path} is a bundle of step {about["step"]}, and has no step {step}.')
+  return RunInfo(from_dict(about['config']), about['step'], about['info'], [about['step']], {}, about['started'])
+
+
+class Bundle:
+  """A bundle that is read.
+
+  Attributes:
+    folder: where it lies.
+    model: what it holds.
+    about: what bundle.json says.
+    config: of its run.
+    format: how the matrices of its experts are stored.
+    entries: by file and name, its tensors.
+  """
+
+  def __init__(self, path: Any, model: Model):
+    """Opens a bundle of a model.
+
+    Raises:
+      CheckpointError: it is damaged, of another version, or has other tensors than the model.
+    """
+    self.folder, self.model = pathlib.Path(run_directory.resolve(path)), model
+    self.about = read_about(path)
+    self.config: Config = from_dict(self.about['config'])
+    self.format = self.about['format']
+    laid_out = layout(model, OffloadConfig(format=self.format, group=self.about['group']))
+    self.entries = {file: entries for file, (_, entries) in laid_out.items()}
+    if self.entries.keys() != self.about['files'].keys():
+      raise CheckpointError(f'{self.folder / ABOUT} lists other files than its model has. {REMEDY}')
+    for file, (header, _) in laid_out.items():
+      self._check_file(file, header)
+    self._seen: set[tuple[str, str]] = set()  # tensors that were compared with their digests
+    self._experts: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for file, entries in self.entries.items():
+      for name, entry in entries.items():
+        if entry.part:
+          _, expert, matrix, part = name.split('/')
+          self._experts.setdefault((file, expert), {}).setdefault(matrix, {})[part] = name
+
+  def _damaged(self, file: str, what: str) -> CheckpointError:
+    return CheckpointError(f'{self.folder / file} is damaged ({what}). {REMEDY}')
+
+  def _check_file(self, file: str, header: bytes) -> None:
+    """What is cheap to check."""
+    told = self.about['files'][file]
+    try:
+      files.check_regular(self.folder / file)
+      size = (self.folder / file).stat().st_size
+      with open(self.folder / file, 'rb') as opened:
+        found = opened.read(len(header))
+    except OSError as error:
+      raise self._damaged(file, error.strerror or str(error)) from error
+    if size != told['bytes']:
+      raise self._damaged(file, f'it has {size:,} bytes, and had {told["bytes"]:,} when it was written')
+    if found != header:
+      raise self._damaged(file, 'its header is not that of its model')
+
+  @functools.cached_property
+  def maps(self) -> Mapping[str, np.memmap]:
+    """The files, mapped: uint8."""
+    return {file: np.memmap(self.folder / file, np.uint8, 'r') for file in self.entries}
+
+  def tensor(self, file: str, name: str) -> np.ndarray:
+    """A tensor as it is mapped. Its digest is compared when it is asked for the first time.
+
+    Raises:
+      CheckpointError: it is not what was written.
+    """
+    entry = self.entries[file][name]
+    value = self.maps[file][entry.begin:entry.begin + entry.kind.nbytes].view(entry.kind.dtype).reshape(entry.kind.shape)
+    self.check(file, name, value)
+    return value
+
+  def check(self, file: str, name: str, value: np.ndarray) -> None:
+    """Compares a tensor with its digest, once. Raises CheckpointError where it is not what was written."""
+    if (file, name) not in self._seen:
+      if digests.of_host(value) != self.about['files'][file]['digests'].get(name):
+        raise self._damaged(file, f'the tensor {name} is not what was written')
+      self._seen.add((file, name))
+
+  def names(self, place: Place, expert: int) -> dict[str, dict[str, str]]:
+    """The names of the tensors of an expert, by matrix and part."""
+    return self._experts[place.file, str(expert)]
+
+  def verify(self) -> Iterator[int]:
+    """Reads everything; yields the bytes of each tensor. Raises CheckpointError for the first that is not what was written."""
+    for file, entries in self.entries.items():
+      for name, entry in entries.items():
+        if entry.leaf:
+          self.tensor(file, name)
+        yield entry.kind.nbytes
+
