@@ -118,9 +118,9 @@ def evaluate(model_dir: Directory, tasks: str | Iterable[str], *, step: int | st
   if step != 'all':
     _check_step('evaluate', step)
   from t5x_cpm import tasks as task_lib
-  from t5x_cpm.checkpoints import run_directory
+  from t5x_cpm.infmoe import about
 
-  found = run_directory.read_run(folder, step if isinstance(step, int) else None)
+  found = about.read_run(folder, step if isinstance(step, int) else None)
   run = task_lib.located(found.config, found.started.get('folder', ''))
   config = dataclasses.replace(run, mesh=MeshConfig()) if config is None else _checked('evaluate', config)
   checkpoints = config.eval.checkpoints if step is None else str(step)

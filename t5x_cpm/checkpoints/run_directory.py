@@ -157,6 +157,8 @@ def choose(model_dir: epath.Path, step: int | None) -> int:
   if not steps:
     if not model_dir.exists():
       reason = 'the directory does not exist.'
+    elif (model_dir / 'bundle.json').exists():
+      reason = 'it is a bundle, which `infer` and `eval` read; give the run that it was made of.'
     elif (model_dir / 'config.json').exists():
       reason = 'its run stopped before the first one was complete.'
     else:

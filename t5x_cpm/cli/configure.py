@@ -128,6 +128,7 @@ def make_config(arguments: Arguments) -> Config:
   from t5x_cpm import tasks
   from t5x_cpm.checkpoints import run_directory
   from t5x_cpm.config import gin
+  from t5x_cpm.infmoe import about
 
   reads_run, model_dir, source = arguments.mode.scope == 'eval', arguments.get('model_dir'), arguments.get('init_from')
   frozen, grown = arguments.get('base'), ''
@@ -147,7 +148,7 @@ def make_config(arguments: Arguments) -> Config:
     overrides.append(f'EvalConfig.checkpoints={arguments.get("step")}')
   base = None
   if reads_run:
-    run = run_directory.read_run(model_dir, checkpoint_step(arguments))
+    run = about.read_run(model_dir, checkpoint_step(arguments))
     recall_modules(model_dir, run.started)
     base = dataclasses.replace(tasks.located(run.config, run.started.get('folder', '')), mesh=MeshConfig())
   elif source or frozen or grown:

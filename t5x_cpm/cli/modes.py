@@ -65,6 +65,21 @@ def infer(arguments: Arguments, config: Config) -> None:
                 deltas=configure.named_folders('delta', arguments.get('delta')))
 
 
+def bundle(arguments: Arguments, config: Config) -> None:
+  """Stores a model so that its experts can be read one by one, or reads all of what was stored so."""
+  from t5x_cpm.infmoe import write
+
+  model_dir, output, is_dry = map(arguments.get, ('model_dir', 'output', 'dry_run'))
+  if arguments.get('verify'):
+    if output:
+      raise ConfigError(f'bundle --verify reads the bundle that --model_dir names, and writes none: leave --output={output} out.')
+    write.verify(model_dir)
+    return
+  if not output and not is_dry:
+    raise ConfigError('bundle needs --output=DIR; with --verify it reads the bundle that --model_dir names.')
+  write.write(config, model_dir, output, configure.checkpoint_step(arguments), dry_run=is_dry)
+
+
 def compile_step(arguments: Arguments, config: Config) -> None:
   """Compiles a step for a slice of chips."""
   from t5x_cpm import compile as compile_lib
@@ -247,6 +262,15 @@ t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/ans
                      'have its name in the field delta', repeat=True),
                 Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
          needs=('model_dir',), scope='eval', gin=('InferConfig', 'DecodeConfig', 'MeshConfig', 'DeltaConfig')),
+    Mode('bundle', 'store a model so that it runs where its experts do not fit, each read when it is needed', bundle, """\
+t5x_cpm train --gin_file=gin/models/cpm2_moe_tiny.gin --gin_file=gin/runs/quickstart.gin \\
+    --gin.TrainConfig.steps=5 --model_dir=runs/example_experts
+t5x_cpm bundle --model_dir=runs/example_experts --output=runs/example_bundle --gin.OffloadConfig.format=int8
+t5x_cpm infer --model_dir=runs/example_bundle --input=runs/blanks.txt""",
+         flags=(MODEL_DIR, Flag('output', 'DIR', 'new folder of the bundle, which `infer` and `eval` read as --model_dir'),
+                Flag('verify', '', 'read all of the bundle that --model_dir names, and say whether it is intact'),
+                Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
+         needs=('model_dir',), scope='eval', on_cpu=True, tells=True, gin=('OffloadConfig',)),
     Mode('compile', 'compile a step for a TPU slice on any machine: memory, collectives, bound on its time', compile_step, """\
 t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain.gin \\
     --topology=v5e:2x2""",

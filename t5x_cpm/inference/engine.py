@@ -15,7 +15,7 @@ from t5x_cpm.config import Config, ConfigError, DecodeConfig, MeshConfig, row_fe
 from t5x_cpm.inference import arguments, decode, programs, score, streamed, text
 from t5x_cpm.inference import deltas as deltas_lib
 from t5x_cpm.inference.answer import Answer, new_text
-from t5x_cpm.infmoe import bundle, opened
+from t5x_cpm.infmoe import about, opened
 
 LENGTH_STEP = 64  # lengths are rounded up to multiples of it, so that few shapes are compiled
 DeltaNames = str | None | Sequence[str | None]  # the name of a delta, or one for each text
@@ -344,7 +344,7 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   """See `t5x_cpm.inference.load`."""
   arguments.check_load(step, config)
   given = arguments.deltas(deltas)
-  run = bundle.read_run(model_dir, step)
+  run = about.read_run(model_dir, step)
   trained = tasks.located(run.config, run.started.get('folder', ''))
   config = dataclasses.replace(trained, mesh=MeshConfig()) if config is None else config
   backend.use_cpu_devices(config.mesh.cpu_devices)
@@ -357,7 +357,9 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   reader = deltas_lib.Reader(model_dir, run.step, vocabulary, config)
   for name, path in given.items():
     reader.read(name, path)  # a mistake is told before the model is loaded
-  if bundle.is_bundle(model_dir):
+  if about.is_bundle(model_dir):
+    if given:
+      raise ConfigError(f'{model_dir} is a bundle, which serves no deltas: merge one into its model first (`delta merge`).')
     return Engine(streamed.Streamed(opened.open_bundle(model_dir, config)), vocabulary, config, run.step)
   functions = programs.build(config, mesh)
   program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))

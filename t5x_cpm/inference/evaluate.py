@@ -28,6 +28,7 @@ from t5x_cpm.data import reader as reader_lib
 from t5x_cpm.data import report, rows
 from t5x_cpm.inference import engine as engine_lib
 from t5x_cpm.inference import text
+from t5x_cpm.infmoe import about
 from t5x_cpm.tasks import caches
 from t5x_cpm.training import losses
 from t5x_cpm.training.records import set_aside
@@ -342,9 +343,9 @@ def write(model_dir: Any, step: int, config: Config, results: Mapping[str, tuple
 def chosen_steps(config: Config, model_dir: Any) -> list[int]:
   """The checkpoints that EvalConfig.checkpoints names."""
   if config.eval.checkpoints == 'all':
-    return run_directory.read_run(model_dir).steps
+    return about.read_run(model_dir).steps
   step = None if config.eval.checkpoints == 'last' else int(config.eval.checkpoints)
-  return [run_directory.read_run(model_dir, step).step]
+  return [about.read_run(model_dir, step).step]
 
 
 def run(config: Config, model_dir: str, names: Sequence[str]) -> dict[int, dict[str, Metrics]]:

@@ -34,6 +34,7 @@ from t5x_cpm.config.fields import shown
 from t5x_cpm.inference import lines as lines_lib
 from t5x_cpm.inference import prompt, text
 from t5x_cpm.inference.lines import Line
+from t5x_cpm.infmoe import about as bundle_about
 from t5x_cpm.progress import Progress
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
     How many lines were answered, empty and refused.
   """
   # What needs no JAX comes first, so that a mistake is reported at once.
-  about = run_directory.read_run(model_dir, step)
+  about = bundle_about.read_run(model_dir, step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary', about.info.get('vocabulary'))
   own = text.of_model(config, about.config)
   codec, (codecs, templates, digests) = text.Codec(vocabulary, own), read_deltas(deltas, model_dir, about, vocabulary, own)

@@ -18,25 +18,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_cpm import files, stored
+from t5x_cpm import files
 from t5x_cpm.checkpoints import digests, run_directory
 from t5x_cpm.checkpoints.readers import Kind
-from t5x_cpm.checkpoints.run_directory import CheckpointError, RunInfo
+from t5x_cpm.checkpoints.run_directory import CheckpointError
 from t5x_cpm.checkpoints.safetensors_files import NAMES
 from t5x_cpm.config import Config, OffloadConfig, from_dict
+from t5x_cpm.infmoe import about as about_lib
+from t5x_cpm.infmoe.about import ABOUT, REMEDY
 from t5x_cpm.infmoe.formats import FORMATS
 from t5x_cpm.models.layer import Layer
 from t5x_cpm.models.model import Model
 
-VERSION = 1
-ABOUT = 'bundle.json'
 REST = 'rest.safetensors'
 PAGE, ALIGNED = 4096, 64
-REMEDY = 'Make the bundle again, or put back a copy of the file.'
-_FORM = {
-    'version': stored.COUNT, 'code_version': str, 'config': dict, 'info': dict, 'step': stored.COUNT, 'started': dict,
-    'format': tuple(FORMATS), 'group': stored.COUNT,
-    'files': {str: {'bytes': stored.COUNT, 'header': str, 'digests': {str: str}}}}
 
 
 class Place(NamedTuple):
@@ -143,35 +138,6 @@ def _chain(*parts: Iterator[tuple[str, Entry]]) -> Iterator[tuple[str, Entry]]:
     yield from part
 
 
-def is_bundle(path: Any) -> bool:
-  """Whether a folder holds a bundle."""
-  return (run_directory.resolve(path) / ABOUT).exists()
-
-
-def read_about(path: Any) -> dict[str, Any]:
-  """What bundle.json says. Raises CheckpointError where it is damaged, or another version wrote it."""
-  file = run_directory.resolve(path) / ABOUT
-  try:
-    about = stored.parse(file, REMEDY, 'version', finite=False)
-    if about.get('version') != VERSION:
-      raise CheckpointError(f'{file} has version {about.get("version")}, written by t5x_cpm {about.get("code_version")}; this '
-                            f'one reads version {VERSION}. Make the bundle again.')
-    stored.require(file, about, _FORM, REMEDY)
-  except stored.DamagedError as error:
-    raise CheckpointError(str(error)) from error
-  return about
-
-
-def read_run(path: Any, step: int | None = None) -> RunInfo:
-  """As `run_directory.read_run`, also for the folder of a bundle, which has one step alone."""
-  if not is_bundle(path):
-    return run_directory.read_run(path, step)
-  about = read_about(path)
-  if step not in (None, about['step']):
-    raise CheckpointError(f'{path} is a bundle of step {about["step"]}, and has no step {step}.')
-  return RunInfo(from_dict(about['config']), about['step'], about['info'], [about['step']], {}, about['started'])
-
-
 class Bundle:
   """A bundle that is read.
 
@@ -191,7 +157,7 @@ class Bundle:
       CheckpointError: it is damaged, of another version, or has other tensors than the model.
     """
     self.folder, self.model = pathlib.Path(run_directory.resolve(path)), model
-    self.about = read_about(path)
+    self.about = about_lib.read(path)
     self.config: Config = from_dict(self.about['config'])
     self.format = self.about['format']
     laid_out = layout(model, OffloadConfig(format=self.format, group=self.about['group']))

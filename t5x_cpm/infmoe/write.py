@@ -14,6 +14,7 @@ from t5x_cpm.checkpoints.run_directory import CheckpointError
 from t5x_cpm.checkpoints.tensors import CheckpointReader, check_room
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config, ConfigError, from_dict, to_dict
+from t5x_cpm.infmoe import about as about_lib
 from t5x_cpm.infmoe import bundle
 from t5x_cpm.infmoe.bundle import Bundle, Entry
 from t5x_cpm.infmoe.formats import FORMATS, bits_per_weight
@@ -74,7 +75,13 @@ def _check(model_dir: Any, config: Config) -> None:
                       '`inherit` with gin/runs/inherit_experts.gin makes experts of it.')
 
 
-def write(config: Config, model_dir: Any, output: Any, step: int | None = None) -> None:
+def _told(config: Config, output: Any, sizes: Mapping[str, int]) -> str:
+  model, given = config.model, config.offload
+  bits = bits_per_weight(given.format, model.d_model, model.d_ff, given.group)
+  return f'{output}: {sum(sizes.values()) / GiB:.3g} GiB in {len(sizes)} files, experts as {given.format} ({bits:.3g} bits a number)'
+
+
+def write(config: Config, model_dir: Any, output: Any, step: int | None = None, *, dry_run: bool = False) -> None:
   """Writes a bundle of a checkpoint. The same call goes on where it was stopped.
 
   Args:
@@ -82,21 +89,25 @@ def write(config: Config, model_dir: Any, output: Any, step: int | None = None) 
     model_dir: of the run.
     output: a new local folder.
     step: of the checkpoint; None is the last.
+    dry_run: say what would be written, and stop.
 
   Raises:
     ConfigError: the model has no experts, is a delta, or cannot be stored so; `output` exists, or its disk is too small.
   """
   run = run_directory.read_run(model_dir, step)
   _check(model_dir, run.config)
-  folder = pathlib.Path(run_directory.new(output, '--output'))
+  folder = pathlib.Path(run_directory.new(output or 'BUNDLE', '--output'))
   model = encoder_decoder.build(config.model)
   laid_out = bundle.layout(model, config.offload)
   sizes = {file: len(header) + sum(entry.kind.nbytes for entry in entries.values())
            for file, (header, entries) in laid_out.items()}
+  if dry_run:
+    print(_told(config, output or 'BUNDLE', sizes))
+    return
   reader = CheckpointReader(model_dir, run.step)
   vocabulary = vocabularies.load_saved(run_directory.resolve(model_dir) / 'vocabulary')
   run_directory.check_vocabulary(model_dir, run.info, vocabulary.fingerprint)
-  about = {'version': bundle.VERSION, 'code_version': t5x_cpm.__version__, 'config': to_dict(config),
+  about = {'version': about_lib.VERSION, 'code_version': t5x_cpm.__version__, 'config': to_dict(config),
            'info': run.info | {'weights': tuning.fingerprint(run_directory.resolve(model_dir), run.step)}, 'step': run.step,
            'started': run.started, 'format': config.offload.format, 'group': config.offload.group}
   partial = folder.parent / f'{folder.name}{PARTIAL}'
@@ -116,11 +127,11 @@ def write(config: Config, model_dir: Any, output: Any, step: int | None = None) 
           if file in finished:
             continue
           told, done = _write_file(partial / file, header, entries, reader, config, progress, done)
-          finished[file] = {'bytes': sizes[file], 'header': digests.of_host(np.frombuffer(header, np.uint8)), 'digests': told}
+          finished[file] = {'bytes': sizes[file], 'digests': told}
           with open(partial / JOURNAL, 'a', encoding='utf-8') as journal:
             journal.write(json.dumps([file, finished[file]]) + '\n')
         progress.close()
-        stored.write(partial / bundle.ABOUT, about | {'files': finished})
+        stored.write(partial / about_lib.ABOUT, about | {'files': finished})
         if folder.exists():
           folder.rmdir()
         partial.rename(folder)
@@ -128,21 +139,13 @@ def write(config: Config, model_dir: Any, output: Any, step: int | None = None) 
         (folder / '.lock').unlink()
     except files.LockedError as error:
       raise CheckpointError(f'--output={output} is in use: {error} makes it.') from None
-  tell(Bundle(folder, model), output)
-
-
-def tell(made: Bundle, output: Any) -> None:
-  """Says what a bundle holds, and what comes next."""
-  size = sum(told['bytes'] for told in made.about['files'].values())
-  model = made.config.model
-  bits = bits_per_weight(made.format, model.d_model, model.d_ff, made.about['group'])
-  print(f'{output}: {size / GiB:.3g} GiB in {len(made.entries)} files, experts as {made.format} ({bits:.3g} bits a number)\n'
-        f'  python -m t5x_cpm infer --model_dir={output} --input=FILE')
+  Bundle(folder, model)  # which checks what is cheap to check
+  print(f'{_told(config, output, sizes)}\n  python -m t5x_cpm infer --model_dir={output} --input=FILE')
 
 
 def verify(path: Any) -> None:
   """Reads all of a bundle, and says that it is intact. Raises CheckpointError for the first tensor that is not."""
-  config = from_dict(bundle.read_about(path)['config'])
+  config = from_dict(about_lib.read(path)['config'])
   made = Bundle(path, encoder_decoder.build(config.model))
   progress = Progress('verify', 'MiB', sum(told['bytes'] for told in made.about['files'].values()) >> 20)
   done = 0
