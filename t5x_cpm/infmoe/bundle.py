@@ -219,6 +219,24 @@ class Bundle:
     """The names of the tensors of an expert, by matrix and part."""
     return self._experts[place.file, str(expert)]
 
+  @property
+  def places(self) -> list[Place]:
+    """The layers with experts, those of the encoder first; what layers share is there once."""
+    found = {place_of(layer): layer for stack in self.model.stacks for layer in self.model.layers[stack] if layer.routed}
+    return list(found)
+
+  def begin(self, place: Place, expert: int) -> int:
+    """The first byte of an expert in its file."""
+    return min(self.entries[place.file][name].begin for parts in self.names(place, expert).values() for name in parts.values())
+
+  def block(self, place: Place) -> tuple[int, dict[str, dict[str, tuple[Kind, int]]]]:
+    """What an expert of a layer takes in its file: bytes, and by matrix and part what it is and where it begins."""
+    entries, first = self.entries[place.file], self.begin(place, 0)
+    parts = {matrix: {part: (entries[name].kind, entries[name].begin - first) for part, name in given.items()}
+             for matrix, given in self.names(place, 0).items()}
+    end = max(begin + kind.nbytes for given in parts.values() for kind, begin in given.values())
+    return -(-end // PAGE) * PAGE, parts
+
   def verify(self) -> Iterator[int]:
     """Reads everything; yields the bytes of each tensor. Raises CheckpointError for the first that is not what was written."""
     for file, entries in self.entries.items():

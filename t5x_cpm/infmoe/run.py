@@ -57,9 +57,9 @@ class Run:
       return found
     h_BTD, written, u_ND, expert_NK, weight_NK = found
     y_AD = jnp.zeros((expert_NK.size, u_ND.shape[-1]), u_ND.dtype)
-    for expert, (token_M, place_M) in tokens_of(np.asarray(expert_NK), layer.config.moe.num_experts).items():
-      y_AD = stages.expert(layer, y_AD, u_ND, self._store.get(place, expert), token_M, place_M)
-    self._store.done()
+    tokens = tokens_of(np.asarray(expert_NK), layer.config.moe.num_experts)
+    for loan in self._store.take(place, list(tokens)):
+      y_AD, loan.fence = stages.expert(layer, y_AD, u_ND, loan.weights, *tokens[loan.expert])
     return stages.after(layer, place, h_BTD, u_ND, y_AD, expert_NK, weight_NK, ctx), written
 
   def encode(self, batch: Any) -> jax.Array:

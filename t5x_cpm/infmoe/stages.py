@@ -32,12 +32,15 @@ def _between(layer: Layer, weights: Params, x_BTD: jax.Array, ctx: Context, own:
 
 
 def _expert(layer: Layer, form: Format, y_AD: jax.Array, u_ND: jax.Array, weights: Any, token_M: jax.Array,
-            place_M: jax.Array) -> jax.Array:
-  """Puts tokens through an expert, and the results in their places; places beyond the end are those of no token."""
+            place_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Puts tokens through an expert, and the results in their places; places beyond the end are those of no token.
+
+  The second result is one number of them. What comes next takes the memory of the first, and cannot be waited for.
+  """
   component = layer.roles['experts'][0]
   mlp = component({name: jnp.zeros((), u_ND.dtype) for name in component.leaves})
   out_MD = mlp(u_ND[token_M], product=lambda name, x, kernel: form.product(x, weights[name]))
-  return y_AD.at[place_M].set(out_MD, mode='drop', unique_indices=True)
+  return y_AD.at[place_M].set(out_MD, mode='drop', unique_indices=True), out_MD[0, 0]
 
 
 def _after(layer: Layer, weights: Params, h_BTD: jax.Array, u_ND: jax.Array, y_AD: jax.Array, expert_NK: jax.Array,
@@ -109,8 +112,9 @@ class Stages:
     cross = None if cache is None else {name: leaf for name, leaf in cache.items() if name not in OWN}
     return self._program(_between, layer, donate=(3,))(self._weights[place], x_BTD, ctx, own, cross)
 
-  def expert(self, layer: Layer, y_AD: jax.Array, u_ND: jax.Array, weights: Any, token_M: Any, place_M: Any) -> jax.Array:
-    """y with the outputs of an expert in their places; y is donated."""
+  def expert(self, layer: Layer, y_AD: jax.Array, u_ND: jax.Array, weights: Any, token_M: Any, place_M: Any) -> tuple[
+      jax.Array, jax.Array]:
+    """y with the outputs of an expert in their places, and what is there once the expert is computed; y is donated."""
     return self._program(_expert, layer, self._form, donate=(0,))(y_AD, u_ND, weights, token_M, place_M)
 
   def after(self, layer: Layer, place: Place, *given: Any) -> jax.Array:

@@ -1,0 +1,70 @@
+"""Memory of a fixed size for experts, in which they are read and computed with."""
+
+import mmap
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_cpm.checkpoints.readers import Kind
+
+Expert = dict[str, dict[str, jax.Array]]  # by matrix and part
+
+
+class Slot:
+  """Room for one expert.
+
+  Attributes:
+    memory: uint8, whole pages.
+    fence: what was computed last from it; None: nothing. It may be overwritten once this is there.
+    holds: what is in it, or on its way there; None: nothing.
+  """
+
+  def __init__(self, memory: np.ndarray, parts: Mapping[str, Mapping[str, tuple[Kind, int]]], device: Any):
+    self.memory, self.fence, self.holds = memory, None, None
+    self._device = device
+    self._views = {matrix: {part: memory[begin:begin + kind.nbytes].view(kind.dtype).reshape(kind.shape)
+                            for part, (kind, begin) in given.items()} for matrix, given in parts.items()}
+    arrays = jax.tree.map(lambda view: jax.device_put(view, device), self._views)
+    # XLA:CPU takes aligned memory as it is, so that what is read into it later is what it computes with.
+    is_shared = device.platform == 'cpu' and all(
+        array.unsafe_buffer_pointer() == view.ctypes.data
+        for array, view in zip(jax.tree.leaves(arrays), jax.tree.leaves(self._views), strict=True))
+    self._arrays: Expert | None = arrays if is_shared else None
+
+  def wait(self) -> None:
+    """Waits until it may be overwritten."""
+    if self.fence is not None:
+      jax.block_until_ready(self.fence)
+      self.fence = None
+
+  @property
+  def weights(self) -> Expert:
+    """What it holds, on the device."""
+    if self._arrays is None:
+      return jax.tree.map(lambda view: jax.device_put(view.copy(), self._device), self._views)
+    return self._arrays
+
+  @property
+  def views(self) -> dict[str, dict[str, np.ndarray]]:
+    """What it holds, in the memory of the host."""
+    return self._views
+
+
+def slots(count: int, size: int, parts: Mapping[str, Mapping[str, tuple[Kind, int]]], device: Any) -> list[Slot]:
+  """Makes slots.
+
+  Args:
+    count: how many.
+    size: bytes of each, whole pages.
+    parts: by matrix and part, shape and type, and the first byte in a slot.
+    device: where experts are computed.
+  """
+  if not count:
+    return []
+  room = mmap.mmap(-1, count * size)
+  if hasattr(mmap, 'MADV_HUGEPAGE'):
+    room.madvise(mmap.MADV_HUGEPAGE)
+  memory = np.frombuffer(room, np.uint8)
+  return [Slot(memory[i * size:(i + 1) * size], parts, device) for i in range(count)]
