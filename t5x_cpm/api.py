@@ -70,7 +70,7 @@ def train(config: Config, model_dir: Directory) -> dict[str, float]:
 
 
 def load(model_dir: Directory, *, step: int | None = None, config: Config | None = None,
-         deltas: Mapping[str, Directory] | None = None) -> 'Engine':
+         deltas: Mapping[str, Directory] | None = None, memory_gib: float | None = None) -> 'Engine':
   """Loads a trained model, which generates, scores, chooses, encodes and streams.
 
   Args:
@@ -80,6 +80,7 @@ def load(model_dir: Directory, *, step: int | None = None, config: Config | None
       this process.
     deltas: by name, the model_dir of each delta to serve beside the model, or a copy of its folder `delta`: texts are then
       answered by `generate(texts, delta=name)`.
+    memory_gib: where model_dir is a bundle: GiB that the model may take in memory (OffloadConfig.memory_gib).
 
   Raises:
     TypeError: an argument has the wrong type.
@@ -91,7 +92,7 @@ def load(model_dir: Directory, *, step: int | None = None, config: Config | None
     _checked('load', config)
   from t5x_cpm import inference
 
-  return inference.load(folder, step=step, config=config, deltas=deltas)
+  return inference.load(folder, step=step, config=config, deltas=deltas, memory_gib=memory_gib)
 
 
 def evaluate(model_dir: Directory, tasks: str | Iterable[str], *, step: int | str | None = None,

@@ -65,6 +65,18 @@ def devices(local: bool = False) -> list[Any]:
     raise ConfigError(f'JAX_PLATFORMS={wanted}: JAX cannot start there ({reason}): {advice}set JAX_PLATFORMS=cpu.') from error
 
 
+def free_memory() -> int:
+  """Bytes of memory that this process may still take, by what the system and its control group say."""
+  free = [os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')]
+  with contextlib.suppress(OSError, ValueError, IndexError):
+    found = pathlib.Path('/proc/meminfo').read_text().split('MemAvailable:')[1].split()[0]
+    free = [int(found) * 1024]  # with what the system's cache gives up
+  with contextlib.suppress(OSError, ValueError):
+    group = pathlib.Path('/sys/fs/cgroup')
+    free.append(int((group / 'memory.max').read_text()) - int((group / 'memory.current').read_text()))
+  return min(free)
+
+
 def give_back_memory() -> None:
   """Returns what the process has freed to the system.
 

@@ -126,7 +126,6 @@ def make_config(arguments: Arguments) -> Config:
   """
   from t5x_cpm import config as config_lib
   from t5x_cpm import tasks
-  from t5x_cpm.checkpoints import run_directory
   from t5x_cpm.config import gin
   from t5x_cpm.infmoe import about
 

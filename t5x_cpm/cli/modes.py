@@ -72,7 +72,7 @@ def bundle(arguments: Arguments, config: Config) -> None:
   model_dir, output, is_dry = map(arguments.get, ('model_dir', 'output', 'dry_run'))
   if arguments.get('verify'):
     if output:
-      raise ConfigError(f'bundle --verify reads the bundle that --model_dir names, and writes none: leave --output={output} out.')
+      raise ConfigError('bundle --verify reads the bundle that --model_dir names and writes none: leave --output out.')
     write.verify(model_dir)
     return
   if not output and not is_dry:
@@ -249,7 +249,7 @@ t5x_cpm eval --model_dir=runs/example --tasks=quickstart --gin.EvalConfig.max_ex
          flags=(MODEL_DIR, BASE, OTHER_BASE, Flag('tasks', 'NAME,...', 'tasks to evaluate'),
                 Flag('step', 'STEP', 'checkpoint to read, or all; default the last'), *GIN_FLAGS),
          needs=('model_dir', 'tasks'), scope='eval',
-         gin=('EvalConfig', 'DecodeConfig', 'InferConfig', 'MeshConfig', 'TaskConfig', 'LocalTaskConfig')),
+         gin=('EvalConfig', 'DecodeConfig', 'InferConfig', 'MeshConfig', 'OffloadConfig', 'TaskConfig', 'LocalTaskConfig')),
     Mode('infer', 'answer a file of inputs, or a prompt; a blank is written <span>', infer, """\
 printf 'She opened the <span> and looked outside.\\n' > runs/blanks.txt
 t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/answers.jsonl""",
@@ -261,7 +261,7 @@ t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/ans
                 Flag('delta', 'NAME=DIR', 'serve the delta of this run beside the model: it answers the lines of a .jsonl that '
                      'have its name in the field delta', repeat=True),
                 Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
-         needs=('model_dir',), scope='eval', gin=('InferConfig', 'DecodeConfig', 'MeshConfig', 'DeltaConfig')),
+         needs=('model_dir',), scope='eval', gin=('InferConfig', 'DecodeConfig', 'MeshConfig', 'OffloadConfig', 'DeltaConfig')),
     Mode('bundle', 'store a model so that it runs where its experts do not fit, each read when it is needed', bundle, """\
 t5x_cpm train --gin_file=gin/models/cpm2_moe_tiny.gin --gin_file=gin/runs/quickstart.gin \\
     --gin.TrainConfig.steps=5 --model_dir=runs/example_experts

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 
 def load(model_dir: Any, *, step: int | None = None, config: 'Config | None' = None,
-         deltas: 'Mapping[str, Any] | None' = None) -> 'Engine':
+         deltas: 'Mapping[str, Any] | None' = None, memory_gib: float | None = None) -> 'Engine':
   """Loads a trained model.
 
   Args:
-    model_dir: the run's directory.
+    model_dir: the run's directory, or that of a bundle.
     step: the step of the checkpoint; by default the last.
     config: says how to decode, with which lengths and on which mesh (without MeshConfig.host_gib, which is for training
       alone); by default as the run says, with all devices of this process along `data`.
     deltas: by name, the model_dir of each delta to serve beside the model.
+    memory_gib: of a bundle: what the model may take in memory, in place of OffloadConfig.memory_gib.
 
   Returns:
     An engine with `generate`, `score`, `choose`, `encode` and `stream`.
@@ -36,4 +37,4 @@ def load(model_dir: Any, *, step: int | None = None, config: 'Config | None' = N
   """
   from t5x_cpm.inference import engine  # JAX is imported here, not by `import t5x_cpm.inference`
 
-  return engine.load(model_dir, step=step, config=config, deltas=deltas)
+  return engine.load(model_dir, step=step, config=config, deltas=deltas, memory_gib=memory_gib)

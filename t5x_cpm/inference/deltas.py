@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from t5x_cpm import trees, tuning
-from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, template
 from t5x_cpm.config.fields import did_you_mean, shown
 from t5x_cpm.inference import programs, text
+from t5x_cpm.infmoe import about
 from t5x_cpm.models import stacks
 from t5x_cpm.tuning import slots
 from t5x_cpm.vocabularies import Vocabulary
@@ -67,7 +67,7 @@ class Reader:
   def __init__(self, model_dir: Any, step: int, vocabulary: Vocabulary, config: Config):
     """The base, its vocabulary and its configuration."""
     self._model_dir, self._step, self._vocabulary, self._config = model_dir, step, vocabulary, config
-    self._fingerprint = functools.cache(lambda: tuning.fingerprint(model_dir, step))
+    self._fingerprint = functools.cache(lambda: about.weights(model_dir) or tuning.fingerprint(model_dir, step))
 
   def _check_base(self, saved: tuning.Saved, what: str) -> None:
     if self._config.delta.method:
@@ -76,7 +76,7 @@ class Reader:
     theirs = saved.about['base']
     if theirs['fingerprint'] != self._fingerprint():
       remedy = 'Give the base that it was trained on'
-      for other in run_directory.read_run(self._model_dir).steps:
+      for other in about.read_run(self._model_dir).steps:
         if other != self._step and tuning.fingerprint(self._model_dir, other) == theirs['fingerprint']:
           remedy = f'It was trained on step {other} of this base: give that step'
       raise ConfigError(f'{what} was trained on a base with the fingerprint {theirs["fingerprint"]} ({theirs["model_dir"]}); '
@@ -173,9 +173,9 @@ class Group:
 class Deltas:
   """The deltas of an engine by name."""
 
-  def __init__(self, program: programs.Resident, reader: Reader, config: Config):
-    """None yet, on the base that a program computes with."""
-    self._program, self._reader, self._config = program, reader, config
+  def __init__(self, program: programs.Program, reader: Reader, config: Config, mesh: Any):
+    """None yet, on the base that a program computes with on a mesh."""
+    self._program, self._reader, self._config, self._mesh = program, reader, config, mesh
     self._found: dict[str, Found] = {}
     self._sides: dict[str, slots.Side] = {}
     self._groups: dict[slots.Form, Group] = {}
@@ -195,7 +195,7 @@ class Deltas:
     found = self._reader.read(name, path, self.names)
     side = slots.beside(found.saved, self._config, f'the delta {name!r} ({path})')
     if side.form not in self._groups:
-      self._groups[side.form] = Group(side.form, self._config, self._program.functions.mesh)
+      self._groups[side.form] = Group(side.form, self._config, self._mesh)
     self._groups[side.form].make_room(side)
     self._found[name], self._sides[name] = found, side
 
@@ -237,5 +237,4 @@ class Deltas:
     wanted = {name: self._sides[name] for name in names if name}
     group = self._groups[next(iter(wanted.values())).form]
     slot_of = group.place(wanted)
-    params = self._program.params | {'delta': group.arrays}
-    return programs.Resident(group.functions, params), np.array([slot_of.get(name, 0) for name in names], np.int32)
+    return self._program.with_delta(group.functions, group.arrays), np.array([slot_of.get(name, 0) for name in names], np.int32)

@@ -171,6 +171,10 @@ class Engine:
       raise ConfigError(f'remove_delta: {deltas_lib.unknown(name, ())}')
     self.deltas.remove(name)
 
+  def close(self) -> None:
+    """Ends the threads that read the experts of a bundle, and gives up the model's memory. Nothing can be asked any more."""
+    self.program.close()
+
   # What files and evaluation call.
 
   def whole(self, rows: int) -> int:
@@ -340,13 +344,16 @@ class Engine:
 
 
 def load(model_dir: Any, *, step: int | None = None, config: Config | None = None,
-         deltas: Mapping[str, Any] | None = None) -> Engine:
+         deltas: Mapping[str, Any] | None = None, memory_gib: float | None = None) -> Engine:
   """See `t5x_cpm.inference.load`."""
   arguments.check_load(step, config)
   given = arguments.deltas(deltas)
   run = about.read_run(model_dir, step)
   trained = tasks.located(run.config, run.started.get('folder', ''))
   config = dataclasses.replace(trained, mesh=MeshConfig()) if config is None else config
+  if memory_gib is not None:
+    config = dataclasses.replace(config, offload=dataclasses.replace(config.offload, memory_gib=memory_gib))
+    config.offload.validate()
   backend.use_cpu_devices(config.mesh.cpu_devices)
   backend.keep_compiled_programs()
   mesh = mesh_lib.make_mesh(config.mesh, backend.devices(local=True))
@@ -357,13 +364,16 @@ def load(model_dir: Any, *, step: int | None = None, config: Config | None = Non
   reader = deltas_lib.Reader(model_dir, run.step, vocabulary, config)
   for name, path in given.items():
     reader.read(name, path)  # a mistake is told before the model is loaded
+  program: programs.Program
   if about.is_bundle(model_dir):
-    if given:
-      raise ConfigError(f'{model_dir} is a bundle, which serves no deltas: merge one into its model first (`delta merge`).')
-    return Engine(streamed.Streamed(opened.open_bundle(model_dir, config)), vocabulary, config, run.step)
-  functions = programs.build(config, mesh)
-  program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))
-  engine = Engine(program, vocabulary, config, run.step, deltas_lib.Deltas(program, reader, config))
+    program = streamed.Streamed(opened.open_bundle(model_dir, config))
+  else:
+    if config.offload.memory_gib:
+      raise ConfigError(f'OffloadConfig.memory_gib = {config.offload.memory_gib} is for a bundle, and {model_dir} holds a '
+                        'checkpoint, all of which is loaded: `t5x_cpm bundle` makes a bundle of one with experts.')
+    functions = programs.build(config, mesh)
+    program = programs.Resident(functions, programs.read_params(functions, model_dir, run.step))
+  engine = Engine(program, vocabulary, config, run.step, deltas_lib.Deltas(program, reader, config, mesh))
   for name, path in given.items():
     engine.add_delta(name, path)
   return engine

@@ -67,6 +67,14 @@ class Program(Protocol):
     """Loads the parameters of another checkpoint of the same run. Raises ConfigError where it cannot be read."""
     ...
 
+  def with_delta(self, functions: 'Functions', delta: Params) -> 'Program':
+    """The same model with a delta: functions of the model that has it, and its parameters as these take them."""
+    ...
+
+  def close(self) -> None:
+    """Ends what runs beside the caller. It cannot be used any more."""
+    ...
+
 
 def _sharding(mesh: Any, *names: str | None) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, mesh_lib.spec(names))
@@ -179,6 +187,12 @@ class Resident:
 
   def read(self, model_dir: Any, step: int) -> None:
     self.params = read_params(self.functions, model_dir, step)
+
+  def with_delta(self, functions: Functions, delta: Params) -> 'Resident':
+    return Resident(functions, self.params | {'delta': delta})
+
+  def close(self) -> None:
+    self.params = None
 
 
 def _generate(model: encoder_decoder.Model, params: Params, rule: decode.Rule, batch: Batch, prefix_BP: jax.Array,

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from t5x_cpm.checkpoints.run_directory import CheckpointError
 from t5x_cpm.inference import decode
-from t5x_cpm.inference.programs import Batch, Measure
+from t5x_cpm.inference.programs import Batch, Functions, Measure, Params
 from t5x_cpm.infmoe.run import Run
+from t5x_cpm.infmoe.stages import Stages
 from t5x_cpm.models import attention
 
 _take = jax.jit(attention.take)
@@ -22,19 +23,24 @@ def _measured(measure: Measure, logits_BTV: jax.Array, batch: Batch) -> Any:
 
 
 class Streamed:
-  """See `programs.Program`."""
+  """See `programs.Program`.
 
-  def __init__(self, run: Run):
-    self._run = run
+  Attributes:
+    run: the model.
+  """
+
+  def __init__(self, run: Run, stages: dict[Any, Stages] | None = None):
+    """stages: by model, those of models with a delta, which are compiled once."""
+    self.run, self._stages = run, {} if stages is None else stages
 
   def whole(self, rows: int) -> int:
     return rows
 
   def start(self, batch: Batch, max_len: int) -> decode.Cache:
-    return self._run.start(batch, max_len)
+    return self.run.start(batch, max_len)
 
   def step(self, cache: decode.Cache, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, decode.Cache]:
-    return self._run.step(cache, tokens_BT, positions_BT)
+    return self.run.step(cache, tokens_BT, positions_BT)
 
   def take(self, cache: decode.Cache, rows_N: jax.Array) -> decode.Cache:
     return _take(cache, rows_N)
@@ -51,10 +57,19 @@ class Streamed:
     return rule.result(state)
 
   def score(self, measure: Measure, batch: Batch) -> Any:
-    return _measured(measure, self._run.logits(batch), batch)
+    return _measured(measure, self.run.logits(batch), batch)
 
   def encode(self, batch: Batch) -> jax.Array:
-    return self._run.encode(batch)
+    return self.run.encode(batch)
 
   def read(self, model_dir: Any, step: int) -> None:
     raise CheckpointError(f'{model_dir} is a bundle, which has one step alone.')
+
+  def with_delta(self, functions: Functions, delta: Params) -> 'Streamed':
+    model = functions.model
+    if model not in self._stages:
+      self._stages[model] = self.run.stages.of(model)
+    return Streamed(self.run.with_delta(self._stages[model], delta), self._stages)
+
+  def close(self) -> None:
+    self.run.store.close()

@@ -43,3 +43,8 @@ def read_run(path: Any, step: int | None = None) -> RunInfo:
   if step not in (None, about['step']):
     raise CheckpointError(f'{path} is a bundle of step {about["step"]}, and has no step {step}.')
   return RunInfo(from_dict(about['config']), about['step'], about['info'], [about['step']], {}, about['started'])
+
+
+def weights(path: Any) -> str:
+  """The fingerprint of the weights that a bundle was made of; '' for what is no bundle."""
+  return read(path)['info']['weights'] if is_bundle(path) else ''

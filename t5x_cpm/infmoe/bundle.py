@@ -1,6 +1,6 @@
 """A bundle: a model as files from which each expert can be read alone.
 
-  bundle.json               of which run it is, how matrices are stored, and of each file its size and the digests of its tensors
+  bundle.json               of which run it is, how matrices are stored, the size of each file and the digests of its tensors
   encoder-000.safetensors   a layer: its experts one after the other, then its other weights. What layers share is there once.
   rest.safetensors          what belongs to no layer
   vocabulary/               that of the run
@@ -27,8 +27,8 @@ from t5x_cpm.config import Config, OffloadConfig, from_dict
 from t5x_cpm.infmoe import about as about_lib
 from t5x_cpm.infmoe.about import ABOUT, REMEDY
 from t5x_cpm.infmoe.formats import FORMATS
+from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.layer import Layer
-from t5x_cpm.models.model import Model
 
 REST = 'rest.safetensors'
 PAGE, ALIGNED = 4096, 64
@@ -57,14 +57,14 @@ class Entry(NamedTuple):
     kind: its shape and type.
     begin: of its first byte in the file.
     leaf: the name of the parameter that it is, or is a part of, in a checkpoint; '' for padding.
-    index: its place in the leading axes of that parameter.
+    at: its place in the leading axes of that parameter.
     part: which part of a stored matrix of an expert; '' for what is stored as it is.
   """
 
   kind: Kind
   begin: int
   leaf: str = ''
-  index: tuple[int, ...] = ()
+  at: tuple[int, ...] = ()
   part: str = ''
 
 
@@ -73,7 +73,8 @@ def _expert_entries(layer: Layer, given: OffloadConfig) -> Iterator[tuple[str, E
   experts = dict(component.stacked)['expert']
   for expert in range(experts):
     for name, leaf in component.leaves.items():
-      for part, kind in FORMATS[given.format].kinds(*leaf.shape[2:], given.group).items():
+      I, O = leaf.shape[2:]
+      for part, kind in FORMATS[given.format].kinds(I, O, given.group).items():
         yield f'experts/{expert}/{name}/{part}', Entry(kind, 0, leaf.name, (row, expert), part)
     yield '', Entry(Kind((), np.dtype(np.uint8)), 0)  # the end of an expert
 
@@ -120,8 +121,12 @@ def _laid_out(entries: Iterator[tuple[str, Entry]]) -> tuple[bytes, dict[str, En
   return header, {name: entry._replace(begin=len(header) + entry.begin) for name, entry in found.items()}
 
 
-def layout(model: Model, given: OffloadConfig) -> dict[str, tuple[bytes, dict[str, Entry]]]:
-  """What each file of a bundle holds: by its name, the header and the tensors. Raises ConfigError for what cannot be stored so."""
+def layout(model: encoder_decoder.Model, given: OffloadConfig) -> dict[str, tuple[bytes, dict[str, Entry]]]:
+  """What each file of a bundle holds: by its name, the header and the tensors.
+
+  Raises:
+    ConfigError: a matrix cannot be stored in that format.
+  """
   found = {}
   for stack in model.stacks:
     for layer in model.layers[stack]:
@@ -150,7 +155,7 @@ class Bundle:
     entries: by file and name, its tensors.
   """
 
-  def __init__(self, path: Any, model: Model):
+  def __init__(self, path: Any, model: encoder_decoder.Model):
     """Opens a bundle of a model.
 
     Raises:
@@ -218,6 +223,11 @@ class Bundle:
   def names(self, place: Place, expert: int) -> dict[str, dict[str, str]]:
     """The names of the tensors of an expert, by matrix and part."""
     return self._experts[place.file, str(expert)]
+
+  @property
+  def size(self) -> int:
+    """Bytes of all files."""
+    return sum(told['bytes'] for told in self.about['files'].values())
 
   @property
   def places(self) -> list[Place]:

@@ -159,7 +159,7 @@ class Loader:
 
   def _read(self, load: Load, place: int) -> None:
     """Reads a piece, again where that fails, on from where it stopped where it comes short."""
-    view = memoryview(load.into[place:place + CHUNK])
+    view = load.into[place:place + CHUNK].data
     done = failures = 0
     while done < len(view):
       try:
@@ -174,7 +174,8 @@ class Loader:
       except OSError as error:
         failures += 1
         if failures == ATTEMPTS:
-          raise ReadError(f'{load.what} cannot be read from {load.file}: {error.strerror or error} ({ATTEMPTS} attempts).') from error
+          raise ReadError(
+              f'{load.what} cannot be read from {load.file}: {error.strerror or error} ({ATTEMPTS} attempts).') from error
         time.sleep(WAIT * 2**failures / 2)
 
   def close(self) -> None:

@@ -18,11 +18,11 @@ class Slot:
   Attributes:
     memory: uint8, whole pages.
     fence: what was computed last from it; None: nothing. It may be overwritten once this is there.
-    holds: what is in it, or on its way there; None: nothing.
   """
 
   def __init__(self, memory: np.ndarray, parts: Mapping[str, Mapping[str, tuple[Kind, int]]], device: Any):
-    self.memory, self.fence, self.holds = memory, None, None
+    self.memory = memory
+    self.fence: jax.Array | None = None
     self._device = device
     self._views = {matrix: {part: memory[begin:begin + kind.nbytes].view(kind.dtype).reshape(kind.shape)
                             for part, (kind, begin) in given.items()} for matrix, given in parts.items()}

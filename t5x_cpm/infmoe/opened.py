@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 
-from t5x_cpm.config import Config
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.infmoe import budget as budget_lib
 from t5x_cpm.infmoe.bundle import REST, Bundle, Place, place_of
 from t5x_cpm.infmoe.formats import FORMATS
 from t5x_cpm.infmoe.run import Run
-from t5x_cpm.infmoe.stages import Stages
-from t5x_cpm.infmoe.stores import Mapped
+from t5x_cpm.infmoe.stages import Stages, Weights
+from t5x_cpm.infmoe.stores import Mapped, Slots, Store
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.models.component import Params
 from t5x_cpm.models.layers import compute_dtype
@@ -46,9 +47,19 @@ def open_bundle(path: Any, config: Config) -> Run:
     config: of its run, with how it is to be run.
 
   Raises:
-    CheckpointError: it is damaged.
+    ConfigError: it is damaged or stored in another format, or there is too little memory.
   """
-  device = jax.local_devices()[0]
+  device, given = jax.local_devices()[0], config.offload
   bundle = Bundle(path, encoder_decoder.build(config.model))
+  for name in ('format', 'group') if given.format == 'int4' else ('format',):
+    if getattr(given, name) != bundle.about[name]:
+      raise ConfigError(f'OffloadConfig.{name} = {getattr(given, name)!r}: {path} is stored with {bundle.about[name]!r}. Make '
+                        'another bundle, or leave it as it is.')
   rest, weights = _weights(bundle, config, device)
-  return Run(Stages(bundle.model, FORMATS[bundle.format], rest, weights), Mapped(bundle, device))
+  dense = sum(array.nbytes for array in jax.tree.leaves((rest, weights)))
+  budget = budget_lib.choose(bundle, config, dense)
+  budget_lib.tell(budget, bundle, config)
+  store: Store = Mapped(bundle, device)
+  if budget.staging:
+    store = Slots(bundle, device, budget.staging, budget.kept, given.readers, given.read_seconds)
+  return Run(Stages(bundle.model, FORMATS[bundle.format]), Weights(rest, weights, {}), store)

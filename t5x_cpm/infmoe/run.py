@@ -1,5 +1,6 @@
 """The loops of a model with experts elsewhere: over layers, and in each over the experts that its tokens go to."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_cpm.infmoe.bundle import Place
-from t5x_cpm.infmoe.stages import Stages
+from t5x_cpm.infmoe.stages import Stages, Weights
 from t5x_cpm.infmoe.stores import Store
+from t5x_cpm.models.component import Params
 from t5x_cpm.models.context import Context
 from t5x_cpm.models.layer import Layer
 from t5x_cpm.models.model import row_of
@@ -45,49 +47,69 @@ def tokens_of(expert_NK: np.ndarray, num_experts: int) -> dict[int, tuple[np.nda
 
 
 class Run:
-  """A model whose experts a store brings."""
+  """A model whose experts a store brings.
 
-  def __init__(self, stages: Stages, store: Store):
-    self.stages, self._store = stages, store
+  Attributes:
+    stages: its programs.
+    weights: all parameters but those of experts.
+    store: what brings these.
+  """
 
-  def _layer(self, layer: Layer, place: Place, x_BTD: jax.Array, ctx: Context, cache: Any) -> tuple[jax.Array, Any]:
+  def __init__(self, stages: Stages, weights: Weights, store: Store):
+    self.stages, self.weights, self.store = stages, weights, store
+
+  def with_delta(self, stages: Stages, delta: Params) -> 'Run':
+    """The same with a delta, which the model of `stages` has."""
+    return Run(stages, self.weights.with_delta(stages.model, delta), self.store)
+
+  def _layers(self, stack: str) -> Iterator[tuple[Layer, Place, Params, list[Params]]]:
+    parts = self.weights.parts.get(stack)
+    for layer, place in self.stages.layers[stack]:
+      yield layer, place, self.weights.layers[place], parts[layer.index] if parts else []
+
+  def _layer(self, layer: Layer, place: Place, weights: Params, parts: list[Params], x_BTD: jax.Array, ctx: Context,
+             cache: Any = None) -> tuple[jax.Array, Any]:
+    """A layer: its output, and what was written to its cache."""
     stages = self.stages
-    found = stages.before(layer, place, x_BTD, ctx, cache)
+    found = stages.before(layer, weights, parts, x_BTD, ctx, cache)
     if not layer.routed:
-      return found
+      return found[0], found[1]
     h_BTD, written, u_ND, expert_NK, weight_NK = found
     y_AD = jnp.zeros((expert_NK.size, u_ND.shape[-1]), u_ND.dtype)
     tokens = tokens_of(np.asarray(expert_NK), layer.config.moe.num_experts)
-    for loan in self._store.take(place, list(tokens)):
+    for loan in self.store.take(place, list(tokens)):
       y_AD, loan.fence = stages.expert(layer, y_AD, u_ND, loan.weights, *tokens[loan.expert])
-    return stages.after(layer, place, h_BTD, u_ND, y_AD, expert_NK, weight_NK, ctx), written
+    return stages.after(layer, weights, parts, h_BTD, u_ND, y_AD, expert_NK, weight_NK, ctx), written
 
   def encode(self, batch: Any) -> jax.Array:
     """The encoder's output [B, S, D]."""
-    x_BSD, ctx = self.stages.encoder_input(batch)
-    for layer, place in self.stages.layers['encoder']:
-      x_BSD, _ = self._layer(layer, place, x_BSD, ctx, None)
-    return self.stages.encoder_output(x_BSD, ctx)
+    x_BSD, ctx = self.stages.encoder_input(self.weights.rest, batch)
+    for given in self._layers('encoder'):
+      x_BSD, _ = self._layer(*given, x_BSD, ctx)
+    return self.stages.encoder_output(self.weights.rest, x_BSD, ctx)
 
   def logits(self, batch: Any) -> jax.Array:
     """The logits [B, T, V] where all targets are known."""
-    x_BTD, ctx = self.stages.decoder_input(batch, self.encode(batch))
-    for layer, place in self.stages.layers['decoder']:
-      x_BTD, _ = self._layer(layer, place, x_BTD, ctx, None)
-    return self.stages.decoder_output(x_BTD, ctx)
+    x_BTD, ctx = self.stages.decoder_input(self.weights.rest, batch, self.encode(batch))
+    for given in self._layers('decoder'):
+      x_BTD, _ = self._layer(*given, x_BTD, ctx)
+    return self.stages.decoder_output(self.weights.rest, x_BTD, ctx)
 
   def start(self, batch: Any, max_len: int) -> Any:
     """The cache of a decoder that will read up to max_len tokens; leaves are [1, B, ...]."""
-    encoded = self.encode(batch)
-    layers = tuple(self.stages.cross_cache(layer, place, encoded, max_len) for layer, place in self.stages.layers['decoder'])
-    return {'layers': layers, 'encoder_valid': self.stages.valid(batch),
-            'row': {name: jnp.asarray(values_B)[None] for name, values_B in row_of(batch).items()}}
+    encoded, row = self.encode(batch), row_of(batch)
+    layers = tuple(self.stages.cross_cache(layer, weights, parts, encoded, row, max_len)
+                   for layer, _, weights, parts in self._layers('decoder'))
+    tokens, segments = batch['encoder_input_tokens'], batch.get('encoder_segment_ids')
+    valid = np.ones(tokens.shape, bool) if segments is None else np.asarray(segments) != 0
+    return {'layers': layers, 'encoder_valid': jnp.asarray(valid)[None],
+            'row': {name: jnp.asarray(values_B)[None] for name, values_B in row.items()}}
 
   def step(self, cache: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Any]:
     """Reads tokens at the given positions of each row: logits [B, T, V] after each of them, and the cache."""
-    x_BTD, ctx = self.stages.step_input(cache, tokens_BT, positions_BT)
+    x_BTD, ctx = self.stages.step_input(self.weights.rest, cache, tokens_BT, positions_BT)
     layers = []
-    for (layer, place), own in zip(self.stages.layers['decoder'], cache['layers'], strict=True):
-      x_BTD, written = self._layer(layer, place, x_BTD, ctx, own)
+    for given, own in zip(self._layers('decoder'), cache['layers'], strict=True):
+      x_BTD, written = self._layer(*given, x_BTD, ctx, own)
       layers.append(own | written)
-    return self.stages.decoder_output(x_BTD, ctx), cache | {'layers': tuple(layers)}
+    return self.stages.decoder_output(self.weights.rest, x_BTD, ctx), cache | {'layers': tuple(layers)}

@@ -35,7 +35,13 @@ class Loan:
 
 
 class Store(Protocol):
-  """Brings experts to the device."""
+  """Brings experts to the device.
+
+  Attributes:
+    bundle: whose experts.
+  """
+
+  bundle: Bundle
 
   def take(self, place: Place, wanted: Sequence[int]) -> Iterator[Loan]:
     """Experts of a layer, each once, in the order in which they are there.
@@ -51,18 +57,18 @@ class Store(Protocol):
 
 
 class Mapped:
-  """The experts as they are mapped."""
+  """The experts as they are mapped. See `Store`."""
 
   def __init__(self, bundle: Bundle, device: Any):
-    self._bundle, self._device = bundle, device
+    self.bundle, self._device = bundle, device
     self._got: dict[tuple[Place, int], Expert] = {}
 
   def _get(self, place: Place, expert: int) -> Expert:
     found = self._got.get((place, expert))
     if found is None:
-      names = self._bundle.names(place, expert)
-      found = {matrix: {part: jax.device_put(self._bundle.tensor(place.file, name), self._device) for part, name in parts.items()}
-               for matrix, parts in names.items()}
+      names = self.bundle.names(place, expert)
+      found = {matrix: {part: jax.device_put(self.bundle.tensor(place.file, name), self._device)
+                        for part, name in parts.items()} for matrix, parts in names.items()}
       if self._device.platform == 'cpu':  # elsewhere it is a copy
         self._got[place, expert] = found
     return found
@@ -102,9 +108,10 @@ class _Kept:
 
 
 class Slots:
-  """Experts in memory of a fixed size.
+  """Experts in memory of a fixed size. See `Store`.
 
   Attributes:
+    bundle: whose experts.
     hits, misses: how many experts of layers that keep some were there, and how many were not.
     loader: what reads them.
   """
@@ -118,7 +125,7 @@ class Slots:
       threads: how many read.
       seconds: after which a read is given up.
     """
-    self._bundle, self._seconds = bundle, seconds
+    self.bundle, self._seconds = bundle, seconds
     self.hits = self.misses = 0
     self.loader = Loader(threads)
     first = next(iter(kept), next(iter(bundle.places)))
@@ -131,12 +138,12 @@ class Slots:
 
   def _load(self, place: Place, expert: int, slot: Slot) -> Load:
     def check() -> None:
-      for matrix, parts in self._bundle.names(place, expert).items():
+      for matrix, parts in self.bundle.names(place, expert).items():
         for part, name in parts.items():
-          self._bundle.check(place.file, name, slot.views[matrix][part])
+          self.bundle.check(place.file, name, slot.views[matrix][part])
 
-    load = Load(f'expert {expert} of {place.stack} layer {place.row}', self._bundle.folder / place.file,
-                self._bundle.begin(place, expert), slot.memory, slot.wait, check)
+    load = Load(f'expert {expert} of {place.stack} layer {place.row}', self.bundle.folder / place.file,
+                self.bundle.begin(place, expert), slot.memory, slot.wait, check)
     self.loader.submit(load, DEMAND)
     return load
 

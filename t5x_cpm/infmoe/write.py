@@ -38,12 +38,12 @@ def _write_file(path: pathlib.Path, header: bytes, entries: Mapping[str, Entry],
       if not entry.leaf:
         value = np.zeros(entry.kind.shape, entry.kind.dtype)
       elif entry.part:
-        if matrix != (entry.leaf, entry.index):
-          matrix = entry.leaf, entry.index
-          parts = form.encode(reader.read(entry.leaf, entry.index), group)
+        if matrix != (entry.leaf, entry.at):
+          matrix = entry.leaf, entry.at
+          parts = form.encode(reader.read(entry.leaf, entry.at), group)
         value = parts[entry.part]
       else:
-        value = reader.read(entry.leaf, entry.index)
+        value = reader.read(entry.leaf, entry.at)
       value = np.ascontiguousarray(value, entry.kind.dtype)
       assert value.shape == entry.kind.shape, name
       if entry.leaf:
@@ -71,14 +71,15 @@ def _check(model_dir: Any, config: Config) -> None:
   run_directory.check_is_model(model_dir, config)
   moe = config.model.moe
   if not moe.num_experts:
-    raise ConfigError(f'{model_dir} holds a dense model: a bundle is for one with experts. `infer` runs a dense model as it is; '
-                      '`inherit` with gin/runs/inherit_experts.gin makes experts of it.')
+    raise ConfigError(f'{model_dir} has no experts, which a bundle is for: `infer` runs a dense model as it is, '
+                      'and `inherit` with gin/runs/inherit_experts.gin makes experts of it.')
 
 
 def _told(config: Config, output: Any, sizes: Mapping[str, int]) -> str:
   model, given = config.model, config.offload
   bits = bits_per_weight(given.format, model.d_model, model.d_ff, given.group)
-  return f'{output}: {sum(sizes.values()) / GiB:.3g} GiB in {len(sizes)} files, experts as {given.format} ({bits:.3g} bits a number)'
+  return (f'{output}: {sum(sizes.values()) / GiB:.3g} GiB in {len(sizes)} files, experts as {given.format} ({bits:.3g} bits a '
+          'number)')
 
 
 def write(config: Config, model_dir: Any, output: Any, step: int | None = None, *, dry_run: bool = False) -> None:
@@ -147,7 +148,7 @@ def verify(path: Any) -> None:
   """Reads all of a bundle, and says that it is intact. Raises CheckpointError for the first tensor that is not."""
   config = from_dict(about_lib.read(path)['config'])
   made = Bundle(path, encoder_decoder.build(config.model))
-  progress = Progress('verify', 'MiB', sum(told['bytes'] for told in made.about['files'].values()) >> 20)
+  progress = Progress('verify', 'MiB', made.size >> 20)
   done = 0
   for count in made.verify():
     before, done = done, done + count

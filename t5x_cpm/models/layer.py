@@ -68,6 +68,13 @@ def _dense(mlp: MLP, u_BTD: jax.Array, ctx: Context, name: str) -> jax.Array:
   return mlp(u_BTD, drop, lambda kernel_name, x, kernel: hook(kernel_name, x, dense(x, kernel)))
 
 
+def _slice_of(component: Component, row: int, params: Params) -> Params:
+  tree = component.of(params)
+  if isinstance(tree, tuple):  # unstacked by Model.prepare
+    tree, row = tree[row], 0
+  return jax.tree.map(lambda leaf: leaf[row], tree)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
   """One layer of a model: pure functions of its own weights, and where these lie.
@@ -94,14 +101,11 @@ class Layer:
 
   def weights(self, params: Params) -> Params:
     """The layer's own slice of a model's parameters, by role."""
+    return {role: _slice_of(component, row, params) for role, (component, row) in self.roles.items()}
 
-    def slice_of(component: Component, row: int) -> Params:
-      tree = component.of(params)
-      if isinstance(tree, tuple):  # unstacked by Model.prepare
-        tree, row = tree[row], 0
-      return jax.tree.map(lambda leaf: leaf[row], tree)
-
-    return {role: slice_of(component, row) for role, (component, row) in self.roles.items()}
+  def delta_weights(self, params: Params) -> list[Params]:
+    """Its part of each of `deltas`."""
+    return [_slice_of(component, row, params) for component, row in self.deltas]
 
   def before(self, weights: Params, x_BTD: jax.Array, ctx: Context, cache: Cache | None = None) -> tuple[
       jax.Array, Cache | None, jax.Array, Routing | None]:
