@@ -132,8 +132,8 @@ def test_tasks(call):
 
 @pytest.mark.parametrize('argv, message', [
     (['trian'], 'unknown mode .trian.*Did you mean train'),
-    (['--dry_run'], 'no mode: expected one of train, eval, infer, compile, cache, convert'),
-    (['tasks', '--step=3'], '--step is a flag of eval, infer, compile, convert and inspect, not of tasks'),
+    (['--dry_run'], 'no mode: expected one of train, eval, infer, bundle, compile, cache, convert'),
+    (['tasks', '--step=3'], '--step is a flag of eval, infer, bundle, compile, convert and inspect, not of tasks'),
     (['fields', 'TrianConfig'], 'unknown class TrianConfig: expected one of .*MoEConfig.*Did you mean TrainConfig'),
     (['files', '--gin.TrainConfig.steps=3'], 'files reads no gin configuration'),
     (['train', '--model_dri=x'], 'unknown flag --model_dri. Did you mean --model_dir'),

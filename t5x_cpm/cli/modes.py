@@ -265,7 +265,7 @@ t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/ans
     Mode('bundle', 'store a model so that it runs where its experts do not fit, each read when it is needed', bundle, """\
 t5x_cpm train --gin_file=gin/models/cpm2_moe_tiny.gin --gin_file=gin/runs/quickstart.gin \\
     --gin.TrainConfig.steps=5 --model_dir=runs/example_experts
-t5x_cpm bundle --model_dir=runs/example_experts --output=runs/example_bundle --gin.OffloadConfig.format=int8
+t5x_cpm bundle --model_dir=runs/example_experts --output=runs/example_bundle
 t5x_cpm infer --model_dir=runs/example_bundle --input=runs/blanks.txt""",
          flags=(MODEL_DIR, Flag('output', 'DIR', 'new folder of the bundle, which `infer` and `eval` read as --model_dir'),
                 Flag('verify', '', 'read all of the bundle that --model_dir names, and say whether it is intact'),
