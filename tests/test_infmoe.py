@@ -139,7 +139,7 @@ def test_no_memory_and_no_timing_changes_a_bit(both, slots, monkeypatch, runs):
     staging, kept = rng.choice([2, 3, 5]), rng.choice([0, 1, 2, 3, 4])
     found, store = slots(staging, kept)
     assert answers(found, engine) == expected, f'run {number}: {staging} slots, {kept} kept'
-    assert store.hits + store.misses and (not kept) == (not store.hits)
+    assert (not kept) == (not store.counts.hits)
     store.close()
 
 
@@ -147,12 +147,12 @@ def test_experts_that_are_kept_are_not_read_again(both, slots):
   found, store = slots(2, 4)
   engine = inference.load(both[1])
   answers(found, engine)
-  before = store.loader.bytes, store.misses
+  before = store.loader.bytes, store.counts.misses
   assert before[1] <= 2 * 4
   config = engine.decode_config(max_new_tokens=5)
   Engine(Streamed(found), engine.vocabulary, engine.config).answers(TEXTS, config)
   size, _ = found_block(found, store)
-  assert store.misses == before[1] and (store.loader.bytes - before[0]) <= 4 * size  # the encoder's
+  assert store.counts.misses == before[1] and (store.loader.bytes - before[0]) <= 4 * size  # the encoder's
 
 
 def found_block(found, store):

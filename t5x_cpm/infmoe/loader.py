@@ -86,9 +86,9 @@ class Load:
   def is_done(self) -> bool:
     return self._done.is_set()
 
-  def join(self, seconds: float) -> None:
-    """Waits until nothing is read into the memory any more, at most so many seconds."""
-    self._done.wait(seconds)
+  def join(self) -> None:
+    """Waits until nothing is read into the memory any more."""
+    self._done.wait()
 
   def wait(self, seconds: float) -> None:
     """Waits until all is there.
@@ -122,6 +122,17 @@ class Loader:
       for place in load.chunks():
         heapq.heappush(self._queue, (priority, next(self._number), load, place))
       self._changed.notify_all()
+
+  def drop(self, load: Load) -> None:
+    """Gives up what is not read yet of a load that nobody needs any more."""
+    load.is_dropped = True
+    with self._changed:
+      count = len(self._queue)
+      self._queue = [entry for entry in self._queue if entry[2] is not load]
+      heapq.heapify(self._queue)
+      count -= len(self._queue)
+    for _ in range(count):
+      load.end_piece(None)
 
   def hurry(self, load: Load) -> None:
     """Makes what is still to be read of a load as urgent as can be."""

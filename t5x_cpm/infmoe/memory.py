@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from t5x_cpm.checkpoints.readers import Kind
+from t5x_cpm.infmoe.loader import Load
 
 Expert = dict[str, dict[str, jax.Array]]  # by matrix and part
 
@@ -18,11 +19,13 @@ class Slot:
   Attributes:
     memory: uint8, whole pages.
     fence: what was computed last from it; None: nothing. It may be overwritten once this is there.
+    dropped: a load into it that was given up, and may not have ended yet; None: there is none.
   """
 
   def __init__(self, memory: np.ndarray, parts: Mapping[str, Mapping[str, tuple[Kind, int]]], device: Any):
     self.memory = memory
     self.fence: jax.Array | None = None
+    self.dropped: Load | None = None
     self._device = device
     self._views = {matrix: {part: memory[begin:begin + kind.nbytes].view(kind.dtype).reshape(kind.shape)
                             for part, (kind, begin) in given.items()} for matrix, given in parts.items()}
@@ -35,6 +38,9 @@ class Slot:
 
   def wait(self) -> None:
     """Waits until it may be overwritten."""
+    if self.dropped is not None:
+      self.dropped.join()
+      self.dropped = None
     if self.fence is not None:
       jax.block_until_ready(self.fence)
       self.fence = None

@@ -8,13 +8,15 @@ that one cache for all of them would have thrown out each expert before its laye
 """
 
 import collections
+import dataclasses
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from t5x_cpm.infmoe.bundle import Bundle, Place
-from t5x_cpm.infmoe.loader import DEMAND, Load, Loader
+from t5x_cpm.infmoe.loader import DEMAND, LIKELY, Load, Loader
 from t5x_cpm.infmoe.memory import Expert, Slot, slots
 
 DECAY = 0.98  # of the uses of an expert, with each use of its layer
@@ -51,6 +53,14 @@ class Store(Protocol):
     """
     ...
 
+  def expect(self, place: Place, experts: Sequence[int]) -> None:
+    """Says which experts of a layer will probably be taken next."""
+    ...
+
+  def popular(self, place: Place) -> list[int]:
+    """The experts of a layer in the order in which they are worth reading before they are asked for."""
+    ...
+
   def close(self) -> None:
     """Ends what runs beside the caller, and gives the memory back."""
     ...
@@ -77,15 +87,28 @@ class Mapped:
     for expert in wanted:
       yield Loan(expert, self._get(place, expert))
 
+  def expect(self, place: Place, experts: Sequence[int]) -> None:
+    pass
+
+  def popular(self, place: Place) -> list[int]:
+    return []
+
   def close(self) -> None:
     self._got = {}
 
 
 class _Kept:
-  """The experts that a layer keeps."""
+  """The experts that a layer keeps, and what each is worth.
+
+  Attributes:
+    capacity: how many it may keep.
+    free: slots with nothing in them.
+    slots: by expert, those that hold one.
+  """
 
   def __init__(self, own: list[Slot]):
-    self.free, self.slots = own, dict[int, Slot]()  # by expert
+    self.capacity, self.free = len(own), own
+    self.slots: dict[int, Slot] = {}
     self._uses: dict[int, tuple[float, int]] = {}  # by expert: uses, decayed, and when that was
     self._now = 0
 
@@ -93,9 +116,10 @@ class _Kept:
     """Notes that a batch of tokens goes to these."""
     self._now += 1
     for expert in experts:
-      self._uses[expert] = self._worth(expert) + 1, self._now
+      self._uses[expert] = self.worth(expert) + 1, self._now
 
-  def _worth(self, expert: int) -> float:
+  def worth(self, expert: int) -> float:
+    """How often an expert was used, lately more than long ago."""
     uses, when = self._uses.get(expert, (0.0, self._now))
     return uses * DECAY**(self._now - when)
 
@@ -104,7 +128,33 @@ class _Kept:
     if self.free:
       return self.free.pop()
     others = [expert for expert in self.slots if expert not in wanted]
-    return self.slots.pop(min(others, key=self._worth)) if others else None
+    return self.slots.pop(min(others, key=self.worth)) if others else None
+
+
+class _Coming(NamedTuple):
+  """An expert on its way into a slot; `own`: of its layer, rather than one that all share."""
+
+  expert: int
+  slot: Slot
+  load: Load
+  own: bool
+
+
+@dataclasses.dataclass
+class Counts:
+  """What a store has done so far.
+
+  Attributes:
+    hits, misses: experts of layers that keep some which were there, and which were not.
+    foreseen, in_vain: experts that were read before it was known that they are needed: those that then were, and the others.
+    waited: seconds for which the caller waited for experts.
+  """
+
+  hits: int = 0
+  misses: int = 0
+  foreseen: int = 0
+  in_vain: int = 0
+  waited: float = 0.0
 
 
 class Slots:
@@ -112,7 +162,7 @@ class Slots:
 
   Attributes:
     bundle: whose experts.
-    hits, misses: how many experts of layers that keep some were there, and how many were not.
+    counts: what was done so far.
     loader: what reads them.
   """
 
@@ -121,22 +171,22 @@ class Slots:
       bundle: what is read.
       device: where experts are computed.
       staging: how many slots all layers share, two or more.
-      kept: how many each of the others has of its own.
+      kept: how many each layer has of its own; none where it is not in it.
       threads: how many read.
       seconds: after which a read is given up.
     """
-    self.bundle, self._seconds = bundle, seconds
-    self.hits = self.misses = 0
-    self.loader = Loader(threads)
-    first = next(iter(kept), next(iter(bundle.places)))
-    size, parts = bundle.block(first)
+    self.bundle, self._seconds, self.counts, self.loader = bundle, seconds, Counts(), Loader(threads)
+    size, parts = bundle.block(bundle.places[0])
     made = slots(staging + sum(kept.values()), size, parts, device)
     self._staging = collections.deque(made[:staging])
     self._kept, made = {}, made[staging:]
-    for place, count in kept.items():
+    for place in bundle.places:
+      count = kept.get(place, 0)
       self._kept[place], made = _Kept(made[:count]), made[count:]
+    self._ahead: dict[Place, list[_Coming]] = {place: [] for place in bundle.places}
+    self._wish: tuple[Place, collections.deque[int]] = bundle.places[0], collections.deque()
 
-  def _load(self, place: Place, expert: int, slot: Slot) -> Load:
+  def _load(self, place: Place, expert: int, slot: Slot, own: bool, priority: int = DEMAND) -> _Coming:
     def check() -> None:
       for matrix, parts in self.bundle.names(place, expert).items():
         for part, name in parts.items():
@@ -144,57 +194,93 @@ class Slots:
 
     load = Load(f'expert {expert} of {place.stack} layer {place.row}', self.bundle.folder / place.file,
                 self.bundle.begin(place, expert), slot.memory, slot.wait, check)
-    self.loader.submit(load, DEMAND)
-    return load
+    self.loader.submit(load, priority)
+    return _Coming(expert, slot, load, own)
+
+  def _give_up(self, place: Place, coming: _Coming) -> None:
+    """Makes a slot free again whose expert nobody needs; what is there already stays, where it may."""
+    if coming.own and coming.load.is_done and not coming.load.error:
+      self._kept[place].slots[coming.expert] = coming.slot
+      return
+    self.loader.drop(coming.load)
+    coming.slot.dropped = coming.load
+    (self._kept[place].free if coming.own else self._staging).append(coming.slot)
+
+  def popular(self, place: Place) -> list[int]:
+    """The experts of a layer, those first that were used most."""
+    experts = range(self.bundle.config.model.moe.num_experts)
+    return sorted(experts, key=lambda expert: -self._kept[place].worth(expert))
+
+  def expect(self, place: Place, experts: Sequence[int]) -> None:
+    """Says which experts of a layer will probably be taken next. They are read when nothing that is needed waits."""
+    self._wish = place, collections.deque(experts)
+
+  def _grant(self) -> None:
+    """Begins to read what is expected, as far as there is room."""
+    place, experts = self._wish
+    kept, wanted = self._kept[place], list(experts)
+    coming = {one.expert for one in self._ahead[place]}
+    while experts:
+      if experts[0] not in kept.slots and experts[0] not in coming:
+        slot = kept.room([*wanted, *coming]) if kept.capacity else self._staging.popleft() if self._staging else None
+        if slot is None:
+          return
+        self._ahead[place].append(self._load(place, experts[0], slot, kept.capacity > 0, LIKELY))
+      experts.popleft()
+
+  def _foreseen(self, place: Place, wanted: Sequence[int]) -> list[_Coming]:
+    """What was expected and is wanted; the rest is given up."""
+    found, self._ahead[place] = self._ahead[place], []
+    for one in found:
+      if one.expert in wanted:
+        self.loader.hurry(one.load)
+      else:
+        self._give_up(place, one)
+    useful = [one for one in found if one.expert in wanted]
+    self.counts.foreseen += len(useful)
+    self.counts.in_vain += len(found) - len(useful)
+    return useful
 
   def take(self, place: Place, wanted: Sequence[int]) -> Iterator[Loan]:
-    kept = self._kept.get(place, _Kept([]))
+    kept = self._kept[place]
     kept.used(wanted)
+    coming = collections.deque(self._foreseen(place, wanted))
+    there = {one.expert for one in coming}
     hits = [expert for expert in wanted if expert in kept.slots]
-    misses = [expert for expert in wanted if expert not in kept.slots]
-    if place in self._kept:
-      self.hits += len(hits)
-      self.misses += len(misses)
-    own: list[tuple[int, Slot, Load]] = []
-    passing = collections.deque(misses)
-    for expert in misses:
-      slot = kept.room(wanted)
-      if slot is None:
-        break
-      own.append((expert, slot, self._load(place, passing.popleft(), slot)))
-    shared: collections.deque[tuple[int, Slot, Load]] = collections.deque()
+    misses = collections.deque(expert for expert in wanted if expert not in kept.slots and expert not in there)
+    if kept.capacity:
+      self.counts.hits += len(hits)
+      self.counts.misses += len(misses)
 
-    def pass_on() -> None:
-      while passing and self._staging:
-        slot = self._staging.popleft()
-        shared.append((passing[0], slot, self._load(place, passing.popleft(), slot)))
+    def begin() -> None:
+      while misses:
+        own = kept.room(wanted)
+        slot = own if own is not None else self._staging.popleft() if self._staging else None
+        if slot is None:
+          return
+        coming.append(self._load(place, misses.popleft(), slot, own is not None))
+      self._grant()
 
     try:
-      pass_on()
+      begin()
       for expert in hits:
         yield from self._lend(expert, kept.slots[expert])
-      while own:
-        expert, slot, load = own[0]
-        load.wait(self._seconds)
-        own.pop(0)
-        kept.slots[expert] = slot
-        yield from self._lend(expert, slot)
-      while shared:
-        expert, slot, load = shared[0]
-        load.wait(self._seconds)
-        shared.popleft()
-        self._staging.append(slot)
-        yield from self._lend(expert, slot)
-        pass_on()
+      while coming:
+        one = coming[0]
+        before = time.monotonic()
+        one.load.wait(self._seconds)
+        self.counts.waited += time.monotonic() - before
+        coming.popleft()
+        if one.own:
+          kept.slots[one.expert] = one.slot
+          yield from self._lend(one.expert, one.slot)
+        else:
+          yield from self._lend(one.expert, one.slot)
+          self._staging.append(one.slot)
+          begin()
     finally:  # of an error, or where the caller has had enough
-      for _, slot, load in own:
-        load.is_dropped = True
-        kept.free.append(slot)
-      for _, slot, load in shared:
-        load.is_dropped = True
-        self._staging.append(slot)
-      for _, _, load in (*own, *shared):
-        load.join(self._seconds)
+      for one in coming:
+        self._give_up(place, one)
 
   def _lend(self, expert: int, slot: Slot) -> Iterator[Loan]:
     loan = Loan(expert, slot.weights)
