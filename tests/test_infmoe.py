@@ -20,7 +20,7 @@ from t5x_cpm import backend, inference, vocabularies
 from t5x_cpm.config import ConfigError, MoEConfig, OffloadConfig
 from t5x_cpm.inference.engine import Engine
 from t5x_cpm.inference.streamed import Streamed
-from t5x_cpm.infmoe import bundle, loader, opened, run, stores, write
+from t5x_cpm.infmoe import bundle, foresight, loader, opened, run, stores, write
 
 TEXTS = ['一<span>丁', 'abc', '一<span>丁abc', '丄丅<span>']
 RULES = ({}, {'rule': 'beam', 'beam_size': 2}, {'rule': 'sample', 'seed': 3})
@@ -44,14 +44,14 @@ def slots(both):
   """Opens the bundle with so many slots for all layers, and for each layer of the decoder."""
   made = []
 
-  def open_slots(staging, kept, seconds=20.0, path=both[1]):
-    config = configured(both[0], format='float32')
+  def open_slots(staging, kept, seconds=20.0, path=both[1], **fields):
+    config = configured(both[0], format='float32', **fields)
     device = jax.local_devices()[0]
     found = opened.open_bundle(path, config)
     store = stores.Slots(found.store.bundle, device, staging, {
         place: kept for place in found.store.bundle.places if place.stack == 'decoder'}, 3, seconds)
     made.append(store)
-    return run.Run(found.stages, found.weights, store), store
+    return run.Run(found.stages, found.weights, store, config.offload), store
 
   yield open_slots
   for store in made:
@@ -137,8 +137,10 @@ def test_no_memory_and_no_timing_changes_a_bit(both, slots, monkeypatch, runs):
   monkeypatch.setattr(loader, 'ATTEMPTS', 9)
   for number in range(runs):
     staging, kept = rng.choice([2, 3, 5]), rng.choice([0, 1, 2, 3, 4])
-    found, store = slots(staging, kept)
-    assert answers(found, engine) == expected, f'run {number}: {staging} slots, {kept} kept'
+    how = {'order': rng.choice(['index', 'longest_first']), 'read_ahead': rng.random() < 0.5, 'warm_up': rng.random() < 0.5,
+           'guess': rng.choice(['auto', 'on', 'off'])}
+    found, store = slots(staging, kept, **how)
+    assert answers(found, engine) == expected, f'run {number}: {staging} slots, {kept} kept, {how}'
     assert (not kept) == (not store.counts.hits)
     store.close()
 
@@ -157,6 +159,36 @@ def test_experts_that_are_kept_are_not_read_again(both, slots):
 
 def found_block(found, store):
   return store.bundle.block(store.bundle.places[0])
+
+
+def test_what_is_expected_is_there_before_it_is_asked_for(slots):
+  _, store = slots(3, 2)
+  first, other = bundle.Place('encoder', 0), bundle.Place('decoder', 1)
+
+  def take(place, wanted):
+    return sorted(loan.expert for loan in store.take(place, wanted))
+
+  store.expect([(other, [1, 3])])
+  assert take(first, [0]) == [0] and take(other, [3, 2]) == [2, 3]
+  assert (store.counts.foreseen, store.counts.in_vain, store.counts.misses) == (1, 1, 1)
+  store.expect([(first, [0, 1, 2])])  # as many as there are slots for all, which the decoder does not have to wait for
+  assert take(other, [0, 1, 2, 3]) == [0, 1, 2, 3] and take(first, [2, 0, 3]) == [0, 2, 3]
+  assert [(place, len(experts)) for place, experts in store.room()] == [(bundle.Place('decoder', 0), 2), (other, 0)]
+  store.expect(store.room())
+  assert take(first, [3]) == [3]
+  before = store.counts.foreseen
+  assert take(bundle.Place('decoder', 0), [0, 1]) == [0, 1] and store.counts.foreseen == before + 2
+
+
+def test_guesses_are_used_where_they_pay():
+  right, wrong = foresight.Foresight('auto'), foresight.Foresight('auto')
+  assert right.looks(5) and not right.pays
+  for number in range(foresight.ENOUGH):
+    right.told([1, 2], [2])
+    wrong.told([1], [1, 2] if number % 2 else [3])
+  assert right.pays and right.recall == 1 and right.looks(5)
+  assert not wrong.pays and wrong.recall == pytest.approx(0.25, abs=0.05) and not wrong.looks(5) and wrong.looks(32)
+  assert foresight.Foresight('on').pays and not foresight.Foresight('off').looks(0)
 
 
 def test_the_least_worth_is_thrown_out():

@@ -22,6 +22,13 @@ class OffloadConfig(Typed):
   store: str = free('auto')
   staging: int = free(3)  # of 'slots': how many experts may be on their way at once; what else there is room for is kept
   readers: int = free(3)  # of 'slots': threads that read
+  # of 'slots': in which order the experts of a layer are read: 'longest_first', by how many tokens go to them, or 'index'
+  order: str = free('longest_first')
+  read_ahead: bool = free(True)  # of 'slots': begin to read the next layer of the encoder while one is computed
+  warm_up: bool = free(True)  # of 'slots': fill what is free for the decoder while the encoder ends
+  # of 'slots': guess the experts of the decoder's next layer, and read them before it is known: 'auto' (where enough guesses
+  # are right), 'on' or 'off'
+  guess: str = free('auto')
   read_seconds: float = free(60.0)  # of 'slots': when an expert that is not there is given up
 
   def validate(self) -> None:
@@ -29,6 +36,8 @@ class OffloadConfig(Typed):
     if self.group not in (0, 64, 128):
       raise ConfigError(f'OffloadConfig.group = {self.group}: expected 64, 128, or 0 for a scale for each output.')
     choice(self, 'store', ('auto', 'mapped', 'slots'))
+    choice(self, 'order', ('longest_first', 'index'))
+    choice(self, 'guess', ('auto', 'on', 'off'))
     in_range(self, 'memory_gib', 0.0)
     in_range(self, 'staging', 2, 64)
     in_range(self, 'readers', 1, 64)

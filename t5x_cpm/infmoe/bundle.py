@@ -12,6 +12,8 @@ at a multiple of 64 bytes, so that XLA:CPU computes with it where it is mapped. 
 
 import functools
 import json
+import math
+import mmap
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -198,9 +200,13 @@ class Bundle:
       raise self._damaged(file, 'its header is not that of its model')
 
   @functools.cached_property
-  def maps(self) -> Mapping[str, np.memmap]:
-    """The files, mapped: uint8."""
-    return {file: np.memmap(self.folder / file, np.uint8, 'r') for file in self.entries}
+  def maps(self) -> Mapping[str, mmap.mmap]:
+    """The files, mapped."""
+    found = {}
+    for file in self.entries:
+      with open(self.folder / file, 'rb') as opened:
+        found[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    return found
 
   def tensor(self, file: str, name: str) -> np.ndarray:
     """A tensor as it is mapped. Its digest is compared when it is asked for the first time.
@@ -209,7 +215,8 @@ class Bundle:
       CheckpointError: it is not what was written.
     """
     entry = self.entries[file][name]
-    value = self.maps[file][entry.begin:entry.begin + entry.kind.nbytes].view(entry.kind.dtype).reshape(entry.kind.shape)
+    count = math.prod(entry.kind.shape)
+    value = np.frombuffer(self.maps[file], entry.kind.dtype, count, entry.begin).reshape(entry.kind.shape)
     self.check(file, name, value)
     return value
 

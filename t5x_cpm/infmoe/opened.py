@@ -62,4 +62,4 @@ def open_bundle(path: Any, config: Config) -> Run:
   store: Store = Mapped(bundle, device)
   if budget.staging:
     store = Slots(bundle, device, budget.staging, budget.kept, given.readers, given.read_seconds)
-  return Run(Stages(bundle.model, FORMATS[bundle.format]), Weights(rest, weights, {}), store)
+  return Run(Stages(bundle.model, FORMATS[bundle.format]), Weights(rest, weights, {}), store, given)

@@ -1,13 +1,15 @@
 """The loops of a model with experts elsewhere: over layers, and in each over the experts that its tokens go to."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_cpm.infmoe.bundle import Place
+from t5x_cpm.config import OffloadConfig
+from t5x_cpm.infmoe.bundle import Place, place_of
+from t5x_cpm.infmoe.foresight import Foresight
 from t5x_cpm.infmoe.stages import Stages, Weights
 from t5x_cpm.infmoe.stores import Store
 from t5x_cpm.models.component import Params
@@ -46,6 +48,16 @@ def tokens_of(expert_NK: np.ndarray, num_experts: int) -> dict[int, tuple[np.nda
   return found
 
 
+def in_order(tokens: dict[int, tuple[np.ndarray, np.ndarray]], order: str) -> list[int]:
+  """Experts in the order in which they are to be read.
+
+  Reading and computing are two machines that each expert passes one after the other. Johnson (1954) orders such jobs so that
+  the last ends first: those that are read faster than they are computed come first, by how fast they are read, and then the
+  others by falling time of computing. Reading takes all experts the same time, so that this is the order of falling tokens.
+  """
+  return sorted(tokens, key=lambda expert: -len(tokens[expert][0])) if order == 'longest_first' else list(tokens)
+
+
 class Run:
   """A model whose experts a store brings.
 
@@ -53,19 +65,45 @@ class Run:
     stages: its programs.
     weights: all parameters but those of experts.
     store: what brings these.
+    foresight: whether guesses pay.
   """
 
-  def __init__(self, stages: Stages, weights: Weights, store: Store):
-    self.stages, self.weights, self.store = stages, weights, store
+  def __init__(self, stages: Stages, weights: Weights, store: Store, given: OffloadConfig, foresight: Foresight | None = None):
+    """given: when experts are brought. foresight: what was learned about guesses."""
+    self.stages, self.weights, self.store, self._given = stages, weights, store, given
+    self.foresight = Foresight(given.guess) if foresight is None else foresight
+    self._tokens = 0  # that the decoder has read
+    self._guessed: tuple[Place, list[int]] | None = None
+    self._next = {layer: next((other for other, _ in layers[number + 1:] if other.routed), None)
+                  for layers in stages.layers.values() for number, (layer, _) in enumerate(layers)}
 
   def with_delta(self, stages: Stages, delta: Params) -> 'Run':
     """The same with a delta, which the model of `stages` has."""
-    return Run(stages, self.weights.with_delta(stages.model, delta), self.store)
+    return Run(stages, self.weights.with_delta(stages.model, delta), self.store, self._given, self.foresight)
 
   def _layers(self, stack: str) -> Iterator[tuple[Layer, Place, Params, list[Params]]]:
     parts = self.weights.parts.get(stack)
     for layer, place in self.stages.layers[stack]:
       yield layer, place, self.weights.layers[place], parts[layer.index] if parts else []
+
+  def _expect(self, layer: Layer, needed: Collection[int], h_BTD: jax.Array, ctx: Context, decodes: bool) -> None:
+    """Tells the store what comes after a layer that needs these experts."""
+    after = self._next[layer]
+    if decodes:
+      if self._guessed is not None and self._guessed[0] == place_of(layer):
+        self.foresight.told(self._guessed[1], needed)
+      self._guessed = None
+      if after is not None and self.foresight.looks(self._tokens):
+        place = place_of(after)
+        expert_GTK = np.asarray(self.stages.guess(after, self.weights.layers[place], h_BTD, ctx))
+        experts = np.unique(expert_GTK[expert_GTK < after.config.moe.num_experts]).tolist()
+        self._guessed = place, experts
+        if self.foresight.pays:
+          self.store.expect([(place, experts)])
+    elif after is not None and self._given.read_ahead:  # of many tokens some need almost any expert
+      self.store.expect([(place_of(after), self.store.popular(place_of(after))[:len(needed)])])
+    elif after is None and layer.stack == 'encoder' and self._given.warm_up:
+      self.store.expect(self.store.room())
 
   def _layer(self, layer: Layer, place: Place, weights: Params, parts: list[Params], x_BTD: jax.Array, ctx: Context,
              cache: Any = None) -> tuple[jax.Array, Any]:
@@ -77,7 +115,9 @@ class Run:
     h_BTD, written, u_ND, expert_NK, weight_NK = found
     y_AD = jnp.zeros((expert_NK.size, u_ND.shape[-1]), u_ND.dtype)
     tokens = tokens_of(np.asarray(expert_NK), layer.config.moe.num_experts)
-    for loan in self.store.take(place, list(tokens)):
+    if self.store.reads:
+      self._expect(layer, tokens, h_BTD, ctx, cache is not None)
+    for loan in self.store.take(place, in_order(tokens, self._given.order)):
       y_AD, loan.fence = stages.expert(layer, y_AD, u_ND, loan.weights, *tokens[loan.expert])
     return stages.after(layer, weights, parts, h_BTD, u_ND, y_AD, expert_NK, weight_NK, ctx), written
 
@@ -108,6 +148,7 @@ class Run:
   def step(self, cache: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Any]:
     """Reads tokens at the given positions of each row: logits [B, T, V] after each of them, and the cache."""
     x_BTD, ctx = self.stages.step_input(self.weights.rest, cache, tokens_BT, positions_BT)
+    self._tokens += 1
     layers = []
     for given, own in zip(self._layers('decoder'), cache['layers'], strict=True):
       x_BTD, written = self._layer(*given, x_BTD, ctx, own)

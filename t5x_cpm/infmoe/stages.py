@@ -35,6 +35,10 @@ def _between(model: encoder_decoder.Model, layer: Layer, weights: Params, parts:
   return h_BTD, written, u_ND, expert_NK, routing.weight_GTK.reshape(-1, K)
 
 
+def _guess(model: encoder_decoder.Model, layer: Layer, weights: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+  return layer.guess(weights, x_BTD, ctx).expert_GTK
+
+
 def _expert(model: encoder_decoder.Model, layer: Layer, form: Format, y_AD: jax.Array, u_ND: jax.Array, weights: Any,
             token_M: jax.Array, place_M: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Puts tokens through an expert, and the results in their places; places beyond the end are those of no token.
@@ -123,6 +127,10 @@ class Stages:
     own = None if cache is None else {name: cache[name] for name in OWN}
     cross = None if cache is None else {name: leaf for name, leaf in cache.items() if name not in OWN}
     return self._program(_between, layer, donate=(4,))(weights, parts, x_BTD, ctx, own, cross)
+
+  def guess(self, layer: Layer, weights: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+    """The experts of `Layer.guess`, [G, T, K]."""
+    return self._program(_guess, layer)(weights, x_BTD, ctx)
 
   def expert(self, layer: Layer, y_AD: jax.Array, u_ND: jax.Array, weights: Any, token_M: Any, place_M: Any) -> tuple[
       jax.Array, jax.Array]:

@@ -8,7 +8,9 @@ that one cache for all of them would have thrown out each expert before its laye
 """
 
 import collections
+import contextlib
 import dataclasses
+import mmap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +21,7 @@ from t5x_cpm.infmoe.bundle import Bundle, Place
 from t5x_cpm.infmoe.loader import DEMAND, LIKELY, Load, Loader
 from t5x_cpm.infmoe.memory import Expert, Slot, slots
 
+Wishes = Sequence[tuple[Place, Sequence[int]]]
 DECAY = 0.98  # of the uses of an expert, with each use of its layer
 
 
@@ -41,9 +44,11 @@ class Store(Protocol):
 
   Attributes:
     bundle: whose experts.
+    reads: whether it gains from knowing early which experts will be taken.
   """
 
   bundle: Bundle
+  reads: bool
 
   def take(self, place: Place, wanted: Sequence[int]) -> Iterator[Loan]:
     """Experts of a layer, each once, in the order in which they are there.
@@ -53,12 +58,16 @@ class Store(Protocol):
     """
     ...
 
-  def expect(self, place: Place, experts: Sequence[int]) -> None:
-    """Says which experts of a layer will probably be taken next."""
+  def expect(self, wishes: Wishes) -> None:
+    """Says which experts will probably be taken soon, by layer, the most probable ones first."""
     ...
 
   def popular(self, place: Place) -> list[int]:
-    """The experts of a layer in the order in which they are worth reading before they are asked for."""
+    """The experts of a layer, those first that were used most."""
+    ...
+
+  def room(self) -> Wishes:
+    """Experts with which what is still free in the layers of the decoder may be filled."""
     ...
 
   def close(self) -> None:
@@ -68,6 +77,8 @@ class Store(Protocol):
 
 class Mapped:
   """The experts as they are mapped. See `Store`."""
+
+  reads = False
 
   def __init__(self, bundle: Bundle, device: Any):
     self.bundle, self._device = bundle, device
@@ -83,14 +94,28 @@ class Mapped:
         self._got[place, expert] = found
     return found
 
+  def _hint(self, place: Place, expert: int) -> None:
+    """Has the system begin to read an expert that was not used yet."""
+    if (place, expert) not in self._got:
+      size, _ = self.bundle.block(place)
+      with contextlib.suppress(OSError, AttributeError):
+        self.bundle.maps[place.file].madvise(mmap.MADV_WILLNEED, self.bundle.begin(place, expert), size)
+
   def take(self, place: Place, wanted: Sequence[int]) -> Iterator[Loan]:
+    for expert in wanted:
+      self._hint(place, expert)
     for expert in wanted:
       yield Loan(expert, self._get(place, expert))
 
-  def expect(self, place: Place, experts: Sequence[int]) -> None:
-    pass
+  def expect(self, wishes: Wishes) -> None:
+    for place, experts in wishes:
+      for expert in experts:
+        self._hint(place, expert)
 
   def popular(self, place: Place) -> list[int]:
+    return list(range(self.bundle.config.model.moe.num_experts))
+
+  def room(self) -> Wishes:
     return []
 
   def close(self) -> None:
@@ -166,6 +191,8 @@ class Slots:
     loader: what reads them.
   """
 
+  reads = True
+
   def __init__(self, bundle: Bundle, device: Any, staging: int, kept: Mapping[Place, int], threads: int, seconds: float):
     """Args:
       bundle: what is read.
@@ -184,7 +211,7 @@ class Slots:
       count = kept.get(place, 0)
       self._kept[place], made = _Kept(made[:count]), made[count:]
     self._ahead: dict[Place, list[_Coming]] = {place: [] for place in bundle.places}
-    self._wish: tuple[Place, collections.deque[int]] = bundle.places[0], collections.deque()
+    self._wishes: list[tuple[Place, int]] = []
 
   def _load(self, place: Place, expert: int, slot: Slot, own: bool, priority: int = DEMAND) -> _Coming:
     def check() -> None:
@@ -211,25 +238,35 @@ class Slots:
     experts = range(self.bundle.config.model.moe.num_experts)
     return sorted(experts, key=lambda expert: -self._kept[place].worth(expert))
 
-  def expect(self, place: Place, experts: Sequence[int]) -> None:
-    """Says which experts of a layer will probably be taken next. They are read when nothing that is needed waits."""
-    self._wish = place, collections.deque(experts)
+  def room(self) -> Wishes:
+    return [(place, [expert for expert in self.popular(place) if expert not in kept.slots][:len(kept.free)])
+            for place, kept in self._kept.items() if place.stack == 'decoder']
+
+  def expect(self, wishes: Wishes) -> None:
+    self._wishes = [(place, expert) for place, experts in reversed(wishes) for expert in reversed(experts)]
 
   def _grant(self) -> None:
-    """Begins to read what is expected, as far as there is room."""
-    place, experts = self._wish
-    kept, wanted = self._kept[place], list(experts)
-    coming = {one.expert for one in self._ahead[place]}
-    while experts:
-      if experts[0] not in kept.slots and experts[0] not in coming:
-        slot = kept.room([*wanted, *coming]) if kept.capacity else self._staging.popleft() if self._staging else None
+    """Begins to read what is expected, as far as there is room: by what is needed it is not held up."""
+    while self._wishes:
+      place, expert = self._wishes[-1]
+      kept, coming = self._kept[place], [one.expert for one in self._ahead[place]]
+      if expert not in kept.slots and expert not in coming:
+        wanted = [*coming, *(other for where, other in self._wishes if where == place)]
+        slot = kept.room(wanted) if kept.capacity else self._staging.popleft() if self._staging else None
         if slot is None:
           return
-        self._ahead[place].append(self._load(place, experts[0], slot, kept.capacity > 0, LIKELY))
-      experts.popleft()
+        self._ahead[place].append(self._load(place, expert, slot, kept.capacity > 0, LIKELY))
+      self._wishes.pop()
 
   def _foreseen(self, place: Place, wanted: Sequence[int]) -> list[_Coming]:
-    """What was expected and is wanted; the rest is given up."""
+    """What was expected and is wanted; the rest is given up, and so is what another layer has in the slots of all."""
+    self._wishes = [wish for wish in self._wishes if wish[0] != place]
+    for other, ahead in self._ahead.items():
+      if other != place:
+        for one in [one for one in ahead if not one.own]:
+          ahead.remove(one)
+          self.counts.in_vain += 1
+          self._give_up(other, one)
     found, self._ahead[place] = self._ahead[place], []
     for one in found:
       if one.expert in wanted:

@@ -139,6 +139,12 @@ class Layer:
     router = self.roles['router'][0](weights['router']) if 'router' in self.roles else None
     return routers.route(moe.of(self.stack), moe, router, grouped(u_BTD), context)
 
+  def guess(self, weights: Params, x_BTD: jax.Array, ctx: Context) -> Routing:
+    """Where tokens would go if attention changed nothing: for an engine that brings experts before it is known which."""
+    routing = self._route(weights, self.roles['block'][0](weights['block']).mlp_norm(x_BTD), ctx)
+    assert routing is not None
+    return routing
+
   def _axes_in_experts(self) -> Params:
     """The logical axes of the weights of Hooks.in_experts."""
     leaves = next(one.leaves for one, _ in self.deltas if one.path == f'delta/{self.roles["experts"][0].path}')
