@@ -27,10 +27,10 @@ RULES = ({}, {'rule': 'beam', 'beam_size': 2}, {'rule': 'sample', 'seed': 3})
 MOE = MoEConfig(num_experts=4, group_size=8, router='top_2', decoder_router='switch')
 
 
-def make(folder, moe=MOE, format='float32', **task):
+def make(folder, moe=MOE, format='float32', dense_format='float32', **task):
   """A model_dir, and a bundle of it."""
   model_dir = small_model.model_dir(folder, vocabularies.load(f'cpm2:{small_data.vocabulary_file(folder)}'), moe=moe, **task)
-  write.write(configured(model_dir, format=format), model_dir, folder / 'bundle')
+  write.write(configured(model_dir, format=format, dense_format=dense_format, group=0), model_dir, folder / 'bundle')
   return model_dir, folder / 'bundle'
 
 
@@ -45,7 +45,7 @@ def slots(both):
   made = []
 
   def open_slots(staging, kept, seconds=20.0, path=both[1], **fields):
-    config = configured(both[0], format='float32', **fields)
+    config = configured(both[0], format='float32', group=0, **fields)
     device = jax.local_devices()[0]
     found = opened.open_bundle(path, config)
     store = stores.Slots(found.store.bundle, device, staging, {
@@ -90,6 +90,15 @@ def test_a_bundle_answers_as_its_checkpoint_does(both):
     MoEConfig(num_experts=4, group_size=8, router='prototypes', decoder_router='top_k')], ids=str)
 def test_every_router_answers_as_its_checkpoint_does(tmp_path, moe):
   check_same(*make(tmp_path, moe), rules=RULES[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('format', ['bfloat16', 'int8', 'int4'])
+def test_rounded_weights_give_nearly_the_same(tmp_path, format):
+  model_dir, path = make(tmp_path, dataclasses.replace(MOE, decoder_every=2, shared_experts=1), format, dense_format=format)
+  ours, theirs = inference.load(path), inference.load(model_dir)
+  a, b = (np.array(one.score(TEXTS, ['丁', 'a', '丁', 'b'])) for one in (ours, theirs))
+  assert 0 < abs(a - b).max() / abs(b).max() < {'bfloat16': 0.02, 'int8': 0.05, 'int4': 0.4}[format]
 
 
 @pytest.mark.slow

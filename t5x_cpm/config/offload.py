@@ -15,6 +15,7 @@ class OffloadConfig(Typed):
   # how the matrices of experts are stored: 'float32', 'bfloat16', 'int8' (a scale for each output) or 'int4' (a scale for each
   # group of inputs to an output)
   format: str = free('int8')
+  dense_format: str = free('float32')  # how all other matrices of layers are stored, but for those of routers
   group: int = free(64)  # of 'int4': how many numbers share a scale: 64, 128, or 0 for all inputs to an output
   memory_gib: float = free(0.0)  # what the model may take in memory, its other weights included; 0: what is free
   # where experts are: in the files, mapped into memory ('mapped', for what fits there); read into memory of a fixed size when
@@ -33,6 +34,7 @@ class OffloadConfig(Typed):
 
   def validate(self) -> None:
     choice(self, 'format', FORMATS)
+    choice(self, 'dense_format', FORMATS)
     if self.group not in (0, 64, 128):
       raise ConfigError(f'OffloadConfig.group = {self.group}: expected 64, 128, or 0 for a scale for each output.')
     choice(self, 'store', ('auto', 'mapped', 'slots'))

@@ -10,10 +10,12 @@ from t5x_cpm.config.offload import FORMATS
 
 VERSION = 1
 ABOUT = 'bundle.json'
+STORED = ('format', 'dense_format', 'group')  # the fields of OffloadConfig that say how matrices are stored
 REMEDY = 'Make the bundle again, or put back a copy of the file.'
 _FORM = {
     'version': stored.COUNT, 'code_version': str, 'config': dict, 'info': dict, 'step': stored.COUNT, 'started': dict,
-    'format': FORMATS, 'group': stored.COUNT, 'files': {str: {'bytes': stored.COUNT, 'digests': {str: str}}}}
+    'format': FORMATS, 'dense_format': FORMATS, 'group': stored.COUNT,
+    'files': {str: {'bytes': stored.COUNT, 'digests': {str: str}}}}
 
 
 def is_bundle(path: Any) -> bool:

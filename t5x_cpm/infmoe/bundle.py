@@ -60,7 +60,8 @@ class Entry(NamedTuple):
     begin: of its first byte in the file.
     leaf: the name of the parameter that it is, or is a part of, in a checkpoint; '' for padding.
     at: its place in the leading axes of that parameter.
-    part: which part of a stored matrix of an expert; '' for what is stored as it is.
+    part: which part of a stored matrix; '' for what is stored as it is.
+    expert: whether it belongs to an expert of a layer with several.
   """
 
   kind: Kind
@@ -68,6 +69,7 @@ class Entry(NamedTuple):
   leaf: str = ''
   at: tuple[int, ...] = ()
   part: str = ''
+  expert: bool = False
 
 
 def _expert_entries(layer: Layer, given: OffloadConfig) -> Iterator[tuple[str, Entry]]:
@@ -77,17 +79,22 @@ def _expert_entries(layer: Layer, given: OffloadConfig) -> Iterator[tuple[str, E
     for name, leaf in component.leaves.items():
       I, O = leaf.shape[2:]
       for part, kind in FORMATS[given.format].kinds(I, O, given.group).items():
-        yield f'experts/{expert}/{name}/{part}', Entry(kind, 0, leaf.name, (row, expert), part)
+        yield f'experts/{expert}/{name}/{part}', Entry(kind, 0, leaf.name, (row, expert), part, True)
     yield '', Entry(Kind((), np.dtype(np.uint8)), 0)  # the end of an expert
 
 
-def _dense_entries(layer: Layer) -> Iterator[tuple[str, Entry]]:
+def _dense_entries(layer: Layer, given: OffloadConfig) -> Iterator[tuple[str, Entry]]:
   for role, (component, row) in layer.roles.items():
     if role == 'experts' and layer.routed:
       continue
     for leaf in _leaves(component.leaves):
-      yield f'{role}{leaf.name.removeprefix(component.path)}', Entry(
-          Kind(tuple(leaf.shape[1:]), np.dtype(leaf.dtype)), 0, leaf.name, (row,))
+      name, shape = f'{role}{leaf.name.removeprefix(component.path)}', leaf.shape[1:]
+      if len(shape) == 2 and component.cast and given.dense_format != 'float32':  # a router's rounded score is another expert
+        I, O = shape
+        for part, kind in FORMATS[given.dense_format].kinds(I, O, given.group).items():
+          yield f'{name}/{part}', Entry(kind, 0, leaf.name, (row,), part)
+      else:
+        yield name, Entry(Kind(tuple(shape), np.dtype(leaf.dtype)), 0, leaf.name, (row,))
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
@@ -134,7 +141,7 @@ def layout(model: encoder_decoder.Model, given: OffloadConfig) -> dict[str, tupl
     for layer in model.layers[stack]:
       if place_of(layer).file not in found:
         experts = _expert_entries(layer, given) if layer.routed else iter(())
-        found[place_of(layer).file] = _laid_out(_chain(experts, _dense_entries(layer)))
+        found[place_of(layer).file] = _laid_out(_chain(experts, _dense_entries(layer, given)))
   rest = ((leaf.name, Entry(Kind(tuple(leaf.shape), np.dtype(leaf.dtype)), 0, leaf.name))
           for component in model.components.values() if not component.stacked for leaf in _leaves(component.leaves))
   return found | {REST: _laid_out(rest)}
@@ -153,7 +160,7 @@ class Bundle:
     model: what it holds.
     about: what bundle.json says.
     config: of its run.
-    format: how the matrices of its experts are stored.
+    given: how its matrices are stored.
     entries: by file and name, its tensors.
   """
 
@@ -166,8 +173,8 @@ class Bundle:
     self.folder, self.model = pathlib.Path(run_directory.resolve(path)), model
     self.about = about_lib.read(path)
     self.config: Config = from_dict(self.about['config'])
-    self.format = self.about['format']
-    laid_out = layout(model, OffloadConfig(format=self.format, group=self.about['group']))
+    self.given = OffloadConfig(**{name: self.about[name] for name in about_lib.STORED})
+    laid_out = layout(model, self.given)
     self.entries = {file: entries for file, (_, entries) in laid_out.items()}
     if self.entries.keys() != self.about['files'].keys():
       raise CheckpointError(f'{self.folder / ABOUT} lists other files than its model has. {REMEDY}')
@@ -177,7 +184,7 @@ class Bundle:
     self._experts: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     for file, entries in self.entries.items():
       for name, entry in entries.items():
-        if entry.part:
+        if entry.expert:
           _, expert, matrix, part = name.split('/')
           self._experts.setdefault((file, expert), {}).setdefault(matrix, {})[part] = name
 

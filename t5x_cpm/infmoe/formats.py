@@ -4,9 +4,10 @@ Weights alone are rounded; activations keep their type. With 8 bits each output 
 al. 2023, section 3.2); with 4 bits each group of inputs to an output has one, as in FlexGen (Sheng et al. 2023).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,28 @@ FORMATS: dict[str, Format] = {
     'bfloat16': _plain(jnp.bfloat16),
     'int8': Format(_int8_kinds, _int8_encode, _int8_product, _int8_decode),
     'int4': Format(_int4_kinds, _int4_encode, _int4_product, _int4_decode)}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A matrix as it is stored, in the place of a kernel.
+
+  Attributes:
+    parts: by name, its parts.
+    form: the name of its format.
+  """
+
+  parts: dict[str, Any]
+  form: str = dataclasses.field(metadata={'static': True})
+
+  def __getitem__(self, key: Any) -> 'Stored':
+    """The whole, as modules ask for their parameters."""
+    assert key is ...
+    return self
+
+  def product(self, x_NI: jax.Array) -> jax.Array:
+    return FORMATS[self.form].product(x_NI, self.parts)
 
 
 def bits_per_weight(name: str, I: int, O: int, group: int) -> float:

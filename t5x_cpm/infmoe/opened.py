@@ -6,8 +6,9 @@ import jax
 
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.infmoe import budget as budget_lib
+from t5x_cpm.infmoe.about import STORED
 from t5x_cpm.infmoe.bundle import REST, Bundle, Place, place_of
-from t5x_cpm.infmoe.formats import FORMATS
+from t5x_cpm.infmoe.formats import Stored
 from t5x_cpm.infmoe.run import Run
 from t5x_cpm.infmoe.stages import Stages, Weights
 from t5x_cpm.infmoe.stores import Mapped, Slots, Store
@@ -33,9 +34,14 @@ def _weights(bundle: Bundle, config: Config, device: Any) -> tuple[Params, dict[
       place = place_of(layer)
       if place not in weights:
         casts = {role: component.cast for role, (component, _) in layer.roles.items()}
-        weights[place] = nested({
-            name: read(place.file, name, casts[name.partition('/')[0]])
-            for name, entry in bundle.entries[place.file].items() if entry.leaf and not entry.part})
+        found: dict[str, Any] = {}
+        for name, entry in bundle.entries[place.file].items():
+          if entry.part and not entry.expert:
+            matrix = found.setdefault(name.rpartition('/')[0], Stored({}, bundle.given.dense_format))
+            matrix.parts[entry.part] = read(place.file, name, False)
+          elif entry.leaf and not entry.expert:
+            found[name] = read(place.file, name, casts[name.partition('/')[0]])
+        weights[place] = nested(found)
   return rest, weights
 
 
@@ -51,8 +57,8 @@ def open_bundle(path: Any, config: Config) -> Run:
   """
   device, given = jax.local_devices()[0], config.offload
   bundle = Bundle(path, encoder_decoder.build(config.model))
-  for name in ('format', 'group') if given.format == 'int4' else ('format',):
-    if getattr(given, name) != bundle.about[name]:
+  for name in STORED:
+    if getattr(given, name) != bundle.about[name] and (name != 'group' or 'int4' in (given.format, given.dense_format)):
       raise ConfigError(f'OffloadConfig.{name} = {getattr(given, name)!r}: {path} is stored with {bundle.about[name]!r}. Make '
                         'another bundle, or leave it as it is.')
   rest, weights = _weights(bundle, config, device)
@@ -62,4 +68,4 @@ def open_bundle(path: Any, config: Config) -> Run:
   store: Store = Mapped(bundle, device)
   if budget.staging:
     store = Slots(bundle, device, budget.staging, budget.kept, given.readers, given.read_seconds)
-  return Run(Stages(bundle.model, FORMATS[bundle.format]), Weights(rest, weights, {}), store, given)
+  return Run(Stages(bundle.model, given.format), Weights(rest, weights, {}), store, given)

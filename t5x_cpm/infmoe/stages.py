@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_cpm.infmoe.bundle import Place, place_of
-from t5x_cpm.infmoe.formats import Format
+from t5x_cpm.infmoe.formats import Stored
 from t5x_cpm.models import dispatch, encoder_decoder
 from t5x_cpm.models.component import Params
 from t5x_cpm.models.context import Context
@@ -39,15 +39,14 @@ def _guess(model: encoder_decoder.Model, layer: Layer, weights: Params, x_BTD: j
   return layer.guess(weights, x_BTD, ctx).expert_GTK
 
 
-def _expert(model: encoder_decoder.Model, layer: Layer, form: Format, y_AD: jax.Array, u_ND: jax.Array, weights: Any,
+def _expert(model: encoder_decoder.Model, layer: Layer, form: str, y_AD: jax.Array, u_ND: jax.Array, weights: Any,
             token_M: jax.Array, place_M: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Puts tokens through an expert, and the results in their places; places beyond the end are those of no token.
 
   The second result is one number of them. What comes next takes the memory of the first, and cannot be waited for.
   """
-  component = layer.roles['experts'][0]
-  mlp = component({name: jnp.zeros((), u_ND.dtype) for name in component.leaves})
-  out_MD = mlp(u_ND[token_M], product=lambda name, x, kernel: form.product(x, weights[name]))
+  mlp = layer.roles['experts'][0]({name: Stored(parts, form) for name, parts in weights.items()})
+  out_MD = mlp(u_ND[token_M])
   return y_AD.at[place_M].set(out_MD, mode='drop', unique_indices=True), out_MD[0, 0]
 
 
@@ -96,8 +95,8 @@ class Stages:
     layers: by stack, its layers, with the place of each in the bundle.
   """
 
-  def __init__(self, model: encoder_decoder.Model, form: Format):
-    """form: how experts are stored."""
+  def __init__(self, model: encoder_decoder.Model, form: str):
+    """form: the name of the format of experts."""
     self.model, self._form = model, form
     self.layers = {stack: [(layer, place_of(layer)) for layer in model.layers[stack]] for stack in model.stacks}
     self.encoder_input, self.encoder_output = jax.jit(model.encoder_input), jax.jit(model.encoder_output)

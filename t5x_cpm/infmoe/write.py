@@ -28,7 +28,7 @@ PARTIAL = '.partial'
 def _write_file(path: pathlib.Path, header: bytes, entries: Mapping[str, Entry], reader: CheckpointReader, config: Config,
                 progress: Progress, done: int) -> tuple[dict[str, str], int]:
   """Writes a file; returns the digests of its tensors, and the bytes that were written in all."""
-  form, group = FORMATS[config.offload.format], config.offload.group
+  given = config.offload
   told: dict[str, str] = {}
   parts: Mapping[str, np.ndarray] = {}
   matrix = None
@@ -40,7 +40,8 @@ def _write_file(path: pathlib.Path, header: bytes, entries: Mapping[str, Entry],
       elif entry.part:
         if matrix != (entry.leaf, entry.at):
           matrix = entry.leaf, entry.at
-          parts = form.encode(reader.read(entry.leaf, entry.at), group)
+          form = FORMATS[given.format if entry.expert else given.dense_format]
+          parts = form.encode(reader.read(entry.leaf, entry.at), given.group)
         value = parts[entry.part]
       else:
         value = reader.read(entry.leaf, entry.at)
@@ -110,7 +111,7 @@ def write(config: Config, model_dir: Any, output: Any, step: int | None = None, 
   run_directory.check_vocabulary(model_dir, run.info, vocabulary.fingerprint)
   about = {'version': about_lib.VERSION, 'code_version': t5x_cpm.__version__, 'config': to_dict(config),
            'info': run.info | {'weights': tuning.fingerprint(run_directory.resolve(model_dir), run.step)}, 'step': run.step,
-           'started': run.started, 'format': config.offload.format, 'group': config.offload.group}
+           'started': run.started} | {name: getattr(config.offload, name) for name in about_lib.STORED}
   partial = folder.parent / f'{folder.name}{PARTIAL}'
   with run_directory.writing(partial):
     partial.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,15 @@ from t5x_cpm import backend
 def dense(x: jax.Array, kernel: Any) -> jax.Array:
   """x [..., I] @ kernel [I, O] -> [..., O], as one product of two matrices.
 
+  A kernel that is stored in a form of its own has a method `product`: (x [N, I]) -> [N, O].
+
   On XLA:CPU (jax 0.10) a training step takes 2 % longer if operands keep their leading axes.
   """
-  x_NI, kernel = x.reshape(-1, x.shape[-1]), jnp.asarray(kernel, x.dtype)
+  x_NI = x.reshape(-1, x.shape[-1])
+  if hasattr(kernel, 'product'):
+    y_NO = kernel.product(x_NI)
+    return y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
+  kernel = jnp.asarray(kernel, x.dtype)
   return (x_NI @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
