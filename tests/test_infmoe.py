@@ -20,7 +20,7 @@ from t5x_cpm import backend, inference, vocabularies
 from t5x_cpm.config import ConfigError, MoEConfig, OffloadConfig
 from t5x_cpm.inference.engine import Engine
 from t5x_cpm.inference.streamed import Streamed
-from t5x_cpm.infmoe import bundle, foresight, loader, opened, run, stores, write
+from t5x_cpm.infmoe import bundle, foresight, loader, run, stores, write
 
 TEXTS = ['一<span>丁', 'abc', '一<span>丁abc', '丄丅<span>']
 RULES = ({}, {'rule': 'beam', 'beam_size': 2}, {'rule': 'sample', 'seed': 3})
@@ -39,19 +39,24 @@ def both(tmp_path_factory):
   return make(tmp_path_factory.mktemp('infmoe'))
 
 
+@pytest.fixture(scope='module')
+def engine(both):
+  """The bundle, mapped: the reference of all that changes no bit."""
+  return inference.load(both[1])
+
+
 @pytest.fixture
-def slots(both):
-  """Opens the bundle with so many slots for all layers, and for each layer of the decoder."""
+def slots(both, engine):
+  """The bundle with so many slots for all layers, and for each layer of the decoder."""
   made = []
 
   def open_slots(staging, kept, seconds=20.0, path=both[1], **fields):
-    config = configured(both[0], format='float32', group=0, **fields)
-    device = jax.local_devices()[0]
-    found = opened.open_bundle(path, config)
-    store = stores.Slots(found.store.bundle, device, staging, {
-        place: kept for place in found.store.bundle.places if place.stack == 'decoder'}, 3, seconds)
+    mapped = engine.program.run
+    one = bundle.Bundle(path, mapped.stages.model)
+    store = stores.Slots(one, jax.local_devices()[0], staging, {
+        place: kept for place in one.places if place.stack == 'decoder'}, 3, seconds)
     made.append(store)
-    return run.Run(found.stages, found.weights, store, config.offload), store
+    return run.Run(mapped.stages, mapped.weights, store, OffloadConfig(**fields)), store
 
   yield open_slots
   for store in made:
@@ -59,9 +64,9 @@ def slots(both):
   assert not [thread for thread in threading.enumerate() if thread.name == 't5x_cpm-read']
 
 
-def check_same(model_dir, path, *, rules=RULES, deltas=None):
+def check_same(model_dir, path, *, ours=None, rules=RULES, deltas=None):
   """The engine of a bundle in 'float32' gives what that of the checkpoint gives."""
-  ours, theirs = (inference.load(folder, deltas=deltas) for folder in (path, model_dir))
+  ours, theirs = ours or inference.load(path, deltas=deltas), inference.load(model_dir, deltas=deltas)
   names = [None, *(deltas or ())]
   delta = [names[number % len(names)] for number in range(len(TEXTS))]
   for rule in rules:
@@ -73,8 +78,8 @@ def check_same(model_dir, path, *, rules=RULES, deltas=None):
   return ours, theirs
 
 
-def test_a_bundle_answers_as_its_checkpoint_does(both):
-  ours, theirs = check_same(*both)
+def test_a_bundle_answers_as_its_checkpoint_does(both, engine):
+  ours, theirs = check_same(*both, ours=engine)
   assert list(ours.stream(TEXTS[0], max_new_tokens=4)) == list(theirs.stream(TEXTS[0], max_new_tokens=4))
   assert ours.choose(['一<span>'], [['丁', 'ab', '丄']]) == theirs.choose(['一<span>'], [['丁', 'ab', '丄']])
   with pytest.raises(ConfigError, match='a bundle, which has one step alone'):
@@ -103,14 +108,15 @@ def test_rounded_weights_give_nearly_the_same(tmp_path, format):
 
 @pytest.mark.slow
 def test_deltas_are_served(tmp_path):
-  model_dir, path = make(tmp_path, objective='pairs')
+  model_dir, path = make(tmp_path, dataclasses.replace(MOE, decoder_every=2), objective='pairs')
   deltas = {name: test_deltas.write(tmp_path / name, model_dir, test_deltas.DELTAS[name], 7)
             for name in ('poem', 'short', 'before', 'narrow')}
   ours, _ = check_same(model_dir, path, deltas=deltas)
   ours.remove_delta('poem')
   ours.add_delta('ia3', test_deltas.write(tmp_path / 'ia3', model_dir, test_deltas.DELTAS['ia3'], 7))
   assert ours.generate('一', delta='ia3')
-  other = small_model.model_dir(tmp_path / 'other', ours.vocabulary, objective='pairs', moe=MOE, steps=(4,))
+  moe = dataclasses.replace(MOE, decoder_every=2)
+  other = small_model.model_dir(tmp_path / 'other', ours.vocabulary, objective='pairs', moe=moe, steps=(4,))
   wrong = test_deltas.write(tmp_path / 'wrong', other, test_deltas.LORA, 7)
   with pytest.raises(ConfigError, match='was trained on a base with the fingerprint'):
     ours.add_delta('wrong', wrong)
@@ -125,9 +131,8 @@ def answers(one, config):
 
 
 @pytest.mark.parametrize('runs', [3, pytest.param(200, marks=pytest.mark.slow)])
-def test_no_memory_and_no_timing_changes_a_bit(both, slots, monkeypatch, runs):
+def test_no_memory_and_no_timing_changes_a_bit(engine, slots, monkeypatch, runs):
   """Reads are slow, short or fail now and then."""
-  engine = inference.load(both[1])
   expected = answers(engine.program.run, engine)
   seed = random.randrange(2**31)
   print(f'seed {seed}')
@@ -154,20 +159,15 @@ def test_no_memory_and_no_timing_changes_a_bit(both, slots, monkeypatch, runs):
     store.close()
 
 
-def test_experts_that_are_kept_are_not_read_again(both, slots):
+def test_experts_that_are_kept_are_not_read_again(engine, slots):
   found, store = slots(2, 4)
-  engine = inference.load(both[1])
   answers(found, engine)
   before = store.loader.bytes, store.counts.misses
   assert before[1] <= 2 * 4
   config = engine.decode_config(max_new_tokens=5)
   Engine(Streamed(found), engine.vocabulary, engine.config).answers(TEXTS, config)
-  size, _ = found_block(found, store)
+  size, _ = store.bundle.block(store.bundle.places[0])
   assert store.counts.misses == before[1] and (store.loader.bytes - before[0]) <= 4 * size  # the encoder's
-
-
-def found_block(found, store):
-  return store.bundle.block(store.bundle.places[0])
 
 
 def test_what_is_expected_is_there_before_it_is_asked_for(slots):
@@ -213,8 +213,7 @@ def test_the_least_worth_is_thrown_out():
   assert kept.room([3]) is None  # which is wanted now
 
 
-def test_a_read_that_fails_is_told_and_the_next_request_answered(both, slots, monkeypatch):
-  engine = inference.load(both[1])
+def test_a_read_that_fails_is_told_and_the_next_request_answered(engine, slots, monkeypatch):
   found, store = slots(2, 1, seconds=0.5)
   expected = answers(engine.program.run, engine)
   read = loader.read
