@@ -272,10 +272,10 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_then_without_it(teacher_di
 def test_the_program_after_the_teacher_has_no_teacher(teacher_dir):
   config = student(teacher_dir)
   mesh = test_step.mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  teacher = teachers.of_run(config)
-  steps = teachers.Steps(config, mesh, teacher.model)
-  assert teacher.step == 5 and 'teacher' in steps.of(4).abstract_frozen and not steps.of(5).abstract_frozen
-  steps.load({}, teacher)
+  found = teachers.of_runs(config)
+  steps = teachers.Steps(config, mesh, teachers.guide(found))
+  assert found[0].step == 5 and 'teacher' in steps.of(4).abstract_frozen and not steps.of(5).abstract_frozen
+  steps.load({}, found)
   weights = jax.tree.leaves(steps.at(4)[1])
   assert weights and steps.at(4)[0] is steps.guided
   assert steps.at(5) == (steps.plain, {}) and steps.guided is None and not steps._weights
@@ -342,7 +342,7 @@ def test_a_plan_knows_the_teacher(teacher_dir):
   sizes, slice_ = estimate.sizes(config.model), slices.parse('v5p:1x1x1')
   guide = estimate.Guide(model, estimate.sizes(model))
   one = dataclasses.replace(config, mesh=MeshConfig(data=1))
-  plain, guided = (estimate.estimate(one, slice_, 'train', sizes, *more) for more in ((), (guide,)))
+  plain, guided = (estimate.estimate(one, slice_, 'train', sizes, *more) for more in ((), ([guide],)))
   logits = 4 * one.train.batch_size * one.task.decoder_length * model.vocab_size
   assert guided.bytes - plain.bytes == pytest.approx(4 * sum(guide.sizes.values()) + logits)
   assert guided.seconds > plain.seconds

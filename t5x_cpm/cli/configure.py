@@ -85,6 +85,22 @@ def named_folders(flag: str, values: Sequence[str]) -> dict[str, str]:
   return found
 
 
+def teachers_of(values: Sequence[str]) -> str | dict[str, str]:
+  """The runs of --teacher, as TeacherConfig.model_dir has them: that of DIR, or of each TASK=DIR. What exists is a directory.
+
+  Raises:
+    ConfigError: a task comes twice; or several runs are given, and one of them for no task.
+  """
+  for value in dict.fromkeys(values):
+    task, equals, _ = value.partition('=')
+    if not equals or '/' in task or os.path.exists(value):
+      if len(set(values)) > 1:
+        raise ConfigError(f'--teacher={one_line(value)} is the teacher of all rows, and --teacher is given {len(values)} '
+                          'times: expected --teacher=DIR once, or --teacher=TASK=DIR for each task that has its own teacher.')
+      return value
+  return named_folders('teacher', values)
+
+
 def vocabulary_of(model_dir: str) -> str:
   """The vocabulary of a run as a value of TaskConfig.vocabulary."""
   from t5x_cpm import vocabularies
@@ -158,9 +174,10 @@ def make_config(arguments: Arguments) -> Config:
     overrides.append(f'TrainConfig.init_from={source!r}')
   if frozen:
     overrides.append(f'DeltaConfig.base={frozen!r}')
-  for flag, field in (('teacher', 'model_dir'), ('teacher_cache', 'cache')):
-    if given := arguments.get(flag):
-      overrides.append(f'TeacherConfig.{field}={given!r}')
+  if given := arguments.get('teacher'):
+    overrides.append(f'TeacherConfig.model_dir={teachers_of(given)!r}')
+  if folder := arguments.get('teacher_cache'):
+    overrides.append(f'TeacherConfig.cache={folder!r}')
   if arguments.get('allow_other_base'):
     overrides.append('DeltaConfig.allow_other_base=True')
 

@@ -50,8 +50,8 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   backend.use_cpu_devices(config.mesh.cpu_devices, group.count)
   backend.keep_compiled_programs()
   mesh = mesh_lib.make_mesh(config.mesh)
-  teacher = teachers.find(config, model_dir)
-  programs = teachers.Steps(config, mesh, teacher.model if teacher else None)
+  guides = teachers.find(config, model_dir)
+  programs = teachers.Steps(config, mesh, teachers.guide(guides))
   step = programs.plain
   base = deltas.find(config, model_dir)
   may_differ = ('base',) if config.delta.allow_other_base else ()
@@ -65,12 +65,12 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   held_out = validation.open_reader(config, say)
   if answers:
     say(f'data: {answers.note}; the {config.checkpoint.best_mode}imum of {config.checkpoint.best_metric} is the best')
-  taught = teachers.batches(config, reader, teacher)
+  taught = teachers.batches(config, reader, guides)
   info: dict[str, Any] = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
   begins = before.first_step(config, model_dir)
   info |= {'base': base.fingerprint} if base else {}
   info |= {'first_step': begins} if config.train.go_on else {}
-  info |= teachers.info(config, model_dir, teacher.fingerprint if teacher else None)
+  info |= teachers.info(config, model_dir, guides)
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   with contextlib.ExitStack() as until_the_loop:
@@ -90,9 +90,9 @@ def run(config: Config, model_dir: str, group: Group | None = None,
     frozen = deltas.load(base, step)
     if base:
       deltas.tell(base, config, step, say)
-    programs.load(frozen, teacher)
-    if teacher:
-      teachers.tell(teacher, config, programs, say)
+    programs.load(frozen, guides)
+    if guides:
+      teachers.tell(guides, config, programs, say)
     state = start.begin(config, model_dir, step, frozen, manager, reader.vocabulary, say)
     start.tell_of_little_room(manager.model_dir, host_memory.saved(step.abstract_state), say)
     first = begins if latest is None else latest
