@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,20 @@ def test_the_share_of_a_teacher(schedule, expected):
     if value is not None:
       np.testing.assert_allclose(guidance.share(config, step), value, rtol=1e-6, err_msg=f'step {step}')
   assert config.teacher.guided(10) == (10 if schedule == 'constant' else 4)
+  longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))
+  np.testing.assert_allclose(guidance.share(longer, 3), guidance.share(config, 3))
   assert config.teacher.guided(3) == 3 and dataclasses.replace(config.teacher, alpha=0.0).guided(10) == 0
+
+
+def test_without_steps_the_course_is_that_of_the_whole_run(monkeypatch):
+  config = with_teacher(steps=0)
+  longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))
+  assert [float(guidance.share(one, step)) for one, step in ((config, 5), (config, 10), (longer, 10))] == [0.5, 0.0, 0.75]
+  monkeypatch.setattr(before, 'has_begun', lambda model_dir: True)
+  monkeypatch.setattr(run_directory, 'read_run', lambda model_dir: types.SimpleNamespace(step=10, info={'teacher': {}}))
+  assert not before.is_guided(config, 'x') and before.is_guided(longer, 'x')
+  with pytest.raises(ConfigError, match='until step 40, and is at step 10: give --teacher=DIR'):
+    before.is_guided(dataclasses.replace(longer, teacher=dataclasses.replace(config.teacher, model_dir='')), 'x')
 
 
 def guided(config: Config, model: ModelConfig = SMALL, mesh: MeshConfig = test_step.ONE_DEVICE):
