@@ -22,8 +22,8 @@ class TeacherConfig(Typed):
   cache: str = free('')  # a folder with the distributions of the teacher, made once by `cache`; `--teacher_cache` sets it
   alpha: float = 1.0  # the share of the teacher in the loss at the first step
   schedule: str = 'linear'  # how that share goes on: 'linear', 'cosine', 'step' or 'constant'
-  # steps within which it falls to 0; 0 is TrainConfig.steps: a run that is then made longer goes on with the share of the longer
-  # course, and needs its teacher again
+  # steps within which it falls to 0; 0 is TrainConfig.steps: a run that is made longer then goes on with the share of the
+  # longer course, and needs its teacher again
   steps: int = 0
   temperature: float = 2.0  # tau, by which the logits of both are divided for the divergence
   top_k: int = 0  # how many tokens of each distribution of the teacher count, the most probable ones; 0 is all
