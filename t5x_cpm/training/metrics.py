@@ -222,8 +222,8 @@ class LateMetrics:
     """Takes the metrics of a step, which need not have run yet, and what it was given; step: of another program than others."""
     # A small program on CPU has run when the call of it returns. It is read later, the last ones two at once, which would give
     # one of them the time of both, and the other none.
-    running = (isinstance(value, jax.Array) and not value.is_ready() for value in values.values())
-    finished = None if any(running) else time.monotonic()
+    leaves: list[Any] = [value for value in values.values() if isinstance(value, jax.Array)]
+    finished = time.monotonic() if all(leaf.is_ready() for leaf in leaves) else None
     self._waiting = number, values, batch, step or self._step, self._frozen if frozen is None else frozen, finished
 
   def report(self, state: State) -> None:
