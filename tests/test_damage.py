@@ -330,7 +330,7 @@ def test_files_of_tensorboard_sort_after_older_ones_whatever_the_clock_says(tmp_
 def late(norm, size=4, **values):
   """LateMetrics of a state of one tensor, after a step that reports this norm; the notes; a function that reports it."""
   notes = []
-  writers = types.SimpleNamespace(step=lambda number, values: None, note=notes.append)
+  writers = types.SimpleNamespace(step=lambda number, values, finished: None, note=notes.append)
   state = {'params': {'w': np.zeros(size)}}
   step = types.SimpleNamespace(explain=lambda *_: 'loss', abstract_state=state)
   reporter = metrics.LateMetrics(step, {}, writers, lambda: 'There is no checkpoint yet.')

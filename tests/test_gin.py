@@ -128,7 +128,7 @@ MISTAKES = [
     ('OptimizerConfig.learning_rate = False', r'is of type bool; expected float'),
     ('TrainConfig.deterministic = 1', r'is of type int; expected True or False'),
     ('TaskConfig.name = None', r'is of type NoneType; expected str'),
-    ('LocalTaskConfig.files = {"a": 3}', r'is of type dict; expected one glob, or a dict of name -> glob'),
+    ('LocalTaskConfig.files = {"a": 3}', r'is of type dict; expected one path, or a dict of name -> path'),
     ('LocalTaskConfig.rates = {"a": "b"}', r'expected dict\[str, float\]'),
     ('eval/TrainConfig.steps = "3"', r'expected int'),  # also in a scope that does not apply
     # Values: what a dataclass refuses is told with its place.

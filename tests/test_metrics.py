@@ -101,6 +101,21 @@ def test_evaluation_time_is_not_training_time(tmp_path, monkeypatch):
   assert [record.get('steps_per_second') for record in records(tmp_path)] == [None, 2.0, None, 2.0]
 
 
+def test_each_step_has_its_own_time_where_it_has_run_before_it_is_read(tmp_path, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  step = types.SimpleNamespace(abstract_state={'params': {'w': jax.ShapeDtypeStruct((4,), np.float32)}})
+  with metrics.Writers(tmp_path, config(every=1, tensorboard=False), start_step=0, total_steps=6) as writers:
+    late = metrics.LateMetrics(step, {}, writers)
+    for number in range(1, 7):
+      now[0] += 0.5  # the call returns when the step has run
+      late.report({})
+      late.add(number, {name: jax.device_put(value) for name, value in (values(number) | {'halted': False}).items()}, {})
+      if number in (1, 6):
+        late.report({})
+  assert [record.get('tokens_per_second') for record in records(tmp_path)] == [None, *[256.0] * 5]
+
+
 def test_resume_gives_the_file_of_a_run_that_never_stopped(tmp_path):
   """Killed at step 7 and restored at step 4, with a broken last line; each way of reporting has each step once."""
   plain, resumed = tmp_path / 'plain', tmp_path / 'resumed'

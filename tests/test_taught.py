@@ -68,7 +68,7 @@ def folders(teacher_dir, tmp_path_factory):  # noqa: F811
 
 def test_what_is_cached_is_what_the_teacher_says(teacher_dir, folders):  # noqa: F811
   config = cached(teacher_dir, folders / '10', top_k=10)
-  speaker, batches = teacher_cache._Speaker(config, teachers.of_run(config)), opened(config)
+  speaker, batches = teacher_cache._Speaker(config, *teachers.of_runs(config)), opened(config)
   batch = batches.batch(2, np.arange(4))
   said = speaker({name: leaf for name, leaf in batch.items() if not name.startswith('teacher')})
   counted = batch['decoder_loss_weights'] != 0

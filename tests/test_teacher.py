@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,20 @@ def test_the_share_of_a_teacher(schedule, expected):
     if value is not None:
       np.testing.assert_allclose(guidance.share(config, step), value, rtol=1e-6, err_msg=f'step {step}')
   assert config.teacher.guided(10) == (10 if schedule == 'constant' else 4)
+  longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))
+  np.testing.assert_allclose(guidance.share(longer, 3), guidance.share(config, 3))
   assert config.teacher.guided(3) == 3 and dataclasses.replace(config.teacher, alpha=0.0).guided(10) == 0
+
+
+def test_without_steps_the_course_is_that_of_the_whole_run(monkeypatch):
+  config = with_teacher(steps=0)
+  longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))
+  assert [float(guidance.share(one, step)) for one, step in ((config, 5), (config, 10), (longer, 10))] == [0.5, 0.0, 0.75]
+  monkeypatch.setattr(before, 'has_begun', lambda model_dir: True)
+  monkeypatch.setattr(run_directory, 'read_run', lambda model_dir: types.SimpleNamespace(step=10, info={'teacher': {}}))
+  assert not before.is_guided(config, 'x') and before.is_guided(longer, 'x')
+  with pytest.raises(ConfigError, match='until step 40, and is at step 10: give --teacher=DIR'):
+    before.is_guided(dataclasses.replace(longer, teacher=dataclasses.replace(config.teacher, model_dir='')), 'x')
 
 
 def guided(config: Config, model: ModelConfig = SMALL, mesh: MeshConfig = test_step.ONE_DEVICE):
@@ -272,10 +286,10 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_then_without_it(teacher_di
 def test_the_program_after_the_teacher_has_no_teacher(teacher_dir):
   config = student(teacher_dir)
   mesh = test_step.mesh_lib.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  teacher = teachers.of_run(config)
-  steps = teachers.Steps(config, mesh, teacher.model)
-  assert teacher.step == 5 and 'teacher' in steps.of(4).abstract_frozen and not steps.of(5).abstract_frozen
-  steps.load({}, teacher)
+  found = teachers.of_runs(config)
+  steps = teachers.Steps(config, mesh, teachers.guide(found))
+  assert found[0].step == 5 and 'teacher' in steps.of(4).abstract_frozen and not steps.of(5).abstract_frozen
+  steps.load({}, found)
   weights = jax.tree.leaves(steps.at(4)[1])
   assert weights and steps.at(4)[0] is steps.guided
   assert steps.at(5) == (steps.plain, {}) and steps.guided is None and not steps._weights
@@ -342,7 +356,7 @@ def test_a_plan_knows_the_teacher(teacher_dir):
   sizes, slice_ = estimate.sizes(config.model), slices.parse('v5p:1x1x1')
   guide = estimate.Guide(model, estimate.sizes(model))
   one = dataclasses.replace(config, mesh=MeshConfig(data=1))
-  plain, guided = (estimate.estimate(one, slice_, 'train', sizes, *more) for more in ((), (guide,)))
+  plain, guided = (estimate.estimate(one, slice_, 'train', sizes, *more) for more in ((), ([guide],)))
   logits = 4 * one.train.batch_size * one.task.decoder_length * model.vocab_size
   assert guided.bytes - plain.bytes == pytest.approx(4 * sum(guide.sizes.values()) + logits)
   assert guided.seconds > plain.seconds

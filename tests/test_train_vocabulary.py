@@ -92,6 +92,11 @@ def test_an_extended_vocabulary_keeps_the_pieces_and_cuts_old_text_as_before(tmp
   other.write_text('\n'.join(before[:-1] + ['x', before[-1]]) + '\n', encoding='utf-8')
   with pytest.raises(ConfigError, match="the piece 'x' stands after bytes or sentinels"):
     train.run([f'{CORPUS}/en.txt'], str(new), size=2200, extends=str(other))
+  for content in (None, b'\xff\n', b'x' * 1000):
+    if content is not None:
+      other.write_bytes(content)
+    with pytest.raises(ConfigError, match=r'Check --extends\.$'):
+      train.kept_pieces(str(tmp_path / 'no.txt' if content is None else other))
 
 
 def test_report_counts_what_is_lost(tmp_path):

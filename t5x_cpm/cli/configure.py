@@ -85,6 +85,22 @@ def named_folders(flag: str, values: Sequence[str]) -> dict[str, str]:
   return found
 
 
+def teachers_of(values: Sequence[str]) -> str | dict[str, str]:
+  """The runs of --teacher, as TeacherConfig.model_dir has them: that of DIR, or of each TASK=DIR. What exists is a directory.
+
+  Raises:
+    ConfigError: a task comes twice; or several runs are given, and one of them for no task.
+  """
+  for value in dict.fromkeys(values):
+    task, equals, _ = value.partition('=')
+    if not equals or '/' in task or os.path.exists(value):
+      if len(set(values)) > 1:
+        raise ConfigError(f'--teacher={one_line(value)} is the teacher of all rows, and --teacher is given {len(values)} '
+                          'times: expected --teacher=DIR once, or --teacher=TASK=DIR for each task that has its own teacher.')
+      return value
+  return named_folders('teacher', values)
+
+
 def vocabulary_of(model_dir: str) -> str:
   """The vocabulary of a run as a value of TaskConfig.vocabulary."""
   from t5x_cpm import vocabularies
@@ -118,25 +134,8 @@ def check_routers(config: Config) -> None:
     routers.check(config.model.moe)
 
 
-def make_config(arguments: Arguments) -> Config:
-  """The configuration of a command.
-
-  Raises:
-    ConfigError: a mistake in a file or flag, with the line or the flag at fault; or a change to a trained model.
-  """
-  from t5x_cpm import config as config_lib
-  from t5x_cpm import tasks
-  from t5x_cpm.config import gin
-  from t5x_cpm.infmoe import about
-
-  reads_run, model_dir, source = arguments.mode.scope == 'eval', arguments.get('model_dir'), arguments.get('init_from')
-  frozen, grown = arguments.get('base'), ''
-  if arguments.get('source'):  # of several, all have one model
-    from t5x_cpm.inherit import sources
-
-    grown = sources.split(arguments.get('source')[0])[0]
-  if source and frozen:
-    raise ConfigError('--init_from trains all parameters of a run, --base a delta on them: give one of the two.')
+def overrides_of(arguments: Arguments) -> list[str]:
+  """The gin bindings of a command line: those of --gin., then those that other flags stand for."""
   overrides = list(arguments.overrides)
   if profile := arguments.get('profile_steps'):
     start, _, count = profile.partition(':')
@@ -145,27 +144,52 @@ def make_config(arguments: Arguments) -> Config:
     overrides += [f'MetricsConfig.profile_start={start}', f'MetricsConfig.profile_steps={count}']
   if arguments.mode.name == 'eval' and arguments.get('step'):
     overrides.append(f'EvalConfig.checkpoints={arguments.get("step")}')
-  base = None
-  if reads_run:
-    run = about.read_run(model_dir, checkpoint_step(arguments))
-    recall_modules(model_dir, run.started)
-    base = dataclasses.replace(tasks.located(run.config, run.started.get('folder', '')), mesh=MeshConfig())
-  elif source or frozen or grown:
-    base = origin(source or frozen or grown, '' if grown else model_dir)
-    if frozen or grown:  # a base that has a delta is refused later
-      base = dataclasses.replace(base, delta=DeltaConfig())
-  if source:
-    overrides.append(f'TrainConfig.init_from={source!r}')
-  if frozen:
-    overrides.append(f'DeltaConfig.base={frozen!r}')
-  for flag, field in (('teacher', 'model_dir'), ('teacher_cache', 'cache')):
+  for flag, field in (
+      ('init_from', 'TrainConfig.init_from'), ('base', 'DeltaConfig.base'), ('teacher_cache', 'TeacherConfig.cache')):
     if given := arguments.get(flag):
-      overrides.append(f'TeacherConfig.{field}={given!r}')
+      overrides.append(f'{field}={given!r}')
+  if given := arguments.get('teacher'):
+    overrides.append(f'TeacherConfig.model_dir={teachers_of(given)!r}')
   if arguments.get('allow_other_base'):
     overrides.append('DeltaConfig.allow_other_base=True')
+  return overrides
 
-  start = base
-  if base and grown:  # whether the source's number of rows stays is known when it is known what grows
+
+def begun_from(arguments: Arguments) -> Config | None:
+  """The configuration that a command changes: of the run that it reads, or of one that it goes on from; None: the defaults."""
+  from t5x_cpm import tasks
+  from t5x_cpm.infmoe import about
+
+  model_dir, source, frozen = map(arguments.get, ('model_dir', 'init_from', 'base'))
+  if arguments.mode.scope == 'eval':
+    run = about.read_run(model_dir, checkpoint_step(arguments))
+    recall_modules(model_dir, run.started)
+    return dataclasses.replace(tasks.located(run.config, run.started.get('folder', '')), mesh=MeshConfig())
+  if arguments.get('source'):  # of several, all have one model
+    from t5x_cpm.inherit import sources
+
+    return dataclasses.replace(origin(sources.split(arguments.get('source')[0])[0], ''), delta=DeltaConfig())
+  if not source and not frozen:
+    return None
+  base = origin(source or frozen, model_dir)
+  return dataclasses.replace(base, delta=DeltaConfig()) if frozen else base  # a base that has a delta is refused later
+
+
+def make_config(arguments: Arguments) -> Config:
+  """The configuration of a command.
+
+  Raises:
+    ConfigError: a mistake in a file or flag, with the line or the flag at fault; or a change to a trained model.
+  """
+  from t5x_cpm import config as config_lib
+  from t5x_cpm.config import gin
+
+  reads_run, model_dir = arguments.mode.scope == 'eval', arguments.get('model_dir')
+  if arguments.get('init_from') and arguments.get('base'):
+    raise ConfigError('--init_from trains all parameters of a run, --base a delta on them: give one of the two.')
+  overrides = overrides_of(arguments)
+  start = base = begun_from(arguments)
+  if base and arguments.get('source'):  # whether the source's number of rows stays is known when it is known what grows
     start = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=0))
   config = gin.load(arguments.get('gin_file'), overrides, scope=arguments.mode.scope, base=start, check=check_routers)
   if arguments.get('allow_other_base') and not config.delta.method:

@@ -28,7 +28,8 @@ TEXTS = Flag('input', 'GLOB', 'files of text: .txt, .tsv or .jsonl, also .gz', r
 FIELD = Flag('field', 'NAME', 'of .jsonl, the field with the text', default='text')
 BASE = Flag('base', 'DIR', 'the run whose model a delta is trained on (DeltaConfig.method); also where it has moved')
 OTHER_BASE = Flag('allow_other_base', '', 'use a base whose weights are not those that the delta was trained on, and say so')
-TEACHER = Flag('teacher', 'DIR', 'the run whose model is the teacher, of the same vocabulary (TeacherConfig)')
+TEACHER = Flag('teacher', 'DIR', 'the run whose model is the teacher, of the same vocabulary (TeacherConfig); TASK=DIR is that '
+               'of one task of a mixture', repeat=True)
 TEACHER_CACHE = Flag('teacher_cache', 'DIR', 'folder with what a teacher says of the rows of a run, made by `cache --teacher`')
 INIT_FROM = Flag('init_from', 'DIR', 'start from the parameters of another run, with its model and vocabulary')
 

@@ -7,6 +7,7 @@ arrays and of passes over them, and some of these are round numbers.
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -252,10 +253,10 @@ def _training_seconds(config: Config, slice_: Slice, held: Held) -> float:
   return _together(arithmetic / slice_.count / chip.flops, sent, moved / chip.hbm_rate)
 
 
-def _training(config: Config, slice_: Slice, held: Held, guide: Guide | None = None) -> Estimate:
+def _training(config: Config, slice_: Slice, held: Held, guides: Sequence[Guide] = ()) -> Estimate:
   """Estimates a training step; what does not fit goes to host memory, where that is possible and sufficient."""
   needed, seconds = _training_bytes(config, held), _training_seconds(config, slice_, held)
-  if guide is not None:
+  for guide in guides:
     needed, seconds = needed + _guide_bytes(config, guide), seconds + _guide_seconds(config, slice_, guide)
   room, moments = ROOM * slice_.chip.hbm, MOMENTS * held.moments
   missing = needed - room
@@ -289,7 +290,7 @@ def _inference(config: Config, slice_: Slice, step: str, held: Held) -> Estimate
   return Estimate(config, kept + INFERENCE_WORKING * sum(tokens) * (model.d_model + model.d_ff), seconds)
 
 
-def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes, guide: Guide | None = None) -> Estimate:
+def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes, guides: Sequence[Guide] = ()) -> Estimate:
   """Memory and time of a step, from sizes alone.
 
   Args:
@@ -297,10 +298,10 @@ def estimate(config: Config, slice_: Slice, step: str, sizes: Sizes, guide: Guid
     slice_: the chips to run on.
     step: 'train', 'encode' or 'decode'.
     sizes: those of the model's parameters, from `sizes`.
-    guide: the teacher of a training step; None: it has none, or batches bring what it says.
+    guides: the teachers of a training step; (): it has none, or batches bring what they say.
 
   Returns:
     The estimate; its configuration has MeshConfig.host_gib set where a training step fits only with it.
   """
   held = _held(sizes, config)
-  return _training(config, slice_, held, guide) if step == 'train' else _inference(config, slice_, step, held)
+  return _training(config, slice_, held, guides) if step == 'train' else _inference(config, slice_, step, held)

@@ -20,10 +20,10 @@ from t5x_cpm import mesh as mesh_lib
 from t5x_cpm.chips import GiB
 from t5x_cpm.compile import program, slices
 from t5x_cpm.compile.slices import Slice
-from t5x_cpm.config import Config, ModelConfig
+from t5x_cpm.config import Config
 from t5x_cpm.inference import programs
 from t5x_cpm.models import encoder_decoder
-from t5x_cpm.training import flops, layout, teachers
+from t5x_cpm.training import flops, guidance, teachers
 from t5x_cpm.training import step as step_lib
 
 STEPS = ('train', 'encode', 'decode')
@@ -126,11 +126,10 @@ def _needed(config: Config, step: str) -> float:
   return flops.inference_flops(config.model, step, config.infer.batch_size, S, T)
 
 
-def _of_teacher(config: Config, teacher: layout.Teacher) -> float:
-  """Floating-point operations of the pass of a teacher, all chips together."""
-  if not isinstance(teacher, ModelConfig):
-    return 0.0
-  return flops.forward_flops(teacher, *_token_slots(config, 'train'), config.task.encoder_length, config.task.decoder_length)
+def _of_teacher(config: Config, teacher: guidance.Teacher) -> float:
+  """Floating-point operations of the passes of teachers, all chips together."""
+  S, T = config.task.encoder_length, config.task.decoder_length
+  return sum((flops.forward_flops(one, *_token_slots(config, 'train'), S, T) for one in guidance.models(teacher)), 0.0)
 
 
 def _passed(model: encoder_decoder.Model) -> tuple[float, float]:

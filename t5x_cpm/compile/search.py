@@ -11,8 +11,8 @@ from t5x_cpm.chips import GiB
 from t5x_cpm.compile import estimate, plan, slices
 from t5x_cpm.compile.estimate import Estimate
 from t5x_cpm.compile.slices import Slice
-from t5x_cpm.config import Config, ConfigError, ModelConfig
-from t5x_cpm.training import teachers
+from t5x_cpm.config import Config, ConfigError
+from t5x_cpm.training import guidance, teachers
 
 TRIED = 4  # meshes that are compiled: those with the best estimates
 # What a search chooses: the gin class and its fields, and the part of Config that they lie in.
@@ -53,8 +53,8 @@ def ranked(config: Config, slice_: Slice, step: str) -> list[Estimate]:
   """
   sizes = estimate.sizes(config.model)
   teacher = teachers.model_of(config) if step == 'train' else None
-  guide = estimate.Guide(teacher, estimate.sizes(teacher)) if isinstance(teacher, ModelConfig) else None
-  found = [estimate.estimate(one, slice_, step, sizes, guide) for one in candidates(config, slice_, step)]
+  guides = [estimate.Guide(one, estimate.sizes(one)) for one in guidance.models(teacher)]
+  found = [estimate.estimate(one, slice_, step, sizes, guides) for one in candidates(config, slice_, step)]
   if not found:
     batch = 'TrainConfig.batch_size' if step == 'train' else 'InferConfig.batch_size'
     raise ConfigError(f'no mesh of the {slice_.count} chips of {slice_.name} divides the model and the batch: change {batch}.')

@@ -16,11 +16,15 @@ class TeacherConfig(Typed):
   off there ('step'); with 'constant' it stays to the end of the run. Once it is 0, the teacher is not run any more.
   """
 
-  model_dir: str = free('')  # the run of the teacher, of the same vocabulary; `--teacher` sets it; '' is none
+  # the run of the teacher, of the same vocabulary, or a dict of task -> run for tasks of a mixture, whose other tasks then have
+  # none; `--teacher` sets it; '' is none
+  model_dir: str | dict[str, str] = free('')
   cache: str = free('')  # a folder with the distributions of the teacher, made once by `cache`; `--teacher_cache` sets it
   alpha: float = 1.0  # the share of the teacher in the loss at the first step
   schedule: str = 'linear'  # how that share goes on: 'linear', 'cosine', 'step' or 'constant'
-  steps: int = 0  # steps within which it falls to 0; 0 is TrainConfig.steps
+  # steps within which it falls to 0; 0 is TrainConfig.steps: a run that is made longer then goes on with the share of the
+  # longer course, and needs its teacher again
+  steps: int = 0
   temperature: float = 2.0  # tau, by which the logits of both are divided for the divergence
   top_k: int = 0  # how many tokens of each distribution of the teacher count, the most probable ones; 0 is all
   rest: str = 'bucket'  # for top_k: all other tokens count as one ('bucket') or not at all ('renormalise')
@@ -34,6 +38,8 @@ class TeacherConfig(Typed):
     in_range(self, 'steps', 0)
     in_range(self, 'temperature', 0.01, 100.0)
     in_range(self, 'top_k', 0)
+    if isinstance(self.model_dir, dict) and not all((*self.model_dir, *self.model_dir.values())):
+      raise ConfigError(f'TeacherConfig.model_dir = {shown(self.model_dir)}: expected a run for each task that it names.')
     if self.schedule == 'constant' and self.steps:
       raise ConfigError(f"TeacherConfig.steps = {self.steps} with TeacherConfig.schedule = 'constant', which lasts to the end "
                         "of the run: set steps to 0, or schedule to 'step'.")
@@ -48,6 +54,14 @@ class TeacherConfig(Typed):
   def given(self) -> bool:
     """Whether there is a teacher."""
     return bool(self.model_dir or self.cache)
+
+  @property
+  def runs(self) -> dict[str, tuple[str, ...]]:
+    """The runs of the teachers, each with the tasks whose rows it teaches; () is all rows."""
+    if isinstance(self.model_dir, str):
+      return {self.model_dir: ()} if self.model_dir else {}
+    different = dict.fromkeys(self.model_dir.values())
+    return {run: tuple(task for task, its in self.model_dir.items() if its == run) for run in different}
 
   def guided(self, total: int) -> int:
     """How many steps, the first ones, a teacher guides in a run of `total` steps."""

@@ -9,8 +9,8 @@ from typing import Any
 from t5x_cpm.config.fields import ConfigError, shown
 
 LARGEST = 2**63 - 1  # what NumPy and JAX take for a whole number
-# What errors call a type; by default its name. The fields of the last one name files.
-_EXPECTED: dict[Any, str] = {bool: 'True or False', str | dict[str, str]: 'one glob, or a dict of name -> glob'}
+# What errors call a type; by default its name. The fields of the last one name files or folders.
+_EXPECTED: dict[Any, str] = {bool: 'True or False', str | dict[str, str]: 'one path, or a dict of name -> path'}
 
 
 def _plain(value: Any, kind: type) -> Any:

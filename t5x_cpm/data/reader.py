@@ -123,6 +123,10 @@ class Reader:
     component, stream_row = self.mixer.locate(mine + step * self.batch_size)
     return self._make(component, stream_row, len(mine), lambda stream, rows: stream.read(rows, self.seed))
 
+  def components_of(self, step: int, rows: slice | np.ndarray = EVERY) -> np.ndarray:
+    """Which of `components` the rows of the batch of a step are of: int [rows]."""
+    return self.mixer.locate(np.arange(self.batch_size)[rows] + step * self.batch_size)[0]
+
   def eval_batches(self, max_batches: int = 0, rows: slice | np.ndarray = EVERY) -> Iterator[Batch]:
     """Each row of the split once, in an order and with masks that depend on nothing but the data.
 

@@ -5,6 +5,9 @@
 
 Only targets whose loss counts have a record: that of `distributions` for the K most probable tokens; for K = 0 the logits of
 all tokens, float32, so that nothing is lost. A file is complete or not there, so that making them goes on after a kill.
+
+Where tasks of a mixture have teachers of their own, batches have the number of each row's teacher as `teacher` [rows], -1 for
+none; targets of a row without one have no record.
 """
 
 import hashlib
@@ -17,18 +20,26 @@ import numpy as np
 from t5x_cpm import files, stored
 from t5x_cpm.config import Config, ConfigError
 from t5x_cpm.data import distributions
-from t5x_cpm.data.reader import Batch, Reader
+from t5x_cpm.data.reader import EVERY, Batch, Reader
 
 FORMAT = 1
 FILE_BYTES = 1 << 24  # of records in a file, at most: what a kill may lose. Another number is another format.
 REMEDY = 'Make it again: remove the folder, and start `t5x_cpm cache --teacher=DIR` once more.'
 _DIGEST = 12
+
+
+def _is_teacher(value: Any) -> bool:
+  """Whether a value of `key` is a fingerprint of weights, or has one for each task."""
+  return isinstance(value, str) or (isinstance(value, dict) and not stored.mismatch(value, {str: str}))
+
+
 _FORM = {'format': int, 'steps': stored.COUNT, 'key': {
-    'teacher': str, 'vocab_size': stored.COUNT, 'top_k': stored.COUNT, 'temperature': float, 'rows': {str: lambda value: True}}}
+    'teacher': _is_teacher, 'vocab_size': stored.COUNT, 'top_k': stored.COUNT, 'temperature': float,
+    'rows': {str: lambda value: True}}}
 
 
-def key(config: Config, reader: Reader, teacher: str) -> dict[str, Any]:
-  """What the content of a folder depends on; teacher: the fingerprint of its weights."""
+def key(config: Config, reader: Reader, teacher: str | dict[str, str]) -> dict[str, Any]:
+  """What the content of a folder depends on; teacher: the fingerprint of its weights, or of the weights for each task."""
   given = config.teacher
   return {'teacher': teacher, 'vocab_size': config.model.vocab_size, 'top_k': given.top_k,
           'temperature': given.temperature if given.top_k else 0.0, 'rows': reader.fingerprint}
@@ -56,6 +67,12 @@ def describe(folder: pathlib.Path) -> dict[str, Any]:
     raise ConfigError(f'--teacher_cache={folder} has format {about.get("format")}, expected {FORMAT}. {REMEDY}')
   stored.require(folder / 'about.json', about, _FORM, REMEDY)
   return about
+
+
+def counted(batch: Batch) -> np.ndarray:
+  """The targets of a batch that a teacher speaks of: bool [rows, T]."""
+  counts_BT = batch['decoder_loss_weights'] != 0
+  return counts_BT & (batch['teacher'] >= 0)[:, None] if 'teacher' in batch else counts_BT
 
 
 class Taught:
@@ -123,11 +140,11 @@ class Taught:
     content = len(counts).to_bytes(4, 'little') + counts.astype('<u4').tobytes() + records.tobytes()
     files.write_atomically(self.path(number), content + hashlib.blake2b(content, digest_size=_DIGEST).digest())
 
-  def pack(self, said: Mapping[str, np.ndarray], counted: np.ndarray) -> np.ndarray:
+  def pack(self, said: Mapping[str, np.ndarray], counts: np.ndarray) -> np.ndarray:
     """The records, uint8 [n, bytes], of the targets that count (bool [rows, T]) of what a teacher says of some rows."""
     if not self.K:
-      return np.ascontiguousarray(said['teacher_logits'][counted], '<f4').view(np.uint8)
-    return distributions.pack(said['teacher_ids'][counted], said['teacher_probs'][counted], self.V)
+      return np.ascontiguousarray(said['teacher_logits'][counts], '<f4').view(np.uint8)
+    return distributions.pack(said['teacher_ids'][counts], said['teacher_probs'][counts], self.V)
 
   def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the records of each row of a file begin, [steps * rows + 1], and the records."""
@@ -148,7 +165,7 @@ class Taught:
     Args:
       batch: these rows of the batch of a step.
       step: its number, from 0.
-      rows: which rows of the whole batch.
+      rows: which rows of the whole batch, as numbers.
 
     Raises:
       ConfigError: a file is missing or damaged, or is about other rows.
@@ -156,26 +173,38 @@ class Taught:
     number = step // self.per_file
     begin, records = self._read(number)
     place = (step - number * self.per_file) * self.shape[0] + rows
-    counted = batch['decoder_loss_weights'] != 0
-    if (begin[place + 1] - begin[place] != counted.sum(axis=1)).any():
+    counts = counted(batch)
+    if (begin[place + 1] - begin[place] != counts.sum(axis=1)).any():
       raise stored.DamagedError(self.path(number), 'its rows have other targets than those of the run', REMEDY)
     mine = np.concatenate([np.arange(begin[at], begin[at + 1]) for at in place])
     if not self.K:
-      logits = np.zeros((*counted.shape, self.V), np.float32)
-      logits[counted] = records[mine].view('<f4')
+      logits = np.zeros((*counts.shape, self.V), np.float32)
+      logits[counts] = records[mine].view('<f4')
       return batch | {'teacher_logits': logits}
-    ids, probs = np.zeros((*counted.shape, self.K), np.int32), np.zeros((*counted.shape, self.K), np.float32)
-    ids[counted], probs[counted] = distributions.unpack(records[mine], self.K, self.V)
+    ids, probs = np.zeros((*counts.shape, self.K), np.int32), np.zeros((*counts.shape, self.K), np.float32)
+    ids[counts], probs[counts] = distributions.unpack(records[mine], self.K, self.V)
     return batch | {'teacher_ids': ids, 'teacher_probs': probs}
 
 
 class WithTeacher:
-  """Batches of a reader, the first ones with what a teacher says of them."""
+  """Batches of a reader, the first ones with the number of the teacher of each row, or with what a teacher says of them."""
 
-  def __init__(self, reader: Reader, taught: Taught):
-    self._reader, self._taught = reader, taught
+  def __init__(self, reader: Reader, steps: int, numbers: Mapping[str, int], taught: Taught | None = None):
+    """Args:
+      reader: makes the batches.
+      steps: how many of them have it.
+      numbers: of the teacher of each task that has one; {}: one teacher is that of all rows.
+      taught: what it says; None: nothing yet.
+    """
+    self._reader, self._steps, self._taught = reader, steps, taught
+    self._numbers = np.array([numbers.get(component.name, -1) for component in reader.components] if numbers else [], np.int32)
 
-  def batch(self, step: int, rows: np.ndarray) -> Batch:
+  def batch(self, step: int, rows: slice | np.ndarray = EVERY) -> Batch:
     """As that of the reader."""
+    rows = np.arange(self._reader.batch_size)[rows]
     batch = self._reader.batch(step, rows)
-    return self._taught.add(batch, step, rows) if step < self._taught.steps else batch
+    if step >= self._steps:
+      return batch
+    if self._numbers.size:
+      batch['teacher'] = self._numbers[self._reader.components_of(step, rows)]
+    return batch if self._taught is None else self._taught.add(batch, step, rows)

@@ -10,6 +10,7 @@ from typing import Any
 from t5x_cpm import tasks, vocabularies
 from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import Config, ConfigError, TeacherConfig, row_features
+from t5x_cpm.config.fields import one_line
 from t5x_cpm.data import cache as cache_lib
 from t5x_cpm.data import rows
 from t5x_cpm.tasks import caches
@@ -57,7 +58,7 @@ def with_vocab_size(config: Config, model_dir: Any) -> Config:
   if config.model.vocab_size:
     return config
   source = model_dir if has_begun(model_dir) else (
-      config.train.init_from or config.delta.base or config.teacher.model_dir)
+      config.train.init_from or config.delta.base or next(iter(config.teacher.runs), ''))
   size = run_directory.read_run(source).config.model.vocab_size if source else vocabulary(config).size
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
@@ -130,24 +131,44 @@ def is_guided(config: Config, model_dir: Any) -> bool:
   return False
 
 
-def check_teacher(config: Config, found: vocabularies.Vocabulary | None) -> None:
-  """Raises ConfigError if the run of TeacherConfig.model_dir cannot teach a run that has the vocabulary `found` (None: any)."""
-  model_dir, model = config.teacher.model_dir, config.model
-  run = run_directory.read_run(model_dir)
-  run_directory.check_is_model(model_dir, run.config)
-  theirs = run.info.get('vocabulary')
-  if found is not None and theirs != found.fingerprint:
-    raise ConfigError(f'--teacher={model_dir}: that run was trained with another vocabulary than {found.spec} ({theirs}, not '
-                      f'{found.fingerprint}). A teacher speaks of the same tokens: set TaskConfig.vocabulary to the one in '
-                      f'{model_dir}/vocabulary, or give another teacher.')
-  rows = run.config.model.vocab_size
-  if rows != model.vocab_size:
-    raise ConfigError(f'--teacher={model_dir}: its model has ModelConfig.vocab_size = {rows}, this one {model.vocab_size}: set '
-                      f'it to {rows}.')
-  needed = set(row_features.names(dataclasses.replace(config, model=run.config.model)))
-  if needed and (needed - set(row_features.names(config)) or run.config.model.moe.num_experts != model.moe.num_experts):
-    raise ConfigError(f"--teacher={model_dir}: its experts go by the task of a row (router 'domain'), which rows carry only "
-                      'for a model with the same number of such experts.')
+def check_teachers(config: Config, found: vocabularies.Vocabulary | None) -> None:
+  """Raises ConfigError if a run of TeacherConfig.model_dir cannot teach a run that has the vocabulary `found` (None: any)."""
+  model = config.model
+  for model_dir, taught in config.teacher.runs.items():
+    flag = f'--teacher={taught[0]}={model_dir}' if taught else f'--teacher={model_dir}'
+    run = run_directory.read_run(model_dir)
+    run_directory.check_is_model(model_dir, run.config)
+    theirs = run.info.get('vocabulary')
+    if found is not None and theirs != found.fingerprint:
+      raise ConfigError(f'{flag}: that run was trained with another vocabulary than {found.spec} ({theirs}, not '
+                        f'{found.fingerprint}). A teacher speaks of the same tokens: set TaskConfig.vocabulary to the one in '
+                        f'{model_dir}/vocabulary, or give another teacher.')
+    rows = run.config.model.vocab_size
+    if rows != model.vocab_size:
+      raise ConfigError(f'{flag}: its model has ModelConfig.vocab_size = {rows}, this one {model.vocab_size}: set it to '
+                        f'{rows}.')
+    needed = set(row_features.names(dataclasses.replace(config, model=run.config.model)))
+    if needed and (needed - set(row_features.names(config)) or run.config.model.moe.num_experts != model.moe.num_experts):
+      raise ConfigError(f"{flag}: its experts go by the task of a row (router 'domain'), which rows carry only for a model "
+                        'with the same number of such experts.')
+
+
+def check_taught_tasks(config: Config) -> None:
+  """Raises ConfigError if TeacherConfig.model_dir names what is no task of the mixture."""
+  given = config.teacher.model_dir
+  if isinstance(given, str):
+    return
+  path = caches.directory(config)
+  known = [cache.name for _, cache in cache_lib.components(path)] if caches.is_ready(path) else list(tasks.parts(config) or ())
+  unknown = [task for task in given if task not in known]
+  if not unknown:
+    return
+  flag = f'--teacher={one_line(unknown[0])}={given[unknown[0]]}'
+  if len(known) < 2:
+    raise ConfigError(f'{flag} is for a task of a mixture, and TaskConfig.name = {config.task.name!r} is a single task: give '
+                      '--teacher=DIR.')
+  raise ConfigError(f'{flag}: the mixture TaskConfig.name = {config.task.name!r} has no task {one_line(unknown[0])}; its tasks '
+                    f'are {", ".join(known)}.')
 
 
 def check(config: Config, model_dir: Any = '') -> None:
@@ -171,7 +192,8 @@ def check(config: Config, model_dir: Any = '') -> None:
   if config.delta.base:
     check_source('DeltaConfig.base', config.delta.base, found)
   if is_guided(config, model_dir) and config.teacher.model_dir:
-    check_teacher(config, found)
+    check_taught_tasks(config)
+    check_teachers(config, found)
   vocabularies.check_size(config.model, found)
   check_sentinels(config, found)
   if (done := first_step(config, model_dir)) and config.train.steps < done and not has_begun(model_dir):

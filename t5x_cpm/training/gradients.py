@@ -38,7 +38,8 @@ def loss_sums(
   total, pairs = losses.cross_entropy(
       logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'], layout.config.optimizer.z_loss)
   if share is not None:
-    total, of_teacher = guidance.loss(layout.config.teacher, total, logits, batch, share)
+    total, of_teacher = guidance.loss(
+        layout.config.teacher, total, logits, batch, share, layout.config.optimizer.z_loss)
     pairs |= of_teacher
   pairs |= {name: (value, jnp.ones_like(value)) for name, value in auxiliary.items()}
   return total, sum(auxiliary.values(), jnp.zeros_like(total)), Sums(pairs, layers, updates)
@@ -49,7 +50,7 @@ def _microbatch_gradients(layout: Layout, trained: Any, rest: Any, frozen: Froze
   """Gradients of the losses of some rows, divided by the weight of all rows, and what else adds up."""
 
   if layout.teacher is not None:
-    batch = batch | guidance.of_teacher(layout.config.teacher, layout.teacher, frozen['teacher'], batch)
+    batch = batch | guidance.of_teachers(layout.config.teacher, layout.teacher, frozen['teacher'], batch)
 
   def objective(trained: Any) -> tuple[jax.Array, Sums]:
     total, auxiliary, sums = loss_sums(layout, trees.merged(trained, rest), frozen, batch, key, share)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from t5x_cpm.training import guidance, host_memory, optimizer
 State = dict[str, Any]
 Frozen = dict[str, Any]
 Batch = dict[str, Any]
-Teacher = ModelConfig | Literal['cached'] | None
 ENCODER_FEATURES = ('encoder_input_tokens', 'encoder_segment_ids', 'encoder_positions')
 DECODER_FEATURES = (
     'decoder_input_tokens', 'decoder_target_tokens', 'decoder_segment_ids', 'decoder_positions', 'decoder_loss_weights')
@@ -36,7 +35,7 @@ class Layout:
     trained: those of `leaves` that change by their gradient, which is what gradients and the optimizer see.
     base: a Leaf for every parameter of the frozen base; {} where the state holds all parameters.
     guided: whether a teacher has a part in the loss.
-    teacher: that teacher; None where there is none, or batches bring what it says.
+    teacher: that teacher, or several by name; None where there is none, or batches bring what it says.
     tx: the optimizer of what is trained.
     schedule: step -> learning rate.
     group_rows: rows of a batch that are routed together.
@@ -54,7 +53,7 @@ class Layout:
   trained: Any
   base: Any
   guided: bool
-  teacher: encoder_decoder.Model | None
+  teacher: encoder_decoder.Model | dict[str, encoder_decoder.Model] | None
   tx: optimizer.Optimizer
   schedule: optimizer.Schedule
   group_rows: int
@@ -124,21 +123,23 @@ def _in_two(leaves: Any, trained: Collection[str] | None) -> tuple[Any, Any]:
           {name: leaf for name, leaf in leaves.items() if name not in trained})
 
 
-def _frozen(config: Config, mesh: jax.sharding.Mesh, base: Any, teacher: encoder_decoder.Model | None) -> Frozen:
+def _frozen(config: Config, mesh: jax.sharding.Mesh, base: Any,
+            teacher: encoder_decoder.Model | dict[str, encoder_decoder.Model] | None) -> Frozen:
   """Shapes, dtypes and shardings of what a step only reads."""
   rules = mesh_lib.STATE_RULES[config.mesh.sharding][0]
   frozen: Frozen = {}
   if base:
     frozen['base'] = _with_shardings(tuning.held(base, config.delta), mesh_lib.shardings(mesh, _axes(base), rules))
   if teacher is not None:
-    leaves, dtype = teacher.leaves(), jnp.dtype(config.teacher.dtype)
+    leaves, dtype = guidance.of_each(lambda model: model.leaves(), teacher), jnp.dtype(config.teacher.dtype)
     mesh_lib.check_tree_divides(mesh, {'teacher': _abstract(leaves)}, {'teacher': _axes(leaves)}, rules)
     held = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype if leaf.casts else leaf.dtype), leaves)
     frozen['teacher'] = _with_shardings(held, mesh_lib.shardings(mesh, _axes(leaves), rules))
   return frozen
 
 
-def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | None = None, teacher: Teacher = None) -> Layout:
+def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | None = None,
+         teacher: guidance.Teacher = None) -> Layout:
   """The layout of a configuration on a mesh.
 
   Args:
@@ -169,9 +170,9 @@ def make(config: Config, mesh: jax.sharding.Mesh, trained: Collection[str] | Non
     dtype = compute_dtype(config.model)
     shardings = host_memory.move(state, shardings, leaves, config.mesh.host_gib, dtype)
     state = jax.eval_shape(functools.partial(host_memory.complete, shardings=shardings, dtype=dtype), state)
-  guide = encoder_decoder.build(teacher) if isinstance(teacher, ModelConfig) else None
+  guide = guidance.of_each(encoder_decoder.build, teacher) if isinstance(teacher, ModelConfig | dict) else None
   frozen = _frozen(config, mesh, base, guide)
-  batch = batch_shapes(config) | (guidance.shapes(config) if teacher == 'cached' else {})
+  batch = batch_shapes(config) | guidance.shapes(config, teacher)
   batch_axes = {name: ('batch', 'length', None)[:shape.ndim] for name, shape in batch.items()}
   return Layout(
       config=config, model=model, mesh=mesh, leaves=leaves, trained=by_gradient, base=base,

@@ -118,17 +118,18 @@ class Writers:
   def __exit__(self, *exception: Any) -> None:
     self.close()
 
-  def step(self, step: int, values: Mapping[str, Any]) -> None:
+  def step(self, step: int, values: Mapping[str, Any], finished: float | None = None) -> None:
     """Takes the metrics of a training step; writes every MetricsConfig.every steps, and at the first and the last.
 
     Args:
       step: updates done, this one included.
       values: numbers by name: 'loss', 'encoder_tokens' and 'decoder_tokens' (not padding, of the whole batch), and others.
         A list has a number for each layer, a list of lists one for each layer and expert.
+      finished: when the devices had done it, by time.monotonic(); None: now.
     """
     if not self._active:
       return
-    now = time.monotonic()
+    now = time.monotonic() if finished is None else finished
     if self._marked is not None:
       self._seconds += now - self._marked
       self._tokens += values['encoder_tokens'] + values['decoder_tokens']
@@ -212,14 +213,18 @@ class LateMetrics:
       checkpoints: says which checkpoint was written last, for messages about a run that fails.
     """
     self._step, self._frozen, self._writers, self._checkpoints = step, frozen, writers, checkpoints
-    self._waiting: tuple[int, dict[str, jax.Array], Batch, Step, Frozen] | None = None
+    self._waiting: tuple[int, dict[str, jax.Array], Batch, Step, Frozen, float | None] | None = None
     self._root = math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(step.abstract_state['params'])))
     self._told = False
 
   def add(self, number: int, values: dict[str, jax.Array], batch: Batch, step: Step | None = None,
           frozen: Frozen | None = None) -> None:
     """Takes the metrics of a step, which need not have run yet, and what it was given; step: of another program than others."""
-    self._waiting = number, values, batch, step or self._step, self._frozen if frozen is None else frozen
+    # A small program on CPU has run when the call of it returns. It is read later, the last ones two at once, which would give
+    # one of them the time of both, and the other none.
+    leaves: list[Any] = [value for value in values.values() if isinstance(value, jax.Array)]
+    finished = time.monotonic() if all(leaf.is_ready() for leaf in leaves) else None
+    self._waiting = number, values, batch, step or self._step, self._frozen if frozen is None else frozen, finished
 
   def report(self, state: State) -> None:
     """Writes what waits. `state` may be that of the step or a later one: once something is not finite, it does not change.
@@ -229,14 +234,14 @@ class LateMetrics:
     """
     if self._waiting is None:
       return
-    number, values, batch, step, frozen = self._waiting
+    number, values, batch, step, frozen, finished = self._waiting
     self._waiting = None
     numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
     if numbers.pop('halted'):
       raise FloatingPointError(
           f'step {number}: loss {numbers["loss"]}, gradient norm {numbers["gradient_norm"]}; the first tensor that is not '
           f'finite is {step.explain(state, frozen, batch)}. {self._checkpoints()} {ADVICE}')
-    self._writers.step(number, numbers)
+    self._writers.step(number, numbers, finished)
     self._check_size(number, numbers.get('parameter_norm', 0.0))
 
   def _check_size(self, number: int, norm: float) -> None:

@@ -106,7 +106,8 @@ def explain(layout: Layout, state: State, frozen: Frozen, batch: Batch) -> str |
   Parameters that are finite, but so large that the sum of their squares is not, stand before loss and gradients.
   """
   if layout.teacher is not None:
-    of_teacher = jax.tree.map(lambda leaf: leaf.axes, layout.teacher.leaves())
+    leaves = guidance.of_each(lambda model: model.leaves(), layout.teacher)
+    of_teacher = jax.tree.map(lambda leaf: leaf.axes, leaves)
     if bad := stability.first_bad_tensor({'teacher': frozen['teacher']}, {'teacher': of_teacher}):
       return bad
   grads, sums = jax.jit(functools.partial(gradients, layout))(state, frozen, batch)
@@ -172,7 +173,7 @@ class Step:
 
 
 def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] | None = None,
-          teacher: layout_lib.Teacher = None) -> Step:
+          teacher: guidance.Teacher = None) -> Step:
   """Builds the step of a configuration for a mesh.
 
   Args:
@@ -181,8 +182,9 @@ def build(config: Config, mesh: jax.sharding.Mesh, *, trained: Collection[str] |
     trained: names of the top-level subtrees of the parameters that the state holds and the step trains; the others are the
       frozen base, which the caller gives to each call. None: the delta where DeltaConfig names one; else all are trained, and
       nothing is frozen.
-    teacher: the model of the teacher that guides the step, with its weights in frozen['teacher']; 'cached': batches bring what
-      it says; None: no teacher does.
+    teacher: the model of the teacher that guides the step, with its weights in frozen['teacher']; or the models of several by
+      name, with a dict of their weights there, where a batch says who teaches which row; 'cached' or 'cached by task': batches
+      bring what they say; None: no teacher does.
 
   Raises:
     ConfigError: a dimension that the mesh does not divide; a head_dim, batch or schedule that cannot work; a name in `trained`

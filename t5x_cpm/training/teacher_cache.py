@@ -14,8 +14,7 @@ from t5x_cpm.checkpoints import arrays, run_directory
 from t5x_cpm.chips import GiB
 from t5x_cpm.config import Config, ConfigError, ModelConfig
 from t5x_cpm.data import reader as reader_lib
-from t5x_cpm.data.reader import Reader
-from t5x_cpm.data.taught import Taught, key
+from t5x_cpm.data.taught import Taught, WithTeacher, counted, key
 from t5x_cpm.models import encoder_decoder
 from t5x_cpm.progress import Progress
 from t5x_cpm.tasks import caches
@@ -41,32 +40,43 @@ class _Speaker:
                         out_shardings=whole)
 
   def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return jax.device_get(self._ask(self._weights, {name: jax.device_put(batch[name], self._places[name]) for name in batch}))
+    placed = {name: jax.device_put(batch[name], place) for name, place in self._places.items()}
+    return jax.device_get(self._ask(self._weights, placed))
+
+
+def _records(taught: Taught, batch: dict[str, np.ndarray], speakers: list[_Speaker]) -> np.ndarray:
+  """The records of some rows, uint8 [n, bytes], each the word of its teacher. A teacher without a row here is not asked."""
+  counts = counted(batch)
+  found = np.zeros((*counts.shape, taught.record), np.uint8)
+  for number, speaker in enumerate(speakers):
+    mine = counts & (batch['teacher'] == number)[:, None] if 'teacher' in batch else counts
+    if mine.any():
+      found[mine] = taught.pack(speaker(batch), mine)
+  return found[counts]
 
 
 def _shown(size: float) -> str:
   return f'{size / GiB:.3g} GiB' if size >= 0.1 * GiB else f'{size / 2**20:.3g} MiB'
 
 
-def _make_file(taught: Taught, number: int, reader: Reader, speaker: _Speaker, microbatches: int,
+def _make_file(taught: Taught, number: int, reader: WithTeacher, speakers: list[_Speaker], microbatches: int,
                report: Callable[[int], None]) -> None:
   """Writes a file; `report` is told the targets of each step."""
   counts, records = [], []
   for step in taught.steps_of(number):
     for rows in np.split(np.arange(taught.shape[0]), microbatches):
       batch = reader.batch(step, rows)
-      counted = batch['decoder_loss_weights'] != 0
-      counts.append(counted.sum(axis=1))
-      records.append(taught.pack(speaker(batch), counted))
+      counts.append(counted(batch).sum(axis=1))
+      records.append(_records(taught, batch, speakers))
     report(sum(map(len, records[-microbatches:])))
   taught.write(number, np.concatenate(counts).reshape(-1, taught.shape[0]), np.concatenate(records))
 
 
-def _check_room(taught: Taught, reader: Reader) -> str:
+def _check_room(taught: Taught, reader: WithTeacher) -> str:
   """What the missing files take, in words. Raises ConfigError where the disk has no room for them."""
   steps = sum(len(taught.steps_of(number)) for number in taught.missing)
   some = range(min(SAMPLED, taught.steps))
-  targets = sum(int((reader.batch(step)['decoder_loss_weights'] != 0).sum()) for step in some) / max(len(some), 1)
+  targets = sum(int(counted(reader.batch(step)).sum()) for step in some) / max(len(some), 1)
   size, free = steps * targets * taught.record, shutil.disk_usage(taught.folder).free
   told = (f'{steps:,} steps, about {steps * targets:,.0f} targets of {taught.record:,} bytes: {_shown(size)}; the disk of '
           f'{taught.folder} has {_shown(free)} free')
@@ -76,12 +86,12 @@ def _check_room(taught: Taught, reader: Reader) -> str:
   return told
 
 
-def _fill(config: Config, taught: Taught, reader: Reader, teacher: teachers.Teacher, told: str) -> None:
+def _fill(config: Config, taught: Taught, reader: WithTeacher, found: list[teachers.Teacher], told: str) -> None:
   """Makes the files that are missing, after saying `told`."""
   missing = taught.missing
   if not missing:
     return
-  speaker = _Speaker(config, teacher)
+  speakers = [_Speaker(config, teacher) for teacher in found]
   progress = Progress('teacher', 'step', taught.steps, taught.steps - sum(len(taught.steps_of(one)) for one in missing))
   progress.note(told)
   done = targets = 0
@@ -92,7 +102,7 @@ def _fill(config: Config, taught: Taught, reader: Reader, teacher: teachers.Teac
     progress.show(progress.before + done, f'{progress.rate(targets):,.0f} targets/s')
 
   for number in missing:
-    _make_file(taught, number, reader, speaker, config.train.microbatches, report)
+    _make_file(taught, number, reader, speakers, config.train.microbatches, report)
   progress.close()
 
 
@@ -110,22 +120,22 @@ def make(config: Config) -> pathlib.Path:
     raise ConfigError(f'TeacherConfig.alpha = {config.teacher.alpha} and TrainConfig.steps = {config.train.steps}: no step of '
                       'the run is guided by a teacher, so there is nothing to write.')
   before.check(config)
-  teacher = teachers.of_run(config)
+  found = teachers.of_runs(config)
   folder = pathlib.Path(config.teacher.cache).expanduser()
   if folder.exists() and not (folder / 'about.json').is_file() and (not folder.is_dir() or any(folder.iterdir())):
     raise ConfigError(f'--teacher_cache={folder} is not empty, and not made by `cache --teacher`: give a new folder.')
   backend.use_cpu_devices(config.mesh.cpu_devices, 1)
   reader = reader_lib.open_reader(caches.build(config), config, 'train')
-  wanted = key(config, reader, teacher.fingerprint)
-  shape = config.train.batch_size, config.task.decoder_length
-  taught = Taught(folder, wanted, config.teacher.guided(config.train.steps), shape)
+  wanted = key(config, reader, teachers.weights(found))
+  steps, shape = config.teacher.guided(config.train.steps), (config.train.batch_size, config.task.decoder_length)
+  taught, batches = Taught(folder, wanted, steps, shape), WithTeacher(reader, steps, teachers.numbers(found))
   with run_directory.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
     try:
       with files.lock(folder / '.lock', wait=False):
-        told = _check_room(taught, reader)
+        told = _check_room(taught, batches)
         taught.start(wanted)
-        _fill(config, taught, reader, teacher, told)
+        _fill(config, taught, batches, found, told)
     except files.LockedError as error:
       raise ConfigError(f'--teacher_cache={folder} is in use: {error} writes there.') from None
   return folder

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,34 @@ from t5x_cpm.tasks import caches
 from t5x_cpm.training import batches, before, deltas, host_memory, metrics, optimizer, plots, start, teachers, validation
 from t5x_cpm.training.interrupts import Interrupted
 from t5x_cpm.training.profile import Profile
+
+
+def _must_stay(config: Config, model_dir: str, reader: reader_lib.Reader, base: tuning.Base | None,
+               guides: Sequence[teachers.Teacher]) -> dict[str, Any]:
+  """What a checkpoint says besides the configuration, which must be the same when the run is continued."""
+  info: dict[str, Any] = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
+  info |= {'base': base.fingerprint} if base else {}
+  info |= {'first_step': before.first_step(config, model_dir)} if config.train.go_on else {}
+  return info | teachers.info(config, model_dir, guides)
+
+
+def _write_beginning(manager: Manager, reader: reader_lib.Reader, config: Config) -> None:
+  """Writes what a model_dir has before its first checkpoint: the vocabulary and the configuration."""
+  with run_directory.writing(manager.model_dir):
+    reader.vocabulary.save(manager.model_dir / 'vocabulary')
+    files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
+
+
+def _draw(manager: Manager, model_dir: str) -> None:
+  """Draws the pictures of a run."""
+  with run_directory.writing(manager.model_dir):
+    plots.plot_loss(model_dir)
+    plots.plot_experts(model_dir)
+
+
+def _last_evaluation(model_dir: str, step: int) -> dict[str, float]:
+  """The evaluation that a checkpoint was saved with."""
+  return {name.removeprefix('eval/'): value for name, value in run_directory.read_run(model_dir, step).metrics.items()}
 
 
 def run(config: Config, model_dir: str, group: Group | None = None,
@@ -50,8 +79,8 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   backend.use_cpu_devices(config.mesh.cpu_devices, group.count)
   backend.keep_compiled_programs()
   mesh = mesh_lib.make_mesh(config.mesh)
-  teacher = teachers.find(config, model_dir)
-  programs = teachers.Steps(config, mesh, teacher.model if teacher else None)
+  guides = teachers.find(config, model_dir)
+  programs = teachers.Steps(config, mesh, teachers.guide(guides))
   step = programs.plain
   base = deltas.find(config, model_dir)
   may_differ = ('base',) if config.delta.allow_other_base else ()
@@ -65,34 +94,28 @@ def run(config: Config, model_dir: str, group: Group | None = None,
   held_out = validation.open_reader(config, say)
   if answers:
     say(f'data: {answers.note}; the {config.checkpoint.best_mode}imum of {config.checkpoint.best_metric} is the best')
-  taught = teachers.batches(config, reader, teacher)
-  info: dict[str, Any] = {'vocabulary': reader.vocabulary.fingerprint, 'data': reader.fingerprint}
+  taught = teachers.batches(config, reader, guides)
   begins = before.first_step(config, model_dir)
-  info |= {'base': base.fingerprint} if base else {}
-  info |= {'first_step': begins} if config.train.go_on else {}
-  info |= teachers.info(config, model_dir, teacher.fingerprint if teacher else None)
+  info = _must_stay(config, model_dir, reader, base, guides)
 
   # Restore. The manager refuses a model_dir of another run before anything is written to it.
   with contextlib.ExitStack() as until_the_loop:
     manager = until_the_loop.enter_context(Manager(model_dir, config, info=info, may_differ=may_differ))
     if group.first:
-      with run_directory.writing(manager.model_dir):
-        reader.vocabulary.save(manager.model_dir / 'vocabulary')
-        files.write_atomically(manager.model_dir / 'config.gin', gin.dump(config).encode())
+      _write_beginning(manager, reader, config)
     latest = manager.latest_step()
     patience = validation.Patience(config.checkpoint, model_dir, begins, latest or begins)
     if latest is not None and (latest >= steps or patience.reason):
       if base:
         deltas.mend(base, config, step, manager, latest)
       say(start.why_nothing_is_done(config, model_dir, latest, patience.reason))
-      saved = run_directory.read_run(model_dir, latest).metrics
-      return {name.removeprefix('eval/'): value for name, value in saved.items()}
+      return _last_evaluation(model_dir, latest)
     frozen = deltas.load(base, step)
     if base:
       deltas.tell(base, config, step, say)
-    programs.load(frozen, teacher)
-    if teacher:
-      teachers.tell(teacher, config, programs, say)
+    programs.load(frozen, guides)
+    if guides:
+      teachers.tell(guides, config, programs, say)
     state = start.begin(config, model_dir, step, frozen, manager, reader.vocabulary, say)
     start.tell_of_little_room(manager.model_dir, host_memory.saved(step.abstract_state), say)
     first = begins if latest is None else latest
@@ -142,9 +165,7 @@ def run(config: Config, model_dir: str, group: Group | None = None,
         writers.note(f'{stop} at step {number}: saved, stopping')
         break
   if group.first:
-    with run_directory.writing(manager.model_dir):
-      plots.plot_loss(model_dir)
-      plots.plot_experts(model_dir)
+    _draw(manager, model_dir)
   return evaluation
 
 

@@ -20,8 +20,8 @@ UNKNOWN = '<unk>'  # how decoding writes what the vocabulary has no piece for
 SPECIALS = (UNKNOWN, '<s>', '</s>', '<pad>', '<eod>')
 
 
-def read(path: str) -> bytes:
-  """Reads the file of a vocabulary.
+def read(path: str, field: str = 'TaskConfig.vocabulary') -> bytes:
+  """Reads the file of a vocabulary, which `field` names.
 
   Raises:
     ConfigError: it cannot be read.
@@ -32,7 +32,7 @@ def read(path: str) -> bytes:
     return files.read_bytes(epath.Path(path).expanduser())
   except Exception as error:  # what is no path, and what libraries of buckets say, are errors of many kinds
     raise ConfigError(f'vocabulary file {one_line(str(path))} cannot be read: {getattr(error, "strerror", "") or error}. Check '
-                      'TaskConfig.vocabulary.') from None
+                      f'{field}.') from None
 
 
 def fingerprint(kind: str, options: dict[str, str], content: bytes) -> str:

@@ -43,15 +43,15 @@ def _continues(piece: str) -> bool:
   return len(piece) > 2 and piece.startswith('##')
 
 
-def read_pieces(path: str) -> list[str]:
-  """The lines of a vocabulary file. Raises ConfigError where it is none."""
-  content = read(path)
+def read_pieces(path: str, field: str = 'TaskConfig.vocabulary') -> list[str]:
+  """The lines of a vocabulary file, which `field` names. Raises ConfigError where it is none."""
+  content = read(path, field)
   try:
     text = content.decode('utf-8')
   except UnicodeDecodeError as error:
     line = content.count(b'\n', 0, error.start) + 1
     raise ConfigError(f'{path}:{line}: not UTF-8{user_files.hint(content)}; expected one piece a line. Check '
-                      'TaskConfig.vocabulary.') from None
+                      f'{field}.') from None
   text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as some editors save it
   pieces = text.removesuffix('\n').split('\n')  # not splitlines(): a piece may be another kind of line break
   if len(pieces) > ord(_SEPARATOR_TOKEN):
@@ -62,7 +62,7 @@ def read_pieces(path: str) -> list[str]:
       raise ConfigError(f'{path}:{number}: an empty line; expected one piece a line.')
     if len(piece) > _LONGEST_PIECE:
       raise ConfigError(f'{path}:{number}: a piece of {len(piece):,} characters; expected one piece of at most '
-                        f'{_LONGEST_PIECE} a line. Check TaskConfig.vocabulary.')
+                        f'{_LONGEST_PIECE} a line. Check {field}.')
     if piece in seen:
       raise ConfigError(f'{path}:{number}: the piece {piece!r} stands in line {seen[piece]} too.')
     seen[piece] = number

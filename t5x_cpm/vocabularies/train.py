@@ -84,7 +84,7 @@ def kept_pieces(path: str) -> list[str]:
   Raises:
     ConfigError: it is no vocabulary of this kind, or has other pieces after its bytes or sentinels.
   """
-  pieces = cpm2.read_pieces(path)
+  pieces = cpm2.read_pieces(path, '--extends')
   is_tail = [bool(TAIL.fullmatch(piece)) for piece in pieces]
   count = is_tail.index(True) if True in is_tail else len(pieces)
   if not all(is_tail[count:]):
