@@ -241,6 +241,24 @@ def test_a_read_that_fails_is_told_and_the_next_request_answered(engine, slots, 
   assert answers(found, engine) == expected
 
 
+def test_a_caller_that_stops_harms_no_other(engine, slots, monkeypatch):
+  found, store = slots(2, 1)
+  expected, expert = answers(engine.program.run, engine), found.stages.expert
+  calls = []
+
+  def stops(*given):
+    calls.append(1)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return expert(*given)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(found.stages, 'expert', stops)
+    with pytest.raises(KeyboardInterrupt) as kept:  # with its frames
+      answers(found, engine)
+  assert answers(found, engine) == expected, kept
+
+
 def test_a_flipped_bit_is_found_when_an_expert_is_read_for_the_first_time(both, slots, tmp_path):
   path = shutil.copytree(both[1], tmp_path / 'copy')
   found, store = slots(2, 1, path=path)

@@ -1,5 +1,6 @@
 """The loops of a model with experts elsewhere: over layers, and in each over the experts that its tokens go to."""
 
+import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -117,8 +118,9 @@ class Run:
     tokens = tokens_of(np.asarray(expert_NK), layer.config.moe.num_experts)
     if self.store.reads:
       self._expect(layer, tokens, h_BTD, ctx, cache is not None)
-    for loan in self.store.take(place, in_order(tokens, self._given.order)):
-      y_AD, loan.fence = stages.expert(layer, y_AD, u_ND, loan.weights, *tokens[loan.expert])
+    with contextlib.closing(self.store.take(place, in_order(tokens, self._given.order))) as loans:
+      for loan in loans:
+        y_AD, loan.fence = stages.expert(layer, y_AD, u_ND, loan.weights, *tokens[loan.expert])
     return stages.after(layer, weights, parts, h_BTD, u_ND, y_AD, expert_NK, weight_NK, ctx), written
 
   def encode(self, batch: Any) -> jax.Array:

@@ -12,7 +12,8 @@ import contextlib
 import dataclasses
 import mmap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -50,8 +51,8 @@ class Store(Protocol):
   bundle: Bundle
   reads: bool
 
-  def take(self, place: Place, wanted: Sequence[int]) -> Iterator[Loan]:
-    """Experts of a layer, each once, in the order in which they are there.
+  def take(self, place: Place, wanted: Sequence[int]) -> Generator[Loan, None, None]:
+    """Experts of a layer, each once, in the order in which they are there. It is to be closed.
 
     Raises:
       ConfigError: one cannot be read, or is not what was written.
@@ -101,7 +102,7 @@ class Mapped:
       with contextlib.suppress(OSError, AttributeError):
         self.bundle.maps[place.file].madvise(mmap.MADV_WILLNEED, self.bundle.begin(place, expert), size)
 
-  def take(self, place: Place, wanted: Sequence[int]) -> Iterator[Loan]:
+  def take(self, place: Place, wanted: Sequence[int]) -> Generator[Loan, None, None]:
     for expert in wanted:
       self._hint(place, expert)
     for expert in wanted:
@@ -203,6 +204,7 @@ class Slots:
       seconds: after which a read is given up.
     """
     self.bundle, self._seconds, self.counts, self.loader = bundle, seconds, Counts(), Loader(threads)
+    self._end = weakref.finalize(self, self.loader.close)  # also where nobody closes it
     size, parts = bundle.block(bundle.places[0])
     made = slots(staging + sum(kept.values()), size, parts, device)
     self._staging = collections.deque(made[:staging])
@@ -278,7 +280,7 @@ class Slots:
     self.counts.in_vain += len(found) - len(useful)
     return useful
 
-  def take(self, place: Place, wanted: Sequence[int]) -> Iterator[Loan]:
+  def take(self, place: Place, wanted: Sequence[int]) -> Generator[Loan, None, None]:
     kept = self._kept[place]
     kept.used(wanted)
     coming = collections.deque(self._foreseen(place, wanted))
@@ -315,14 +317,15 @@ class Slots:
           yield from self._lend(one.expert, one.slot)
           self._staging.append(one.slot)
           begin()
+      assert not misses, f'{place}: no slot for {list(misses)}'
     finally:  # of an error, or where the caller has had enough
       for one in coming:
         self._give_up(place, one)
 
-  def _lend(self, expert: int, slot: Slot) -> Iterator[Loan]:
+  def _lend(self, expert: int, slot: Slot) -> Generator[Loan, None, None]:
     loan = Loan(expert, slot.weights)
     yield loan
     slot.fence = loan.fence
 
   def close(self) -> None:
-    self.loader.close()
+    self._end()
