@@ -1,5 +1,6 @@
 """The modes of the program: what each takes, what it does, and an example that runs."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -10,7 +11,7 @@ from t5x_cpm.cli import configure
 from t5x_cpm.cli.errors import tell
 from t5x_cpm.cli.parse import Arguments, Flag, Mode, print_table, print_text
 from t5x_cpm.config import Config, ConfigError, ModelConfig, TeacherConfig
-from t5x_cpm.config.fields import did_you_mean
+from t5x_cpm.config.fields import did_you_mean, one_line
 
 GIN_FLAGS = (
     Flag('gin_file', 'FILE', 'gin file, of the current folder or of the package; later ones win', repeat=True),
@@ -79,6 +80,21 @@ def bundle(arguments: Arguments, config: Config) -> None:
   if not output and not is_dry:
     raise ConfigError('bundle needs --output=DIR; with --verify it reads the bundle that --model_dir names.')
   write.write(config, model_dir, output, configure.checkpoint_step(arguments), dry_run=is_dry)
+
+
+def plan(arguments: Arguments, config: Config) -> None:
+  """Says what a model with experts takes on a machine, and how fast it answers there."""
+  import pathlib
+
+  from t5x_cpm.infmoe import plan as plan_lib
+
+  given, disk = arguments.get('disk'), 0.0
+  if given:
+    with contextlib.suppress(ValueError):
+      disk = float(given)
+    if not 0 < disk < 1e6:
+      raise ConfigError(f'--disk={one_line(given)}: expected the rate of a disk in GB/s, such as 1.5.')
+  plan_lib.run(config, pathlib.Path.cwd(), disk=disk, measured=arguments.get('measure'))
 
 
 def compile_step(arguments: Arguments, config: Config) -> None:
@@ -272,6 +288,13 @@ t5x_cpm infer --model_dir=runs/example_bundle --input=runs/blanks.txt""",
                 Flag('verify', '', 'read all of the bundle that --model_dir names, and say whether it is intact'),
                 Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
          needs=('model_dir',), scope='eval', on_cpu=True, tells=True, gin=('OffloadConfig',)),
+    Mode('plan', 'say what a model with experts takes on a machine, and how fast it answers there', plan, """\
+t5x_cpm plan --gin_file=gin/models/cpm2_moe_198b.gin --gin.OffloadConfig.memory_gib=32 \\
+    --gin.OffloadConfig.format=int4 --gin.OffloadConfig.dense_format=int8""",
+         flags=(Flag('disk', 'GB/S', 'rate of the disk that experts are read from; default as measured, or assumed'),
+                Flag('measure', '', 'measure the disk and the products of this machine first, and remember them'), *GIN_FLAGS),
+         scope='train', on_cpu=True, gin=('ModelConfig', 'MoEConfig', 'OffloadConfig', 'InferConfig', 'TaskConfig',
+                                          'DecodeConfig')),
     Mode('compile', 'compile a step for a TPU slice on any machine: memory, collectives, bound on its time', compile_step, """\
 t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain.gin \\
     --topology=v5e:2x2""",

@@ -64,6 +64,30 @@ def shared_out(count: int, places: Sequence[Place], experts: int) -> dict[Place,
   return kept
 
 
+def share(config: Config, places: Sequence[Place], dense: int, slot: int, memory: float) -> Budget:
+  """How so many bytes of memory are shared out.
+
+  Args:
+    config: OffloadConfig, and what a batch is.
+    places: the layers with experts.
+    dense: bytes of weights other than those of experts.
+    slot: bytes of an expert.
+    memory: what there is.
+
+  Raises:
+    ConfigError: it is not enough; says the least that is.
+  """
+  work = work_bytes(config)
+  least, count = dense + work + 2 * slot, math.floor((memory - dense - work) / slot)
+  if count < 2:
+    raise ConfigError(
+        f'OffloadConfig.memory_gib = {memory / GiB:.3g}: the model needs at least {math.ceil(1000 * least / GiB) / 1000:.3f}: '
+        f'{dense / GiB:.2f} GiB of weights that are no experts, {work / GiB:.2f} for a batch (fewer with a smaller InferConfig.'
+        f'batch_size or input_length), and two experts of {slot / GiB:.2g}.')
+  staging = min(config.offload.staging, count)
+  return Budget(staging, shared_out(count - staging, places, config.model.moe.num_experts), dense, work, slot)
+
+
 def choose(bundle: Bundle, config: Config, dense: int) -> Budget:
   """How a bundle is run.
 
@@ -77,21 +101,12 @@ def choose(bundle: Bundle, config: Config, dense: int) -> Budget:
   """
   given, free = config.offload, backend.free_memory()
   slot, _ = bundle.block(bundle.places[0])
-  work, experts = work_bytes(config), config.model.moe.num_experts
-  if given.store == 'mapped' or (given.store == 'auto' and not given.memory_gib and bundle.size + work < SHARE * free):
-    return Budget(0, {}, dense, work, slot)
-  memory = given.memory_gib * GiB or SHARE * free
-  if memory > free:
+  fits = bundle.size + work_bytes(config) < SHARE * free
+  if given.store == 'mapped' or (given.store == 'auto' and not given.memory_gib and fits):
+    return Budget(0, {}, dense, work_bytes(config), slot)
+  if given.memory_gib * GiB > free:
     raise ConfigError(f'OffloadConfig.memory_gib = {given.memory_gib}: {free / GiB:.2f} GiB are free on this machine.')
-  least = dense + work + 2 * slot
-  count = math.floor((memory - dense - work) / slot)
-  if count < 2:
-    raise ConfigError(
-        f'OffloadConfig.memory_gib = {memory / GiB:.3g}: the model needs at least {math.ceil(1000 * least / GiB) / 1000:.3f}: '
-        f'{dense / GiB:.2f} GiB of weights that are no experts, {work / GiB:.2f} for a batch (fewer with a smaller InferConfig.'
-        f'batch_size or input_length), and two experts of {slot / GiB:.2g}.')
-  staging = min(given.staging, count)
-  return Budget(staging, shared_out(count - staging, bundle.places, experts), dense, work, slot)
+  return share(config, bundle.places, dense, slot, given.memory_gib * GiB or SHARE * free)
 
 
 def tell(budget: Budget, bundle: Bundle, config: Config) -> None:

@@ -58,6 +58,14 @@ class Slot:
     return self._views
 
 
+def pages(size: int) -> np.ndarray:
+  """Memory that begins with a page, uint8 [size]."""
+  room = mmap.mmap(-1, size)
+  if hasattr(mmap, 'MADV_HUGEPAGE'):
+    room.madvise(mmap.MADV_HUGEPAGE)
+  return np.frombuffer(room, np.uint8)
+
+
 def slots(count: int, size: int, parts: Mapping[str, Mapping[str, tuple[Kind, int]]], device: Any) -> list[Slot]:
   """Makes slots.
 
@@ -69,8 +77,5 @@ def slots(count: int, size: int, parts: Mapping[str, Mapping[str, tuple[Kind, in
   """
   if not count:
     return []
-  room = mmap.mmap(-1, count * size)
-  if hasattr(mmap, 'MADV_HUGEPAGE'):
-    room.madvise(mmap.MADV_HUGEPAGE)
-  memory = np.frombuffer(room, np.uint8)
+  memory = pages(count * size)
   return [Slot(memory[i * size:(i + 1) * size], parts, device) for i in range(count)]
