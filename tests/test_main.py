@@ -132,7 +132,7 @@ def test_tasks(call):
 
 @pytest.mark.parametrize('argv, message', [
     (['trian'], 'unknown mode .trian.*Did you mean train'),
-    (['--dry_run'], 'no mode: expected one of train, eval, infer, bundle, compile, cache, convert'),
+    (['--dry_run'], 'no mode: expected one of train, eval, infer, bundle, plan, compile, cache, convert'),
     (['tasks', '--step=3'], '--step is a flag of eval, infer, bundle, compile, convert and inspect, not of tasks'),
     (['fields', 'TrianConfig'], 'unknown class TrianConfig: expected one of .*MoEConfig.*Did you mean TrainConfig'),
     (['files', '--gin.TrainConfig.steps=3'], 'files reads no gin configuration'),

@@ -180,7 +180,7 @@ def continue_or_start(output: pathlib.Path, wanted: dict[str, Any], total: int, 
 def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | None]], first: int, total: int,
                 out: 'TextIO | _Summed', form: Callable[[dict[str, Any]], str]) -> dict[str, int]:
   """Answers lines from index `first` on, and writes a record for each, as `form` puts it, batch by batch."""
-  counts = {'answered': 0, 'empty': 0, 'refused': 0}
+  counts, tokens = {'answered': 0, 'empty': 0, 'refused': 0}, 0
   progress = Progress('infer', 'line', total, first)
   batch: list[tuple[Line, text.Request | None]] = []
   for index, pair in enumerate(lines):
@@ -194,6 +194,7 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
       record: dict[str, Any] = {'input': line.text, 'output': '', 'blanks': [], 'score': None}
       if request is not None:
         answer = next(answers)
+        tokens += answer.tokens
         record |= {'output': answer.output, 'blanks': answer.blanks, 'score': answer.score, 'finished': answer.finished}
         record |= {'note': request.note} if request.note else {}
         counts['answered'] += 1
@@ -203,7 +204,8 @@ def answer_file(engine: 'Engine', lines: Iterator[tuple[Line, text.Request | Non
       out.write(form({**line.others, **record}) + '\n')
     out.flush()
     batch = []
-    progress.show(index + 1, f'{progress.rate(index + 1 - first):.1f} lines/s', bar_detail='')
+    detail = '  '.join(filter(None, (f'{progress.rate(tokens):.3g} tokens/s', engine.program.told())))
+    progress.show(index + 1, f'{progress.rate(index + 1 - first):.1f} lines/s  {detail}', bar_detail=detail)
   progress.close()
   return counts
 
@@ -256,6 +258,9 @@ def run_file(config: Config, model_dir: str, path: pathlib.Path, name: str, outp
   lines = lines_lib.checked(read, codec, codecs)
   with _Summed(output) if output else open(1, 'w', encoding='utf-8', closefd=False) as out:
     counts = answer_file(engine, lines, first, total, out, as_text if is_text else as_json)
+  if line := engine.program.compared(config):
+    print(line, file=sys.stderr, flush=True)
+  engine.close()
   told = ''.join(f', {count} {what}' for what, count in counts.items() if count and what != 'answered')
   print(f'{counts["answered"]} answered{told} in {time.monotonic() - started:.1f} s' + (f': {output}' if output else ''),
         file=sys.stderr, flush=True)

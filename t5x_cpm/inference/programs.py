@@ -71,6 +71,14 @@ class Program(Protocol):
     """The same model with a delta: functions of the model that has it, and its parameters as these take them."""
     ...
 
+  def told(self) -> str:
+    """What was done so far to bring parameters to the devices, in words; '' where there is nothing to say."""
+    ...
+
+  def compared(self, config: Config) -> str:
+    """How fast it was beside what was planned, in a line; '' where nothing was."""
+    ...
+
   def close(self) -> None:
     """Ends what runs beside the caller. It cannot be used any more."""
     ...
@@ -190,6 +198,12 @@ class Resident:
 
   def with_delta(self, functions: Functions, delta: Params) -> 'Resident':
     return Resident(functions, self.params | {'delta': delta})
+
+  def told(self) -> str:
+    return ''
+
+  def compared(self, config: Config) -> str:
+    return ''
 
   def close(self) -> None:
     self.params = None

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from t5x_cpm.checkpoints.run_directory import CheckpointError
+from t5x_cpm.config import Config
 from t5x_cpm.inference import decode
 from t5x_cpm.inference.programs import Batch, Functions, Measure, Params
+from t5x_cpm.infmoe import plan
 from t5x_cpm.infmoe.run import Run
 from t5x_cpm.infmoe.stages import Stages
 from t5x_cpm.models import attention
@@ -70,6 +72,13 @@ class Streamed:
     if model not in self._stages:
       self._stages[model] = self.run.stages.of(model)
     return Streamed(self.run.with_delta(self._stages[model], delta), self._stages)
+
+  def told(self) -> str:
+    return self.run.store.told()
+
+  def compared(self, config: Config) -> str:
+    """How fast it was, beside what was planned, in a line."""
+    return plan.compared(config, self.run.pace)
 
   def close(self) -> None:
     self.run.store.close()

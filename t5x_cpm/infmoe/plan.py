@@ -9,6 +9,7 @@ a layer cannot begin to read before its router has spoken.
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from t5x_cpm import backend
@@ -19,6 +20,7 @@ from t5x_cpm.infmoe import bundle
 from t5x_cpm.infmoe import machine as machine_lib
 from t5x_cpm.infmoe.bundle import Place, place_of
 from t5x_cpm.infmoe.machine import Machine
+from t5x_cpm.infmoe.run import Pace
 from t5x_cpm.models import encoder_decoder, routers
 from t5x_cpm.models.layer import Layer
 
@@ -264,3 +266,26 @@ def run(config: Config, folder: pathlib.Path, *, disk: float = 0.0, measured: bo
     memory = round(budget_lib.SHARE * backend.free_memory() / GiB, 2)
     config = dataclasses.replace(config, offload=dataclasses.replace(config.offload, memory_gib=memory))
   tell(make(config, machine), machine)
+
+
+def compared(config: Config, pace: Mapping[str, Pace]) -> str:
+  """How fast the stacks of a model were, beside the plan for as many inputs and tokens on this machine; in a line."""
+  machine, told = machine_lib.known(), []
+  encoder, decoder = pace['encoder'], pace['decoder']
+  if not encoder.passes or not decoder.passes:
+    return ''
+  batch = max(round(decoder.tokens / decoder.passes), 1)
+  inputs = max(round(encoder.tokens / encoder.passes / batch), 1)
+  if not config.offload.memory_gib:  # mapped, or what was free
+    memory = budget_lib.SHARE * backend.free_memory() / GiB
+    config = dataclasses.replace(config, offload=dataclasses.replace(config.offload, memory_gib=memory))
+  try:
+    infer = dataclasses.replace(config.infer, input_length=inputs)
+    row = make(dataclasses.replace(config, infer=infer), machine, (batch,)).rows[0]
+    planned = {'encoder': row.encoder_rate, 'decoder': row.decoder_rate}
+  except (ConfigError, KeyError):  # a machine that was measured for other formats
+    planned = {}
+  for stack, one in pace.items():
+    told.append(f'{stack} {one.tokens / one.seconds:.3g} tokens/s' +
+                (f' ({planned[stack]:.3g} planned)' if planned else ''))
+  return f'{", ".join(told)}, {batch} at once; the plan is for a machine {machine.about}'

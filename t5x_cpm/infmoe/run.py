@@ -1,6 +1,8 @@
 """The loops of a model with experts elsewhere: over layers, and in each over the experts that its tokens go to."""
 
 import contextlib
+import dataclasses
+import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -59,6 +61,32 @@ def in_order(tokens: dict[int, tuple[np.ndarray, np.ndarray]], order: str) -> li
   return sorted(tokens, key=lambda expert: -len(tokens[expert][0])) if order == 'longest_first' else list(tokens)
 
 
+@dataclasses.dataclass
+class Pace:
+  """How fast a stack has been so far, without the first pass of each shape, for which programs are compiled.
+
+  Attributes:
+    passes: how many.
+    tokens: of all passes.
+    seconds: that they took.
+  """
+
+  passes: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+
+  @contextlib.contextmanager
+  def counting(self, tokens_BT: Any) -> Iterator[None]:
+    """Counts a pass over tokens, which the block computes."""
+    begin = time.monotonic()
+    yield
+    if tokens_BT.shape in self.shapes:
+      self.passes, self.tokens = self.passes + 1, self.tokens + tokens_BT.size
+      self.seconds += time.monotonic() - begin
+    self.shapes.add(tokens_BT.shape)
+
+
 class Run:
   """A model whose experts a store brings.
 
@@ -67,20 +95,21 @@ class Run:
     weights: all parameters but those of experts.
     store: what brings these.
     foresight: whether guesses pay.
+    pace: by stack, how fast it has been: the decoder's one token at a time.
   """
 
-  def __init__(self, stages: Stages, weights: Weights, store: Store, given: OffloadConfig, foresight: Foresight | None = None):
-    """given: when experts are brought. foresight: what was learned about guesses."""
+  def __init__(self, stages: Stages, weights: Weights, store: Store, given: OffloadConfig, other: 'Run | None' = None):
+    """given: when experts are brought. other: a run of the same experts, which learns and counts together with this one."""
     self.stages, self.weights, self.store, self._given = stages, weights, store, given
-    self.foresight = Foresight(given.guess) if foresight is None else foresight
-    self._tokens = 0  # that the decoder has read
+    self.foresight: Foresight = other.foresight if other else Foresight(given.guess)
+    self.pace: dict[str, Pace] = other.pace if other else {stack: Pace() for stack in stages.layers}
     self._guessed: tuple[Place, list[int]] | None = None
     self._next = {layer: next((other for other, _ in layers[number + 1:] if other.routed), None)
                   for layers in stages.layers.values() for number, (layer, _) in enumerate(layers)}
 
   def with_delta(self, stages: Stages, delta: Params) -> 'Run':
     """The same with a delta, which the model of `stages` has."""
-    return Run(stages, self.weights.with_delta(stages.model, delta), self.store, self._given, self.foresight)
+    return Run(stages, self.weights.with_delta(stages.model, delta), self.store, self._given, self)
 
   def _layers(self, stack: str) -> Iterator[tuple[Layer, Place, Params, list[Params]]]:
     parts = self.weights.parts.get(stack)
@@ -94,7 +123,7 @@ class Run:
       if self._guessed is not None and self._guessed[0] == place_of(layer):
         self.foresight.told(self._guessed[1], needed)
       self._guessed = None
-      if after is not None and self.foresight.looks(self._tokens):
+      if after is not None and self.foresight.looks(self.pace['decoder'].passes):
         place = place_of(after)
         expert_GTK = np.asarray(self.stages.guess(after, self.weights.layers[place], h_BTD, ctx))
         experts = np.unique(expert_GTK[expert_GTK < after.config.moe.num_experts]).tolist()
@@ -125,10 +154,11 @@ class Run:
 
   def encode(self, batch: Any) -> jax.Array:
     """The encoder's output [B, S, D]."""
-    x_BSD, ctx = self.stages.encoder_input(self.weights.rest, batch)
-    for given in self._layers('encoder'):
-      x_BSD, _ = self._layer(*given, x_BSD, ctx)
-    return self.stages.encoder_output(self.weights.rest, x_BSD, ctx)
+    with self.pace['encoder'].counting(batch['encoder_input_tokens']):
+      x_BSD, ctx = self.stages.encoder_input(self.weights.rest, batch)
+      for given in self._layers('encoder'):
+        x_BSD, _ = self._layer(*given, x_BSD, ctx)
+      return jax.block_until_ready(self.stages.encoder_output(self.weights.rest, x_BSD, ctx))
 
   def logits(self, batch: Any) -> jax.Array:
     """The logits [B, T, V] where all targets are known."""
@@ -149,10 +179,11 @@ class Run:
 
   def step(self, cache: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Any]:
     """Reads tokens at the given positions of each row: logits [B, T, V] after each of them, and the cache."""
-    x_BTD, ctx = self.stages.step_input(self.weights.rest, cache, tokens_BT, positions_BT)
-    self._tokens += 1
-    layers = []
-    for given, own in zip(self._layers('decoder'), cache['layers'], strict=True):
-      x_BTD, written = self._layer(*given, x_BTD, ctx, own)
-      layers.append(own | written)
-    return self.stages.decoder_output(self.weights.rest, x_BTD, ctx), cache | {'layers': tuple(layers)}
+    with self.pace['decoder'].counting(tokens_BT):
+      x_BTD, ctx = self.stages.step_input(self.weights.rest, cache, tokens_BT, positions_BT)
+      layers = []
+      for given, own in zip(self._layers('decoder'), cache['layers'], strict=True):
+        x_BTD, written = self._layer(*given, x_BTD, ctx, own)
+        layers.append(own | written)
+      logits_BTV = jax.block_until_ready(self.stages.decoder_output(self.weights.rest, x_BTD, ctx))
+    return logits_BTV, cache | {'layers': tuple(layers)}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from t5x_cpm.chips import GiB
 from t5x_cpm.infmoe.bundle import Bundle, Place
 from t5x_cpm.infmoe.loader import DEMAND, LIKELY, Load, Loader
 from t5x_cpm.infmoe.memory import Expert, Slot, slots
@@ -71,6 +72,10 @@ class Store(Protocol):
     """Experts with which what is still free in the layers of the decoder may be filled."""
     ...
 
+  def told(self) -> str:
+    """What was done so far, in words; '' where there is nothing to say."""
+    ...
+
   def close(self) -> None:
     """Ends what runs beside the caller, and gives the memory back."""
     ...
@@ -118,6 +123,9 @@ class Mapped:
 
   def room(self) -> Wishes:
     return []
+
+  def told(self) -> str:
+    return ''
 
   def close(self) -> None:
     self._got = {}
@@ -326,6 +334,12 @@ class Slots:
     loan = Loan(expert, slot.weights)
     yield loan
     slot.fence = loan.fence
+
+  def told(self) -> str:
+    counts = self.counts
+    asked = counts.hits + counts.misses
+    kept = f'{counts.hits / asked:.0%} of experts kept, ' if asked else ''
+    return f'{kept}{self.loader.bytes / GiB:.3g} GiB read'
 
   def close(self) -> None:
     self._end()
