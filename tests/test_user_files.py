@@ -187,7 +187,7 @@ def test_a_list_in_place_of_a_glob_is_told(tmp_path, capsys):
                "--gin.LocalTaskConfig.validation_files=('a.txt', 'b.txt')"):
     assert main(['cache', flag]) == 2
     error = capsys.readouterr().err
-    assert "'b.txt'" in error and 'list; expected one glob, or a dict of name -> glob.' in error and error.count('\n') == 1
+    assert "'b.txt'" in error and 'list; expected one path, or a dict of name -> path.' in error and error.count('\n') == 1
 
 
 def read_as_vocabulary(path) -> list[str]:
