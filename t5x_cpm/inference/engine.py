@@ -172,7 +172,7 @@ class Engine:
     self.deltas.remove(name)
 
   def close(self) -> None:
-    """Ends the threads that read the experts of a bundle, and gives up the model's memory. Nothing can be asked any more."""
+    """Ends the threads that read the experts of a bundle, which then can be asked no more. Any other model has none."""
     self.program.close()
 
   # What files and evaluation call.

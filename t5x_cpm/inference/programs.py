@@ -80,7 +80,7 @@ class Program(Protocol):
     ...
 
   def close(self) -> None:
-    """Ends what runs beside the caller. It cannot be used any more."""
+    """Ends what runs beside the caller, after which it can read no more parameters."""
     ...
 
 
@@ -206,7 +206,7 @@ class Resident:
     return ''
 
   def close(self) -> None:
-    self.params = None
+    pass
 
 
 def _generate(model: encoder_decoder.Model, params: Params, rule: decode.Rule, batch: Batch, prefix_BP: jax.Array,
