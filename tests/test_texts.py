@@ -233,7 +233,8 @@ def test_a_mark_that_was_meant_as_a_blank_is_noted_in_its_answer(load, tmp_path,
   assert capsys.readouterr().err == ("warning: in.txt:2: '[MASK]' is read as plain text; a blank is written <span>. "
                                      '(2 lines have such marks.)\n')
   answer = engine_lib.Answer('七', ['七'], -1.0, 1, True, [7])
-  engine = types.SimpleNamespace(config=config, answer_requests=lambda requests, *_: [answer] * len(requests))
+  engine = types.SimpleNamespace(config=config, answer_requests=lambda requests, *_: [answer] * len(requests),
+                                 program=types.SimpleNamespace(told=lambda: ''))
   infer.answer_file(engine, lines.checked(lines.read_lines(path, str(path), 'text'), codec), 0, 4, out, infer.as_json)
   assert [json.loads(line).get('note') for line in out.getvalue().splitlines()] == [
       None, "'[MASK]' is read as plain text; a blank is written <span>.", 'empty line',

@@ -33,7 +33,7 @@ def test_an_uninterrupted_run_reports_every_step_and_learns(folder):
   assert history[30] < history[1]
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_stopped_at_any_step_continues_bit_for_bit(folder, number):
   name = f'stopped_{number.name}'
   process = subprocess.Popen(

@@ -67,7 +67,7 @@ class LocalTaskConfig(Typed):
       if isinstance(value, dict) and not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
         raise ConfigError(f'LocalTaskConfig.{field} = {shown(value)}: expected a glob, or a dict of name -> glob.')
       if isinstance(value, str) and re.fullmatch(r"""[\[(]\s*['"].*['"],?\s*[\])]""", value):  # as a flag gives a list
-        raise ConfigError(f'LocalTaskConfig.{field} = {shown(value)} is a list; expected one glob, or a dict of name -> glob.')
+        raise ConfigError(f'LocalTaskConfig.{field} = {shown(value)} is a list; expected one path, or a dict of name -> path.')
     if isinstance(self.validation_files, dict):
       if not isinstance(self.files, dict):
         raise ConfigError(f'LocalTaskConfig.validation_files = {shown(self.validation_files)}: expected one glob, as '
