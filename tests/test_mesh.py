@@ -165,8 +165,8 @@ for sizes, sharding in [((1, 1, 1), 'none'), ((8, 1, 1), 'optimizer'), ((1, 8, 1
 @pytest.mark.parametrize('dtype, dropout, experts', [
     ('float64', 0.2, {}),
     ('float64', 0.0, {'router': 'random_projection', 'dispatch': 'dropless'}),
-    ('float64', 0.2, {'router': 'top_k', 'jitter': 0.1, 'router_z_loss': 0.01, 'encoder_every': 2}),
-    ('float64', 0.2, {'router': 'loss_free', 'dispatch': 'dropless', 'shared_experts': 1}),
+    ('float64', 0.2, {'router': 'top_k', 'decoder_router': 'loss_free', 'jitter': 0.1, 'router_z_loss': 0.01,
+                      'encoder_every': 2, 'shared_experts': 1}),
     ('float32', 0.2, {'router': 'top_2', 'dispatch': 'dropless'})], ids=str)
 def test_meshes_agree(dtype, dropout, experts):
   experts = {'num_experts': 4, 'group_size': 24} | experts if experts else {}

@@ -279,22 +279,6 @@ t5x_cpm infer --model_dir=runs/example --input=runs/blanks.txt --output=runs/ans
                      'have its name in the field delta', repeat=True),
                 Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
          needs=('model_dir',), scope='eval', gin=('InferConfig', 'DecodeConfig', 'MeshConfig', 'OffloadConfig', 'DeltaConfig')),
-    Mode('bundle', 'store a model so that it runs where its experts do not fit, each read when it is needed', bundle, """\
-t5x_cpm train --gin_file=gin/models/cpm2_moe_tiny.gin --gin_file=gin/runs/quickstart.gin \\
-    --gin.TrainConfig.steps=5 --model_dir=runs/example_experts
-t5x_cpm bundle --model_dir=runs/example_experts --output=runs/example_bundle
-t5x_cpm infer --model_dir=runs/example_bundle --input=runs/blanks.txt""",
-         flags=(MODEL_DIR, Flag('output', 'DIR', 'new folder of the bundle, which `infer` and `eval` read as --model_dir'),
-                Flag('verify', '', 'read all of the bundle that --model_dir names, and say whether it is intact'),
-                Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
-         needs=('model_dir',), scope='eval', on_cpu=True, tells=True, gin=('OffloadConfig',)),
-    Mode('plan', 'say what a model with experts takes on a machine, and how fast it answers there', plan, """\
-t5x_cpm plan --gin_file=gin/models/cpm2_moe_198b.gin --gin.OffloadConfig.memory_gib=32 \\
-    --gin.OffloadConfig.format=int4 --gin.OffloadConfig.dense_format=int8""",
-         flags=(Flag('disk', 'GB/S', 'rate of the disk that experts are read from; default as measured, or assumed'),
-                Flag('measure', '', 'measure the disk and the products of this machine first, and remember them'), *GIN_FLAGS),
-         scope='train', on_cpu=True, gin=('ModelConfig', 'MoEConfig', 'OffloadConfig', 'InferConfig', 'TaskConfig',
-                                          'DecodeConfig')),
     Mode('compile', 'compile a step for a TPU slice on any machine: memory, collectives, bound on its time', compile_step, """\
 t5x_cpm compile --gin_file=gin/models/cpm2_tiny.gin --gin_file=gin/runs/pretrain.gin \\
     --topology=v5e:2x2""",
@@ -337,6 +321,20 @@ t5x_cpm inherit --source=runs/example --model_dir=runs/grown \\
                 Flag('model_dir', 'DIR', 'new folder of the larger model, for `train --init_from`'), *GIN_FLAGS),
          needs=('source', 'model_dir'), scope='train', on_cpu=True, tells=True,
          gin=('InheritConfig', 'ModelConfig', 'MoEConfig', 'TaskConfig')),
+    Mode('bundle', 'store a model so that it runs where its experts do not fit, each read when it is needed', bundle, """\
+t5x_cpm bundle --model_dir=runs/grown --output=runs/example_bundle
+t5x_cpm infer --model_dir=runs/example_bundle --input=runs/blanks.txt""",
+         flags=(MODEL_DIR, Flag('output', 'DIR', 'new folder of the bundle, which `infer` and `eval` read as --model_dir'),
+                Flag('verify', '', 'read all of the bundle that --model_dir names, and say whether it is intact'),
+                Flag('step', 'STEP', 'checkpoint to read; default the last'), *GIN_FLAGS),
+         needs=('model_dir',), scope='eval', on_cpu=True, tells=True, gin=('OffloadConfig',)),
+    Mode('plan', 'say what a model with experts takes on a machine, and how fast it answers there', plan, """\
+t5x_cpm plan --gin_file=gin/models/cpm2_moe_198b.gin --gin.OffloadConfig.memory_gib=32 \\
+    --gin.OffloadConfig.format=int4 --gin.OffloadConfig.dense_format=int8""",
+         flags=(Flag('disk', 'GB/S', 'rate of the disk that experts are read from; default as measured, or assumed'),
+                Flag('measure', '', 'measure the disk and the products of this machine first, and remember them'), *GIN_FLAGS),
+         scope='train', on_cpu=True, gin=('ModelConfig', 'MoEConfig', 'OffloadConfig', 'InferConfig', 'TaskConfig',
+                                          'DecodeConfig')),
     Mode('delta', 'show, merge or average deltas; carry one over from peft, or to it', work_on_deltas, """\
 printf '{"inputs": "1 + %d", "targets": "x"}\\n' 1 2 3 4 5 6 7 8 > runs/pairs.jsonl
 t5x_cpm train --base=runs/example --gin_file=gin/runs/lora.gin --model_dir=runs/example_lora \\
