@@ -73,6 +73,12 @@ def test_what_helps_most():
   assert all(ratio >= 0.99 for _, ratio in slow)
 
 
+def test_where_nothing_helps_that_is_said(capsys):
+  rich = machine_of(disk=1e6, memory=1e6)
+  plan.tell(plan.make(configured(), rich), rich)
+  assert 'neither more memory nor a faster disk nor fewer bits' in capsys.readouterr().out
+
+
 def test_slots_are_shared_out():
   places = [Place('encoder', 0), *(Place('decoder', number) for number in range(3))]
   assert list(budget.shared_out(7, places, 8).values()) == [0, 3, 2, 2]
