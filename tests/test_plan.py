@@ -74,7 +74,7 @@ def test_what_helps_most():
 
 
 def test_where_nothing_helps_that_is_said(capsys):
-  rich = machine_of(disk=1e6, memory=1e6)
+  rich = machine_of(disk=1e6, memory=1e6, call=1.0)
   plan.tell(plan.make(configured(), rich), rich)
   assert 'neither more memory nor a faster disk nor fewer bits' in capsys.readouterr().out
 
