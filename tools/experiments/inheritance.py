@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jobs import command, gin_flags, run_all, write_lines
+from jobs import command, gin_flags, run_all, train, write_lines
 
 from t5x_cpm import files, user_files
 from t5x_cpm.cli.errors import run_script
@@ -181,8 +181,8 @@ def made(stage: Stage, seed: int, folder: pathlib.Path, output: pathlib.Path) ->
       more += [f'--gin_file={GIN}/{stage.model}.gin', *filled({'TaskConfig.vocabulary': f'cpm2:{vocabulary}'}, output)]
     if stage.teacher is not None:
       more += [f'--teacher={made(stage.teacher, seed, folder, output)}']
-    command(log, 'train', *more, f'--gin_file={GIN}/run.gin', *data_flags(stage.mixture, output), *filled(stage.flags, output),
-            f'--gin.TrainConfig.steps={stage.steps}', f'--gin.TrainConfig.seed={seed}', f'--model_dir={path}')
+    train(log, path, stage.steps, *more, f'--gin_file={GIN}/run.gin', *data_flags(stage.mixture, output),
+          *filled(stage.flags, output), f'--gin.TrainConfig.seed={seed}')
     files.write_atomically(done, b'')
     return path
 

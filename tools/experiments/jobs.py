@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from t5x_cpm import files
+from t5x_cpm.checkpoints import run_directory
 from t5x_cpm.config import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -35,6 +36,18 @@ def command(log: pathlib.Path, *arguments: str) -> None:
     RUNNING.remove(child)
   if code:
     raise ConfigError(f'`t5x_cpm {arguments[0]}` ended with {code}: see {log}.')
+
+
+def train(log: pathlib.Path, model_dir: pathlib.Path, steps: int, *arguments: str) -> None:
+  """Trains a run to its last step.
+
+  Raises:
+    ConfigError: it failed; or something stopped it before, which is no failure: the same call goes on with it.
+  """
+  command(log, 'train', *arguments, f'--gin.TrainConfig.steps={steps}', f'--model_dir={model_dir}')
+  done, _ = run_directory.scan(run_directory.resolve(model_dir))
+  if done[-1] < steps:
+    raise ConfigError(f'{model_dir} was stopped at step {done[-1]} of {steps}: start this program again.')
 
 
 def write_lines(path: pathlib.Path, lines: Iterable[str]) -> None:

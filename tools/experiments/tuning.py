@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jobs import command, gin_flags, run_all, write_lines
+from jobs import command, gin_flags, run_all, train, write_lines
 
 from t5x_cpm import files, user_files
 from t5x_cpm.cli.errors import run_script
@@ -130,8 +130,8 @@ def bases(texts: str, output: pathlib.Path, steps: int) -> None:
     if not (output / f'{name}.done').exists():
       started = time.monotonic()
       source = [f'--init_from={first}'] if first else []
-      command(log, 'train', f'--gin_file=gin/runs/{run}.gin', *common, *source, f'--model_dir={output}/{name}',
-              *gin_flags({'TrainConfig.steps': count, 'TrainConfig.eval_every': max(count // 5, 1)}))
+      train(log, output / name, count, f'--gin_file=gin/runs/{run}.gin', *common, *source,
+            *gin_flags({'TrainConfig.eval_every': max(count // 5, 1)}))
       files.write_atomically(output / f'{name}.done', f'{time.monotonic() - started:.0f} s\n'.encode())
 
 
@@ -158,15 +158,14 @@ def run_arm(arm: Arm, seed: int, steps: int, output: pathlib.Path) -> dict:
   flags = {
       'TaskConfig.vocabulary': f'cpm2:{output}/vocab.txt', 'TaskConfig.cache_dir': str(output / 'cache'),
       'TaskConfig.encoder_length': LENGTHS[arm.task] + (prompt_of(arm) if arm.gin == 'prompt_tune' else 0),
-      'TaskConfig.decoder_length': 8, 'TrainConfig.batch_size': 16, 'TrainConfig.seed': seed, 'TrainConfig.steps': steps,
+      'TaskConfig.decoder_length': 8, 'TrainConfig.batch_size': 16, 'TrainConfig.seed': seed,
       'TrainConfig.eval_every': steps // 20 or 1, 'TrainConfig.eval_batches': 4, 'CheckpointConfig.every': steps,
       'LocalTaskConfig.files': f'{output}/{arm.task}.train.jsonl',
       'LocalTaskConfig.validation_files': f'{output}/{arm.task}.test.jsonl',
       'LocalTaskConfig.inputs_template': TEMPLATES[arm.task][0],
       'LocalTaskConfig.targets_template': TEMPLATES[arm.task][1]} | arm.flags
   base = [f'--{"init_from" if arm.gin == "finetune" else "base"}={output}/{arm.base}']
-  command(folder / 'log', 'train', *base, f'--gin_file=gin/runs/{arm.gin}.gin', *gin_flags(flags),
-          f'--model_dir={folder}/model')
+  train(folder / 'log', folder / 'model', steps, *base, f'--gin_file=gin/runs/{arm.gin}.gin', *gin_flags(flags))
   trained = time.monotonic() - started
   command(folder / 'log', 'eval', f'--model_dir={folder}/model', '--tasks=local', *gin_flags({
       'EvalConfig.max_examples': 1000, 'EvalConfig.batch_size': 64, 'DecodeConfig.max_new_tokens': 8}))
