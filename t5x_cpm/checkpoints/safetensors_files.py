@@ -27,15 +27,20 @@ def _shards(kinds: Mapping[str, Kind], limit: int) -> Iterator[list[str]]:
   yield group
 
 
-def _header(names: list[str], kinds: Mapping[str, Kind]) -> bytes:
-  """What a file begins with: the length of a JSON object, and the object, filled up to a multiple of 8 bytes."""
+def header(kinds: Mapping[str, Kind], multiple: int = 8) -> bytes:
+  """What a file begins with: the length of a JSON object, and the object, filled up so that the data begin at a multiple.
+
+  Args:
+    kinds: shape and type of its tensors by name, in the order in which they lie in it.
+    multiple: of bytes.
+  """
   about: dict[str, object] = {'__metadata__': {'format': 'pt'}}
   end = 0
-  for name in names:
-    start, end = end, end + kinds[name].nbytes
-    about[name] = {'dtype': NAMES[kinds[name].dtype], 'shape': list(kinds[name].shape), 'data_offsets': [start, end]}
+  for name, kind in kinds.items():
+    start, end = end, end + kind.nbytes
+    about[name] = {'dtype': NAMES[kind.dtype], 'shape': list(kind.shape), 'data_offsets': [start, end]}
   text = json.dumps(about, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
+  text += b' ' * (-(8 + len(text)) % multiple)
   return len(text).to_bytes(8, 'little') + text
 
 
@@ -63,7 +68,7 @@ def write(folder: pathlib.Path, kinds: Mapping[str, Kind], read: Callable[[str],
       done += sum(kinds[name].nbytes for name in names)
       continue
     with files.replacing(file) as out:
-      out.write(_header(names, kinds))
+      out.write(header({name: kinds[name] for name in names}))
       for name in names:
         value = np.ascontiguousarray(read(name), kinds[name].dtype)
         assert value.shape == kinds[name].shape, name

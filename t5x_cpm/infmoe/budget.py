@@ -37,8 +37,10 @@ class Budget(NamedTuple):
     return (self.staging + sum(self.kept.values())) * self.slot
 
   @property
-  def total(self) -> int:
-    return self.dense + self.work + self.experts
+  def held(self) -> str:
+    """How many experts a layer of the decoder keeps, in words."""
+    counts = [count for place, count in self.kept.items() if place.stack == 'decoder'] or [0]
+    return f'{min(counts)} to {max(counts)}' if min(counts) < max(counts) else f'{counts[0]}'
 
 
 def work_bytes(config: Config) -> int:
@@ -115,11 +117,8 @@ def tell(budget: Budget, bundle: Bundle, config: Config) -> None:
   if not budget.staging:
     text = f'mapped, {size:.3g} GiB' + (', which fits in memory' if config.offload.store == 'auto' else '')
   else:
-    kept = {stack: [count for place, count in budget.kept.items() if place.stack == stack] for stack in bundle.model.stacks}
-    held = ', '.join(f'{min(counts)} to {max(counts)}' if min(counts) < max(counts) else f'{counts[0]}'
-                     for counts in (kept['decoder'],) if counts)
     why = 'memory_gib is given' if config.offload.memory_gib else 'the bundle does not fit in memory'
     text = (f'in {budget.experts / GiB:.3g} GiB of slots ({why}; the bundle has {size:.3g}): {budget.staging} for all layers, '
-            f'{held or 0} of {config.model.moe.num_experts} kept by each layer of the decoder')
+            f'{budget.held} of {config.model.moe.num_experts} kept by each layer of the decoder')
   print(f'experts: {text}; other weights {budget.dense / GiB:.3g} GiB, a batch at most {budget.work / GiB:.3g}',
         file=sys.stderr, flush=True)

@@ -11,20 +11,20 @@ at a multiple of 64 bytes, so that XLA:CPU computes with it where it is mapped. 
 """
 
 import functools
-import json
+import itertools
 import math
 import mmap
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from t5x_cpm import files
-from t5x_cpm.checkpoints import digests, run_directory
+from t5x_cpm.checkpoints import digests, run_directory, safetensors_files
 from t5x_cpm.checkpoints.readers import Kind
 from t5x_cpm.checkpoints.run_directory import CheckpointError
-from t5x_cpm.checkpoints.safetensors_files import NAMES
 from t5x_cpm.config import Config, OffloadConfig, from_dict
 from t5x_cpm.infmoe import about as about_lib
 from t5x_cpm.infmoe.about import ABOUT, REMEDY
@@ -87,7 +87,7 @@ def _dense_entries(layer: Layer, given: OffloadConfig) -> Iterator[tuple[str, En
   for role, (component, row) in layer.roles.items():
     if role == 'experts' and layer.routed:
       continue
-    for leaf in _leaves(component.leaves):
+    for leaf in jax.tree.leaves(component.leaves):
       name, shape = f'{role}{leaf.name.removeprefix(component.path)}', leaf.shape[1:]
       if len(shape) == 2 and component.cast and given.dense_format != 'float32':  # a router's rounded score is another expert
         I, O = shape
@@ -95,14 +95,6 @@ def _dense_entries(layer: Layer, given: OffloadConfig) -> Iterator[tuple[str, En
           yield f'{name}/{part}', Entry(kind, 0, leaf.name, (row,), part)
       else:
         yield name, Entry(Kind(tuple(shape), np.dtype(leaf.dtype)), 0, leaf.name, (row,))
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-  if isinstance(tree, dict):
-    for value in tree.values():
-      yield from _leaves(value)
-  else:
-    yield tree
 
 
 def _laid_out(entries: Iterator[tuple[str, Entry]]) -> tuple[bytes, dict[str, Entry]]:
@@ -122,11 +114,7 @@ def _laid_out(entries: Iterator[tuple[str, Entry]]) -> tuple[bytes, dict[str, En
       found[name] = entry._replace(begin=end)
       end += entry.kind.nbytes
   fill(PAGE)
-  about = {name: {'dtype': NAMES[entry.kind.dtype], 'shape': list(entry.kind.shape),
-                  'data_offsets': [entry.begin, entry.begin + entry.kind.nbytes]} for name, entry in found.items()}
-  text = json.dumps({'__metadata__': {'format': 'pt'}, **about}, separators=(',', ':')).encode()
-  text += b' ' * (-(8 + len(text)) % PAGE)
-  header = len(text).to_bytes(8, 'little') + text
+  header = safetensors_files.header({name: entry.kind for name, entry in found.items()}, PAGE)
   return header, {name: entry._replace(begin=len(header) + entry.begin) for name, entry in found.items()}
 
 
@@ -141,15 +129,10 @@ def layout(model: encoder_decoder.Model, given: OffloadConfig) -> dict[str, tupl
     for layer in model.layers[stack]:
       if place_of(layer).file not in found:
         experts = _expert_entries(layer, given) if layer.routed else iter(())
-        found[place_of(layer).file] = _laid_out(_chain(experts, _dense_entries(layer, given)))
+        found[place_of(layer).file] = _laid_out(itertools.chain(experts, _dense_entries(layer, given)))
   rest = ((leaf.name, Entry(Kind(tuple(leaf.shape), np.dtype(leaf.dtype)), 0, leaf.name))
-          for component in model.components.values() if not component.stacked for leaf in _leaves(component.leaves))
+          for component in model.components.values() if not component.stacked for leaf in jax.tree.leaves(component.leaves))
   return found | {REST: _laid_out(rest)}
-
-
-def _chain(*parts: Iterator[tuple[str, Entry]]) -> Iterator[tuple[str, Entry]]:
-  for part in parts:
-    yield from part
 
 
 class Bundle:

@@ -29,12 +29,7 @@ class ReadError(ConfigError):
 
 
 class Load:
-  """A region of a file on its way into memory.
-
-  Attributes:
-    what: what it is, for errors.
-    seconds: how long it took, from the first read to the last.
-  """
+  """A region of a file on its way into memory."""
 
   def __init__(self, what: str, file: pathlib.Path, begin: int, into: np.ndarray, ready: Callable[[], None],
                then: Callable[[], None]):
@@ -49,11 +44,9 @@ class Load:
     self.what, self.file, self.begin, self.into, self.ready, self.then = what, file, begin, into, ready, then
     self.is_dropped = False
     self.error: BaseException | None = None
-    self.seconds = 0.0
     self._left = -(-len(into) // CHUNK)
     self._lock, self._done = threading.Lock(), threading.Event()
     self._is_ready = False
-    self._started = 0.0
 
   def chunks(self) -> range:
     """Where each piece begins in the memory."""
@@ -64,7 +57,7 @@ class Load:
     with self._lock:
       if not self._is_ready and not self.is_dropped and not self.error:
         self.ready()
-        self._is_ready, self._started = True, time.monotonic()
+        self._is_ready = True
       return not self.is_dropped and not self.error
 
   def end_piece(self, error: BaseException | None) -> None:
@@ -79,7 +72,6 @@ class Load:
           self.then()
         except BaseException as raised:
           self.error = raised
-      self.seconds = time.monotonic() - self._started
     self._done.set()
 
   @property
@@ -106,7 +98,7 @@ class Loader:
   """Threads that read."""
 
   def __init__(self, threads: int):
-    self._queue: list[tuple[int, int, Load | None, int]] = []
+    self._queue: list[tuple[int, int, Load, int]] = []
     self._number = itertools.count()
     self._changed = threading.Condition()
     self._files: dict[pathlib.Path, tuple[int, bool]] = {}
@@ -148,7 +140,6 @@ class Loader:
         if self._is_closed:
           return
         _, _, load, place = heapq.heappop(self._queue)
-      assert load is not None
       error: BaseException | None = None
       try:
         if load.begin_now():

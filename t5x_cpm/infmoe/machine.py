@@ -143,10 +143,3 @@ def measure(config: Config, folder: pathlib.Path) -> Machine:
   _file().parent.mkdir(parents=True, exist_ok=True)
   stored.write(_file(), {name: value for name, value in dataclasses.asdict(found).items() if name != 'about'})
   return found
-
-
-def reachable(path: pathlib.Path) -> pathlib.Path:
-  """The folder that exists, of a path or of what is above it."""
-  return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-

@@ -228,14 +228,12 @@ def tell(plan: Plan, machine: Machine) -> None:
   config, sizes, budget = plan.config, plan.sizes, plan.rows[0].budget
   assert budget is not None
   given, E = config.offload, config.model.moe.num_experts
-  kept = [count for place, count in budget.kept.items() if place.stack == 'decoder']
-  some = f'{min(kept)}' if min(kept) == max(kept) else f'{min(kept)} to {max(kept)}'
   least = sizes.dense + budget.work + 2 * sizes.slot
   print(f'bundle            {sizes.bundle / GiB:.3g} GiB: experts of {sizes.slot / 2**20:.3g} MiB as {given.format}, other '
         f'weights {sizes.dense / GiB:.3g} GiB, as {given.dense_format} where they belong to layers')
   print(f'memory            {given.memory_gib:g} GiB: other weights, {budget.work / GiB:.2g} for one input, '
-        f'{budget.experts / GiB:.3g} for experts: {budget.staging} on their way, and {some} of {E} kept by each layer of the '
-        f'decoder; at least {math.ceil(100 * least / GiB) / 100:g} would do')
+        f'{budget.experts / GiB:.3g} for experts: {budget.staging} on their way, and {budget.held} of {E} kept by each layer of '
+        f'the decoder; at least {math.ceil(100 * least / GiB) / 100:g} would do')
   print(f'machine           {machine.about}: disk {machine.disk / 1e9:.2g} GB/s, weights '
         + ', '.join(f'{name} {rate / 1e9:.3g} GB/s' for name, rate in machine.weights.items()
                     if name in (given.format, given.dense_format)))
@@ -248,7 +246,7 @@ def tell(plan: Plan, machine: Machine) -> None:
           f' {row.decoder_rate:>8.3g} tokens/s, {row.decoder.bound}')
   text, ratio = changes(config, machine)[0]
   if ratio < NOTICED:
-    text = 'neither more memory nor a faster disk nor fewer bits: each gives less than 5 % more tokens a second for one input'
+    text = 'neither more memory nor a faster disk nor fewer bits: each gives less than 5 % more tokens a second'
   else:
     text = f'{text}: {ratio:.2g} times as many tokens of the decoder a second for one input'
   print(f'what helps most   {text}')

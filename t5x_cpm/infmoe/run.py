@@ -14,7 +14,7 @@ from t5x_cpm.config import OffloadConfig
 from t5x_cpm.infmoe.bundle import Place, place_of
 from t5x_cpm.infmoe.foresight import Foresight
 from t5x_cpm.infmoe.stages import Stages, Weights
-from t5x_cpm.infmoe.stores import Store
+from t5x_cpm.infmoe.stores import Slots, Store
 from t5x_cpm.models.component import Params
 from t5x_cpm.models.context import Context
 from t5x_cpm.models.layer import Layer
@@ -116,7 +116,8 @@ class Run:
     for layer, place in self.stages.layers[stack]:
       yield layer, place, self.weights.layers[place], parts[layer.index] if parts else []
 
-  def _expect(self, layer: Layer, needed: Collection[int], h_BTD: jax.Array, ctx: Context, decodes: bool) -> None:
+  def _expect(self, store: Slots, layer: Layer, needed: Collection[int], h_BTD: jax.Array, ctx: Context,
+              decodes: bool) -> None:
     """Tells the store what comes after a layer that needs these experts."""
     after = self._next[layer]
     if decodes:
@@ -129,11 +130,11 @@ class Run:
         experts = np.unique(expert_GTK[expert_GTK < after.config.moe.num_experts]).tolist()
         self._guessed = place, experts
         if self.foresight.pays:
-          self.store.expect([(place, experts)])
+          store.expect([(place, experts)])
     elif after is not None and self._given.read_ahead:  # of many tokens some need almost any expert
-      self.store.expect([(place_of(after), self.store.popular(place_of(after))[:len(needed)])])
+      store.expect([(place_of(after), store.popular(place_of(after))[:len(needed)])])
     elif after is None and layer.stack == 'encoder' and self._given.warm_up:
-      self.store.expect(self.store.room())
+      store.expect(store.room())
 
   def _layer(self, layer: Layer, place: Place, weights: Params, parts: list[Params], x_BTD: jax.Array, ctx: Context,
              cache: Any = None) -> tuple[jax.Array, Any]:
@@ -145,8 +146,8 @@ class Run:
     h_BTD, written, u_ND, expert_NK, weight_NK = found
     y_AD = jnp.zeros((expert_NK.size, u_ND.shape[-1]), u_ND.dtype)
     tokens = tokens_of(np.asarray(expert_NK), layer.config.moe.num_experts)
-    if self.store.reads:
-      self._expect(layer, tokens, h_BTD, ctx, cache is not None)
+    if isinstance(self.store, Slots):
+      self._expect(self.store, layer, tokens, h_BTD, ctx, cache is not None)
     with contextlib.closing(self.store.take(place, in_order(tokens, self._given.order))) as loans:
       for loan in loans:
         y_AD, loan.fence = stages.expert(layer, y_AD, u_ND, loan.weights, *tokens[loan.expert])

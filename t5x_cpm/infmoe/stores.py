@@ -46,11 +46,9 @@ class Store(Protocol):
 
   Attributes:
     bundle: whose experts.
-    reads: whether it gains from knowing early which experts will be taken.
   """
 
   bundle: Bundle
-  reads: bool
 
   def take(self, place: Place, wanted: Sequence[int]) -> Generator[Loan, None, None]:
     """Experts of a layer, each once, in the order in which they are there. It is to be closed.
@@ -58,18 +56,6 @@ class Store(Protocol):
     Raises:
       ConfigError: one cannot be read, or is not what was written.
     """
-    ...
-
-  def expect(self, wishes: Wishes) -> None:
-    """Says which experts will probably be taken soon, by layer, the most probable ones first."""
-    ...
-
-  def popular(self, place: Place) -> list[int]:
-    """The experts of a layer, those first that were used most."""
-    ...
-
-  def room(self) -> Wishes:
-    """Experts with which what is still free in the layers of the decoder may be filled."""
     ...
 
   def told(self) -> str:
@@ -83,8 +69,6 @@ class Store(Protocol):
 
 class Mapped:
   """The experts as they are mapped. See `Store`."""
-
-  reads = False
 
   def __init__(self, bundle: Bundle, device: Any):
     self.bundle, self._device = bundle, device
@@ -112,17 +96,6 @@ class Mapped:
       self._hint(place, expert)
     for expert in wanted:
       yield Loan(expert, self._get(place, expert))
-
-  def expect(self, wishes: Wishes) -> None:
-    for place, experts in wishes:
-      for expert in experts:
-        self._hint(place, expert)
-
-  def popular(self, place: Place) -> list[int]:
-    return list(range(self.bundle.config.model.moe.num_experts))
-
-  def room(self) -> Wishes:
-    return []
 
   def told(self) -> str:
     return ''
@@ -200,8 +173,6 @@ class Slots:
     loader: what reads them.
   """
 
-  reads = True
-
   def __init__(self, bundle: Bundle, device: Any, staging: int, kept: Mapping[Place, int], threads: int, seconds: float):
     """Args:
       bundle: what is read.
@@ -249,10 +220,12 @@ class Slots:
     return sorted(experts, key=lambda expert: -self._kept[place].worth(expert))
 
   def room(self) -> Wishes:
+    """Experts with which what is still free in the layers of the decoder may be filled."""
     return [(place, [expert for expert in self.popular(place) if expert not in kept.slots][:len(kept.free)])
             for place, kept in self._kept.items() if place.stack == 'decoder']
 
   def expect(self, wishes: Wishes) -> None:
+    """Says which experts will probably be taken soon, by layer, the most probable ones first."""
     self._wishes = [(place, expert) for place, experts in reversed(wishes) for expert in reversed(experts)]
 
   def _grant(self) -> None:
@@ -339,7 +312,7 @@ class Slots:
     counts = self.counts
     asked = counts.hits + counts.misses
     kept = f'{counts.hits / asked:.0%} of experts kept, ' if asked else ''
-    return f'{kept}{self.loader.bytes / GiB:.3g} GiB read'
+    return f'{kept}{self.loader.bytes / GiB:.3g} GiB read, {counts.waited:.3g} s waited for'
 
   def close(self) -> None:
     self._end()
