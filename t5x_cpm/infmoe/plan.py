@@ -232,8 +232,8 @@ def tell(plan: Plan, machine: Machine) -> None:
   print(f'bundle            {sizes.bundle / GiB:.3g} GiB: experts of {sizes.slot / 2**20:.3g} MiB as {given.format}, other '
         f'weights {sizes.dense / GiB:.3g} GiB, as {given.dense_format} where they belong to layers')
   print(f'memory            {given.memory_gib:g} GiB: other weights, {budget.work / GiB:.2g} for one input, '
-        f'{budget.experts / GiB:.3g} for experts: {budget.staging} on their way, and {budget.held} of {E} kept by each layer of '
-        f'the decoder; at least {math.ceil(100 * least / GiB) / 100:g} would do')
+        f'{budget.experts / GiB:.3g} for experts: {budget.staging} on their way, and {budget.held} of {E} kept by each layer '
+        f'of the decoder; at least {math.ceil(100 * least / GiB) / 100:g} would do')
   print(f'machine           {machine.about}: disk {machine.disk / 1e9:.2g} GB/s, weights '
         + ', '.join(f'{name} {rate / 1e9:.3g} GB/s' for name, rate in machine.weights.items()
                     if name in (given.format, given.dense_format)))
